@@ -1,0 +1,36 @@
+# One environment, .venv, holds everything; it is made once and reused.
+PYTHON ?= python3.11
+BIN := .venv/bin
+RUN ?= runs/demo
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test check format clean
+
+help: ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+
+.venv/installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+install: .venv/installed ## make .venv with everything in it (the other targets do this by themselves)
+
+demo: .venv/installed ## train a small GPT-2 with and without the penalty; write a page about its heads
+	$(BIN)/entropy-reg demo --output $(RUN)
+
+test: .venv/installed ## run the tests
+	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal
+
+check: .venv/installed ## formatting, lint, types and the rooms of DESIGN.md
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: .venv/installed ## rewrite the code in the project's format
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean: ## remove what the other targets made, except runs/
+	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

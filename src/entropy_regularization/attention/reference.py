@@ -1,0 +1,76 @@
+"""The executable specification: the full matrix, plain autograd, any floating dtype.
+
+Every other implementation exists because a test says that it equals this one.
+"""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from entropy_regularization.attention.masking import Structure, Tile, tile_allowed
+
+
+def reference_attention(
+    query: Float[Tensor, "batch heads queries dim"],
+    key: Float[Tensor, "batch kv_heads keys dim"],
+    value: Float[Tensor, "batch kv_heads keys value_dim"],
+    structure: Structure,
+    *,
+    scale: float,
+    bias: Float[Tensor, "..."] | None = None,
+    softcap: float | None = None,
+    sinks: Float[Tensor, " heads"] | None = None,
+    dropout: float = 0.0,
+) -> tuple[
+    Float[Tensor, "batch heads queries value_dim"],
+    Float[Tensor, "batch heads queries"],
+    Float[Tensor, "batch heads queries"],
+    Float[Tensor, "batch heads queries"],
+]:
+    """Return output, entropy, log-normalizer and largest score of every row.
+
+    Scores are computed in float32 (float64 for float64 input), whatever the inputs' precision.
+    """
+    n_queries, n_keys = query.shape[-2], key.shape[-2]
+    wide = torch.promote_types(query.dtype, torch.float32)
+    group = query.shape[1] // max(key.shape[1], 1)
+    keys = key.to(wide).repeat_interleave(group, dim=1)
+    values = value.to(wide).repeat_interleave(group, dim=1)
+
+    # s_ij = softcap(scale q_i . k_j) + bias_ij, -inf where the key is not allowed
+    score = scale * query.to(wide) @ keys.transpose(-1, -2)
+    if softcap is not None:
+        score = softcap * torch.tanh(score / softcap)
+    if bias is not None:
+        score = score + bias.to(wide)
+    everything = Tile(0, n_queries, 0, n_keys)
+    allowed = tile_allowed(structure, everything, n_queries, n_keys, query.device)
+    if allowed is None:
+        allowed = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=query.device)
+    allowed = allowed.expand(score.shape)
+    empty = ~allowed.any(-1)  # rows with no key: output, entropy and every gradient are 0
+
+    # lse_i = log(sum_j exp(s_ij) [+ exp(sink)])
+    # An empty row is given finite scores, because the gradient of logsumexp of -inf alone is NaN.
+    masked = score.masked_fill(~allowed, -torch.inf).masked_fill(empty[..., None], 0.0)
+    if n_keys == 0:
+        masked = torch.zeros(*score.shape[:-1], 1, dtype=wide, device=score.device)
+    log_normalizer = torch.logsumexp(masked, dim=-1)
+    if sinks is not None:
+        log_normalizer = torch.logaddexp(log_normalizer, sinks.to(wide)[None, :, None])
+
+    # log p_ij is kept finite where p_ij = 0: 0 * -inf is NaN, forward and backward
+    log_probability = (score - log_normalizer[..., None]).masked_fill(~allowed, 0.0)
+    probability = log_probability.exp() * allowed
+    entropy = -(probability * log_probability).sum(-1)
+
+    # dropout changes the output only
+    weights = torch.dropout(probability, dropout, train=dropout > 0)
+    output = (weights @ values).to(query.dtype)
+
+    nothing = score.new_full((), -torch.inf)
+    max_score = score.detach().masked_fill(~allowed, -torch.inf)
+    max_score = max_score.amax(-1) if n_keys else nothing.expand(score.shape[:-1]).clone()
+    if sinks is None:
+        log_normalizer = log_normalizer.masked_fill(empty, -torch.inf)
+    return output, entropy, log_normalizer, max_score

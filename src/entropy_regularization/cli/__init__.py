@@ -1,0 +1,1 @@
+"""Room 6: words typed by a person; one file per command."""

@@ -1,0 +1,1 @@
+"""Room 5: hosts; nothing here is imported unless asked for."""

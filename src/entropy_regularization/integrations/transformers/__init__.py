@@ -1,0 +1,1 @@
+"""Recording and penalties on Hugging Face transformers models."""

@@ -1,0 +1,1 @@
+"""Room 4: entropies -> what people read; never differentiable."""
