@@ -1,24 +1,40 @@
 """attention_with_entropy: scaled dot-product attention that also gives every row's entropy."""
 
-from typing import Literal, NamedTuple
+import functools
+import importlib.util
+import logging
+from typing import Literal, NamedTuple, get_args
 
+import torch
 from torch import Tensor
 
 from entropy_regularization.attention.masking import Structure, count_allowed_keys
+from entropy_regularization.attention.operators import blockwise_attention
 from entropy_regularization.attention.reference import reference_attention
+from entropy_regularization.attention.validation import (
+    check_masks,
+    check_scores,
+    check_tensors,
+    check_window,
+)
 
 Implementation = Literal["auto", "reference", "blockwise", "triton"]
+
+logger = logging.getLogger("entropy_regularization.attention")
 
 
 class AttentionOutput(NamedTuple):
     """What attention_with_entropy returns.
 
     Attributes:
-        output: ``[batch, heads, queries, value_dim]``.
-        entropy: ``[batch, heads, queries]``, nats, before dropout.
-        log_normalizer: ``[batch, heads, queries]``, ``log sum_j exp(s_ij)``.
+        output: ``[batch, heads, queries, value_dim]``, in the dtype of the query.
+        entropy: ``[batch, heads, queries]``, nats, of the weights before dropout; float32
+            (float64 for float64 input).
+        log_normalizer: ``[batch, heads, queries]``, ``log sum_j exp(s_ij)`` (with the sink, if
+            any); -inf for a row that sees no key.
         max_score: ``[batch, heads, queries]``, the largest score of the row; carries no gradient.
-        allowed_keys: ``[batch or 1, heads or 1, queries]``, how many keys the row may see.
+        allowed_keys: ``[batch or 1, heads or 1, queries]`` integers, how many keys the row may
+            see; the most entropy it can have is ``log(allowed_keys)``.
     """
 
     output: Tensor
@@ -45,21 +61,113 @@ def attention_with_entropy(
     dropout: float = 0.0,
     implementation: Implementation = "auto",
 ) -> AttentionOutput:
-    """Attend, and return the entropy of every row of the attention matrix."""
-    left, right = window if window is not None else (None, None)
-    if causal:
-        right = 0 if right is None else min(right, 0)
+    r"""Attend, and return the entropy of every row of the attention matrix.
+
+    With scores ``s_ij = softcap(scale q_i . k_j) + bias_ij`` over the keys a row may see,
+
+    .. math:: p_{ij} = \exp(s_{ij} - \mathrm{lse}_i), \qquad H_i = -\sum_j p_{ij} \log p_{ij}
+
+    Differentiable in query, key, value, bias and sinks through output, entropy and
+    log_normalizer. No ``[queries, keys]`` matrix is stored, except by ``reference``.
+
+    Args:
+        query: ``[batch, heads, queries, dim]``, float16, bfloat16, float32 or float64.
+        key: ``[batch, kv_heads, keys, dim]``; ``heads`` is a multiple of ``kv_heads``
+            (grouped-query attention).
+        value: ``[batch, kv_heads, keys, value_dim]``.
+        causal: a query sees the keys up to its own position; the last query is aligned with
+            the last key, so that a decoding step sees the whole cache.
+        window: ``(left, right)``, FlashAttention's convention: query i, aligned as above, sees
+            keys ``i - left .. i + right``; None for no limit on a side.
+        allowed: boolean, True where a query may attend to a key, four dimensions, each
+            broadcastable to ``[batch, heads, queries, keys]``.
+        key_padding: boolean ``[batch, keys]``, True for a real token.
+        document: integer ids ``[batch, keys]`` of packed sequences; a query sees only the keys of
+            its own document.
+        bias: added to the scores, broadcastable to ``[batch, heads, queries, keys]``; may need a
+            gradient. An entry of -inf masks its key, but is not subtracted from allowed_keys.
+        scale: factor of ``q . k``; ``1/sqrt(dim)`` unless given.
+        softcap: scores become ``softcap * tanh(score / softcap)`` before the bias (Gemma 2).
+        sinks: ``[heads]`` logits that join every row's normalizer but are no key (gpt-oss). The
+            entropy is ``-sum p log p`` over the real keys, whose weights then sum to less than 1.
+        dropout: rate in [0, 1) applied to the weights that multiply the values. The entropy is
+            that of the weights before dropout. ``torch.manual_seed`` reproduces it.
+        implementation: "auto" takes "triton" on CUDA where it can, else "blockwise". A requested
+            one that cannot run refuses and says why.
+
+    Returns:
+        output, entropy, log_normalizer, max_score and allowed_keys. A row that may see no key has
+        output 0, entropy 0, log_normalizer -inf (the sink, if any) and no gradient.
+
+    Raises:
+        TypeError: if a tensor has the wrong dtype.
+        ValueError: if shapes, devices or numbers do not fit together, or the implementation is
+            unknown or cannot run.
+
+    Example:
+        A row that sees n keys of equal score has entropy log n:
+
+        >>> q = torch.zeros(1, 1, 3, 2)
+        >>> attention_with_entropy(q, q, q, causal=True).entropy.exp()
+        tensor([[[1., 2., 3.]]])
+    """
+    sizes = check_tensors(query, key, value)
+    left, right = check_window(causal, window)
+    check_masks(sizes, query, allowed, key_padding, document)
+    check_scores(sizes, query, bias, scale, softcap, sinks, dropout)
     structure = Structure(left, right, allowed, key_padding, document)
-    rows = reference_attention(
-        query,
-        key,
-        value,
-        structure,
-        scale=query.shape[-1] ** -0.5 if scale is None else scale,
-        bias=bias,
-        softcap=softcap,
-        sinks=sinks,
-        dropout=dropout,
-    )
-    counts = count_allowed_keys(structure, query.shape[-2], key.shape[-2], query.device)
+    scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
+    arguments = {"bias": bias, "softcap": softcap, "sinks": sinks, "dropout": dropout}
+    name = choose_implementation(implementation, query, key, value, structure, scale, arguments)
+    rows = _IMPLEMENTATIONS[name](query, key, value, structure, scale=scale, **arguments)
+    counts = count_allowed_keys(structure, sizes.queries, sizes.keys, query.device)
     return AttentionOutput(*rows, allowed_keys=counts)
+
+
+def _triton_attention(*arguments, **options):  # type: ignore[no-untyped-def]
+    from entropy_regularization.attention.triton import triton_attention
+
+    return triton_attention(*arguments, **options)
+
+
+_IMPLEMENTATIONS = {
+    "reference": reference_attention,
+    "blockwise": blockwise_attention,
+    "triton": _triton_attention,
+}
+
+
+def choose_implementation(  # type: ignore[no-untyped-def]
+    asked: str, query: Tensor, key: Tensor, value: Tensor, structure: Structure, scale, options
+) -> str:
+    """Return the name of the implementation that runs, or refuse the one asked for."""
+    if asked not in get_args(Implementation):
+        names = ", ".join(get_args(Implementation))
+        raise ValueError(f"implementation is {asked!r}; choose one of {names}.")
+    if asked in ("reference", "blockwise"):
+        return asked
+    if asked == "auto" and query.device.type != "cuda":
+        return "blockwise"
+    reason = _why_not_triton(query, key, value, structure, scale, options)
+    if reason is None:
+        return "triton"
+    if asked == "triton":
+        raise ValueError(f"implementation='triton' cannot run: {reason}")
+    if not torch.compiler.is_compiling():
+        _say_once(f"attention on {query.device.type} runs blockwise, not triton: {reason}")
+    return "blockwise"
+
+
+def _why_not_triton(query, key, value, structure, scale, options) -> str | None:  # type: ignore[no-untyped-def]
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed; it comes with torch for CUDA."
+    if importlib.util.find_spec("entropy_regularization.attention.triton") is None:
+        return "this version of entropy_regularization has no triton kernels."
+    from entropy_regularization.attention.triton.support import unsupported_reason
+
+    return unsupported_reason(query, key, value, structure, scale=scale, **options)
+
+
+@functools.cache
+def _say_once(sentence: str) -> None:
+    logger.info(sentence)

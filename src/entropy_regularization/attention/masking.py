@@ -4,6 +4,7 @@ Queries are aligned with the *last* keys: query ``i`` of ``n_queries`` sits at k
 ``i + n_keys - n_queries``, so that a decoding step sees the whole cache.
 """
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -26,8 +27,16 @@ class Structure(NamedTuple):
     left: int | None = None
     right: int | None = None
     allowed: Bool[Tensor, "#batch #heads #queries #keys"] | None = None
-    key_padding: Bool[Tensor, "batch keys"] | None = None
-    document: Int[Tensor, "batch keys"] | None = None
+    key_padding: Bool[Tensor, "#batch keys"] | None = None
+    document: Int[Tensor, "#batch keys"] | None = None
+
+    def of_batches(self, batches: slice) -> "Structure":
+        """Cut the batch dimension, where there is one that is not broadcast."""
+        cut = [
+            None if tensor is None else tensor if tensor.shape[0] == 1 else tensor[batches]
+            for tensor in (self.allowed, self.key_padding, self.document)
+        ]
+        return Structure(self.left, self.right, *cut)
 
 
 class Tile(NamedTuple):
@@ -38,15 +47,63 @@ class Tile(NamedTuple):
     key_start: int
     key_stop: int
 
+    def crop(self, tensor: Tensor) -> Tensor:
+        """Cut the last two dimensions of a tensor; one that is broadcast stays as it is."""
+        if tensor.shape[-2] != 1:
+            tensor = tensor[..., self.row_start : self.row_stop, :]
+        if tensor.shape[-1] != 1:
+            tensor = tensor[..., self.key_start : self.key_stop]
+        return tensor
+
 
 def visible_keys(
     structure: Structure, row_start: int, row_stop: int, n_queries: int, n_keys: int
 ) -> tuple[int, int]:
-    """Return the half-open range of keys that ``left`` and ``right`` leave to a block of rows."""
+    """Return a half-open range of keys outside which no row of a block sees anything.
+
+    ``left`` and ``right`` bound it, then padding at either end, then the documents of the rows.
+    The last two read values of tensors.
+    """
     offset = n_keys - n_queries
     start = 0 if structure.left is None else max(0, row_start + offset - structure.left)
     stop = n_keys if structure.right is None else min(n_keys, row_stop + offset + structure.right)
-    return min(start, n_keys), max(stop, min(start, n_keys))
+    if start >= stop:
+        return 0, 0
+    seen = None
+    if structure.key_padding is not None:
+        seen = structure.key_padding[:, start:stop].any(0)
+    if structure.document is not None:
+        rows = structure.document[:, row_start + offset : row_stop + offset]
+        keys = structure.document[:, start:stop]
+        lowest, highest = rows.amin(1, keepdim=True), rows.amax(1, keepdim=True)
+        near = ((keys >= lowest) & (keys <= highest)).any(0)
+        seen = near if seen is None else seen & near
+    if seen is None:
+        return start, stop
+    places = seen.nonzero()
+    if not len(places):
+        return 0, 0
+    return start + int(places[0]), start + int(places[-1]) + 1
+
+
+def edge_masks(
+    structure: Structure, tile: Tile, n_queries: int, n_keys: int, device: torch.device
+) -> Iterator[tuple[slice, Bool[Tensor, "rows edge"]]]:
+    """Walk over the columns of a tile that ``left`` or ``right`` cuts, with True where it does.
+
+    A causal tile is cut only near the diagonal; the rest of it needs no mask.
+    """
+    row_start, row_stop, key_start, key_stop = tile
+    position = torch.arange(row_start, row_stop, device=device)[:, None] + n_keys - n_queries
+    first, last = row_start + n_keys - n_queries, row_stop - 1 + n_keys - n_queries
+    if structure.left is not None and last - structure.left > key_start:
+        stop = min(last - structure.left, key_stop)
+        key = torch.arange(key_start, stop, device=device)
+        yield slice(0, stop - key_start), key < position - structure.left
+    if structure.right is not None and first + structure.right + 1 < key_stop:
+        start = max(first + structure.right + 1, key_start)
+        key = torch.arange(start, key_stop, device=device)
+        yield slice(start - key_start, key_stop - key_start), key > position + structure.right
 
 
 def tile_allowed(
@@ -56,22 +113,13 @@ def tile_allowed(
     row_start, row_stop, key_start, key_stop = tile
     offset = n_keys - n_queries
     parts: list[Tensor] = []
-    # The last row of the tile looks back least, the first row looks ahead least.
-    left_cuts = (
-        structure.left is not None and row_stop - 1 + offset - structure.left > key_start
-    )
-    right_cuts = (
-        structure.right is not None and row_start + offset + structure.right < key_stop - 1
-    )
-    if left_cuts or right_cuts:
-        position = torch.arange(row_start, row_stop, device=device)[:, None] + offset
-        key = torch.arange(key_start, key_stop, device=device)[None, :]
-        if left_cuts:
-            parts.append((key >= position - structure.left)[None, None])
-        if right_cuts:
-            parts.append((key <= position + structure.right)[None, None])
+    if structure.left is not None or structure.right is not None:
+        inside = torch.ones(row_stop - row_start, key_stop - key_start, dtype=torch.bool, device=device)
+        for columns, outside in edge_masks(structure, tile, n_queries, n_keys, device):
+            inside[:, columns] &= ~outside
+        parts.append(inside[None, None])
     if structure.allowed is not None:
-        parts.append(_crop(structure.allowed, tile))
+        parts.append(tile.crop(structure.allowed))
     if structure.key_padding is not None:
         parts.append(structure.key_padding[:, None, None, key_start:key_stop])
     if structure.document is not None:
@@ -85,29 +133,42 @@ def tile_allowed(
     return result
 
 
-def _crop(tensor: Tensor, tile: Tile) -> Tensor:
-    """Cut a tile out of a tensor whose row or key dimension may be broadcast."""
-    if tensor.shape[-2] != 1:
-        tensor = tensor[..., tile.row_start : tile.row_stop, :]
-    if tensor.shape[-1] != 1:
-        tensor = tensor[..., tile.key_start : tile.key_stop]
-    return tensor
-
-
 def count_allowed_keys(
-    structure: Structure, n_queries: int, n_keys: int, device: torch.device, block: int = 256
+    structure: Structure, n_queries: int, n_keys: int, device: torch.device, block: int = 128
 ) -> Int[Tensor, "#batch #heads queries"]:
-    """Count the keys of every row, ``n_i``; ``log n_i`` is the most entropy the row can have."""
+    """Count the keys of every row, ``n_i``; ``log n_i`` is the most entropy the row can have.
+
+    Closed form for ``left``, ``right`` and ``key_padding`` (prefix sums); documents and a dense
+    ``allowed`` are counted a block of rows at a time.
+    """
+    if structure.allowed is None and structure.document is None:
+        return _count_in_band(structure, n_queries, n_keys, device)
     counts = []
     for row_start in range(0, n_queries, block):
         row_stop = min(row_start + block, n_queries)
         tile = Tile(row_start, row_stop, 0, n_keys)
         allowed = tile_allowed(structure, tile, n_queries, n_keys, device)
-        if allowed is None:
-            counts.append(torch.full((1, 1, row_stop - row_start), n_keys, device=device))
-        else:
-            rows = allowed.expand(*allowed.shape[:2], row_stop - row_start, n_keys)
-            counts.append(rows.sum(-1))
+        assert allowed is not None
+        shape = (*allowed.shape[:2], row_stop - row_start, n_keys)
+        counts.append(allowed.expand(shape).sum(-1))
     if not counts:
         return torch.zeros(1, 1, 0, dtype=torch.int64, device=device)
     return torch.cat(counts, dim=-1)
+
+
+def _count_in_band(
+    structure: Structure, n_queries: int, n_keys: int, device: torch.device
+) -> Int[Tensor, "#batch 1 queries"]:
+    """Count real keys between the left and right limit of each row."""
+    position = torch.arange(n_queries, device=device) + n_keys - n_queries
+    start = torch.zeros_like(position)
+    stop = torch.full_like(position, n_keys)
+    if structure.left is not None:
+        start = (position - structure.left).clamp(0, n_keys)
+    if structure.right is not None:
+        stop = (position + structure.right + 1).clamp(0, n_keys)
+    if structure.key_padding is None:
+        return (stop - start).clamp(min=0)[None, None]
+    padded = torch.nn.functional.pad(structure.key_padding.to(torch.int64), (1, 0))
+    before = padded.cumsum(-1)  # real keys before each position
+    return (before[:, stop.clamp(min=0)] - before[:, start]).clamp(min=0)[:, None]

@@ -47,7 +47,7 @@ def reference_attention(
     allowed = tile_allowed(structure, everything, n_queries, n_keys, query.device)
     if allowed is None:
         allowed = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=query.device)
-    allowed = allowed.expand(score.shape)
+    allowed = allowed.expand(score.shape) & (score > -torch.inf)  # -inf in a bias masks its key
     empty = ~allowed.any(-1)  # rows with no key: output, entropy and every gradient are 0
 
     # lse_i = log(sum_j exp(s_ij) [+ exp(sink)])
@@ -57,10 +57,12 @@ def reference_attention(
         masked = torch.zeros(*score.shape[:-1], 1, dtype=wide, device=score.device)
     log_normalizer = torch.logsumexp(masked, dim=-1)
     if sinks is not None:
-        log_normalizer = torch.logaddexp(log_normalizer, sinks.to(wide)[None, :, None])
+        sink = sinks.to(wide)[None, :, None].expand_as(log_normalizer)
+        log_normalizer = torch.where(empty, sink, torch.logaddexp(log_normalizer, sink))
 
     # log p_ij is kept finite where p_ij = 0: 0 * -inf is NaN, forward and backward
-    log_probability = (score - log_normalizer[..., None]).masked_fill(~allowed, 0.0)
+    finite = score.masked_fill(~allowed, 0.0)
+    log_probability = (finite - log_normalizer[..., None]).masked_fill(~allowed, 0.0)
     probability = log_probability.exp() * allowed
     entropy = -(probability * log_probability).sum(-1)
 
