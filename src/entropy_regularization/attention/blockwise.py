@@ -4,8 +4,12 @@ A block of rows meets all the keys it may see at once, so a row needs no second 
 rescaling; what the structure excludes (the future, the keys outside a window, padding at either
 end, other documents) is never computed. Scores live in three scratch buffers that every block
 reuses. See docs/attention.md for what was tried and what each choice gave.
+
+Inside this file scores and log-probabilities are in base 2 (names end in ``_log2``): exp of a
+number that underflows costs ten times as much as any other on a CPU, exp2 costs always the same.
 """
 
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -21,11 +25,14 @@ from entropy_regularization.attention.masking import (
     visible_keys,
 )
 
+LOG2_E = 1.0 / math.log(2.0)
+LN_2 = math.log(2.0)
+
 # A masked score stays finite, because 0 * -inf in the sum of p (s - m) is NaN.
 MASKED_SCORE = -1e30
 EMPTY_ROW = -5e29  # a row whose largest score lies below this sees no key
-# exp(-1000) is 0 in float32 and float64; kept small so that its product with any gradient is finite.
-MASKED_LOG_PROBABILITY = -1000.0
+# 2^-2000 is 0 in float32 and float64; kept small so that its product with any gradient is finite.
+MASKED_LOG_PROBABILITY = -2000.0
 
 # Elements of one score buffer: three of them should stay near the second-level cache.
 SCRATCH_ELEMENTS = 1_000_000
@@ -131,9 +138,12 @@ class ChunkView:
     def __init__(self, problem: Problem, chunk: Chunk, scratch: Scratch) -> None:
         self.problem, self.chunk, self.scratch = problem, chunk, scratch
         self.structure = problem.structure.of_batches(chunk.batches)
+        self.inner = self.structure._replace(left=None, right=None)
         key = problem.key[chunk.batches, chunk.heads]
         self.shape = (key.shape[0], key.shape[1], problem.group)
         self.units = key.shape[0] * key.shape[1]
+        self.query = self.cut(problem.query)
+        self.bias = None if problem.bias is None else self.cut(problem.bias)
         self.key = self._units(key)
         self.value = self._units(problem.value[chunk.batches, chunk.heads])
         # Contiguous transposes: the products with them are a tenth faster.
@@ -142,38 +152,35 @@ class ChunkView:
     def _units(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.problem.wide).flatten(0, 1)
 
-    def rows(self, tensor: Tensor, start: int, stop: int) -> Tensor:
-        """Cut rows of a ``[batch, query heads, queries, dim]`` tensor to ``[units, rows, dim]``."""
-        cut = self.chunk.of(tensor, self.problem.group)[..., start:stop, :]
-        return cut.to(self.problem.wide).reshape(self.units, -1, tensor.shape[-1])
+    def cut(self, tensor: Tensor) -> Tensor:
+        """Cut ``[batch, query heads, ...]`` to this chunk's ``[b, h, group, ...]``."""
+        return self.chunk.of(tensor, self.problem.group)
 
-    def row_values(self, tensor: Tensor, start: int, stop: int) -> Tensor:
-        """Cut a ``[batch, query heads, queries]`` tensor to ``[units, rows, 1]``."""
-        return self.rows(tensor[..., None], start, stop)
+    def rows(self, cut: Tensor, tile: Tile) -> Tensor:
+        """Take a block of rows of ``[b, h, group, queries, dim]`` as ``[units, rows, dim]``."""
+        block = cut[:, :, :, tile.row_start : tile.row_stop]
+        return block.reshape(self.units, -1, cut.shape[-1]).to(self.problem.wide)
 
-    def put(self, target: Tensor, start: int, stop: int, block: Tensor) -> None:
-        """Write ``[units, rows, dim]`` into rows of a ``[batch, query heads, queries, dim]``."""
-        cut = self.chunk.of(target, self.problem.group)[..., start:stop, :]
-        cut.copy_(block.view(cut.shape))
-
-    def tile(self, start: int, stop: int) -> Tile:
-        """Return the rows and the keys that any of them may see."""
-        n_queries, n_keys = self.problem.query.shape[2], self.problem.key.shape[2]
-        return Tile(start, stop, *visible_keys(self.structure, start, stop, n_queries, n_keys))
+    def put(self, cut: Tensor, tile: Tile, block: Tensor) -> None:
+        """Write ``[units, rows, dim]`` into a block of rows of ``[b, h, group, queries, dim]``."""
+        target = cut[:, :, :, tile.row_start : tile.row_stop]
+        target.copy_(block.view(target.shape))
 
     def scores(self, tile: Tile) -> tuple[Tensor, Tensor | None]:
-        """Return ``[units, rows, keys]`` scores before the mask, and the capped ones if capped."""
+        """Return ``[units, rows, keys]`` scores in base 2, not masked; and capped ones if capped."""
         problem = self.problem
-        query = self.rows(problem.query, tile.row_start, tile.row_stop) * problem.scale
+        factor = problem.scale * (LOG2_E if problem.softcap is None else 1.0 / problem.softcap)
+        query = self.rows(self.query, tile) * factor
         keys = self.key_t[:, :, tile.key_start : tile.key_stop]
         score = self.scratch.take("score", *query.shape[:2], keys.shape[2])
         torch.bmm(query, keys, out=score)
         capped = None
         if problem.softcap is not None:
-            score.div_(problem.softcap).tanh_().mul_(problem.softcap)
-            capped = self.scratch.take("capped", *score.shape).copy_(score)
-        if problem.bias is not None:
-            self.per_head(score, tile).add_(self.bias(tile))
+            capped = self.scratch.take("capped", *score.shape)
+            torch.tanh(score, out=capped)
+            torch.mul(capped, problem.softcap * LOG2_E, out=score)
+        if self.bias is not None:
+            self.per_head(score, tile).add_(tile.crop(self.bias), alpha=LOG2_E)
             score.clamp_(min=MASKED_SCORE)  # -inf in a bias masks its key
         return score, capped
 
@@ -181,19 +188,13 @@ class ChunkView:
         """View ``[units, group rows, keys]`` as ``[b, h, group, rows, keys]``."""
         return score.view(*self.shape, tile.row_stop - tile.row_start, score.shape[-1])
 
-    def bias(self, tile: Tile) -> Tensor:
-        """Cut the bias to a tile."""
-        assert self.problem.bias is not None
-        return tile.crop(self.chunk.of(self.problem.bias, self.problem.group))
-
     def fill_masked(self, score: Tensor, tile: Tile, fill: float) -> None:
         """Overwrite the scores of keys that are not allowed."""
         problem, view = self.problem, self.per_head(score, tile)
         sizes = problem.query.shape[2], problem.key.shape[2]
         for keys, outside in edge_masks(self.structure, tile, *sizes, score.device):
             view[..., keys].masked_fill_(outside, fill)
-        inner = self.structure._replace(left=None, right=None)
-        allowed = tile_allowed(inner, tile, *sizes, score.device)
+        allowed = tile_allowed(self.inner, tile, *sizes, score.device)
         if allowed is not None:
             everyone = self.chunk._replace(batches=slice(None))
             view.masked_fill_(~everyone.of(allowed, problem.group), fill)
@@ -211,11 +212,12 @@ class ChunkView:
         return keep.div_(1.0 - problem.dropout)
 
 
-def row_blocks(problem: Problem, blocks: Blocks) -> Iterator[tuple[int, int]]:
-    """Walk over the rows, a block at a time."""
-    n_queries = problem.query.shape[2]
+def row_blocks(view: ChunkView, blocks: Blocks) -> Iterator[Tile]:
+    """Walk over the rows, a block at a time, each with the keys that any of its rows may see."""
+    n_queries, n_keys = view.problem.query.shape[2], view.problem.key.shape[2]
     for start in range(0, n_queries, blocks.rows):
-        yield start, min(start + blocks.rows, n_queries)
+        stop = min(start + blocks.rows, n_queries)
+        yield Tile(start, stop, *visible_keys(view.structure, start, stop, n_queries, n_keys))
 
 
 def forward(
@@ -227,67 +229,64 @@ def forward(
     Float[Tensor, "batch heads queries"],
 ]:
     """Return output, entropy, log-normalizer and largest score of every row."""
-    batch, heads, n_queries, _ = problem.query.shape
-    value_dim = problem.value.shape[-1]
-    row_shape = (batch, heads, n_queries)
-    output = problem.query.new_zeros(*row_shape, value_dim)
-    statistics = problem.query.new_empty(3, *row_shape, dtype=problem.wide)
-    # m, l, t of MATHEMATICS: largest score, sum of exp(s - m), sum of exp(s - m) (s - m)
-    largest, total, weighted = statistics.unbind()
-    largest.fill_(-torch.inf)
-    total.zero_()
-    weighted.zero_()
+    row_shape = problem.query.shape[:3]
+    output = problem.query.new_empty(*row_shape, problem.value.shape[-1])
+    statistics = problem.query.new_empty(*row_shape, 3, dtype=problem.wide)
     blocks = choose_blocks(problem)
     scratch = Scratch(problem.query, problem.wide)
     for chunk in chunks_of(problem, blocks):
         view = ChunkView(problem, chunk, scratch)
-        for start, stop in row_blocks(problem, blocks):
-            tile = view.tile(start, stop)
-            if tile.key_start < tile.key_stop:
-                block = _forward_block(view, tile)
-                for target, part in zip((largest, total, weighted), block[1:], strict=True):
-                    view.put(target[..., None], start, stop, part[..., None])
-                view.put(output, start, stop, block[0])
-    return output, *_finish(problem, output, largest, total, weighted)
+        targets = view.cut(output), view.cut(statistics)
+        for tile in row_blocks(view, blocks):
+            if tile.key_start == tile.key_stop:
+                for target, nothing in zip(targets, (0.0, MASKED_SCORE), strict=True):
+                    target[:, :, :, tile.row_start : tile.row_stop].fill_(nothing)
+                continue
+            for target, block in zip(targets, _forward_block(view, tile), strict=True):
+                view.put(target, tile, block)
+    return output, *_finish(problem, output, *statistics.unbind(-1))
 
 
-def _forward_block(view: ChunkView, tile: Tile) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the block's output (divided by l), m, l and t."""
+def _forward_block(view: ChunkView, tile: Tile) -> tuple[Tensor, Tensor]:
+    """Return a block's output, and (m, l, t) of MATHEMATICS in base 2, ``[units, rows, 3]``."""
     score, _ = view.scores(tile)
     view.fill_masked(score, tile, MASKED_SCORE)
     largest = score.amax(-1, keepdim=True)
     score.sub_(largest)
-    probability = torch.exp(score, out=view.scratch.take("probability", *score.shape))
-    total = probability.sum(-1)
-    weighted = score.mul_(probability).sum(-1)
-    empty = largest[..., 0] <= EMPTY_ROW
+    probability = torch.exp2(score, out=view.scratch.take("probability", *score.shape))
+    total = probability.sum(-1, keepdim=True)
+    weighted = score.mul_(probability).sum(-1, keepdim=True)
     keep = view.keep(tile, probability)
     if keep is not None:
         probability.mul_(keep)
     output = view.scratch.take("output", *score.shape[:2], view.value.shape[-1])
     # Into a contiguous buffer: a batched product into a strided slice is a third slower.
     torch.bmm(probability, view.value[:, tile.key_start : tile.key_stop], out=output)
-    output.div_(total[..., None]).masked_fill_(empty[..., None], 0.0)
-    largest = largest[..., 0].masked_fill_(empty, -torch.inf)
-    return output, largest, total.masked_fill_(empty, 0.0), weighted.masked_fill_(empty, 0.0)
+    return output.div_(total), torch.cat((largest, total, weighted), -1)
 
 
 def _finish(
     problem: Problem, output: Tensor, largest: Tensor, total: Tensor, weighted: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Turn (m, l, t) into entropy, log-normalizer and largest score; let sinks take their share."""
-    log_total = total.log()  # -inf for an empty row
+    log_total = total.log()
+    entropy = log_total - LN_2 * weighted / total
+    largest = largest * LN_2
+    if problem.structure.may_leave_rows_empty(problem.key.shape[2]) or problem.bias is not None:
+        empty = largest <= EMPTY_ROW
+        largest.masked_fill_(empty, -torch.inf)
+        entropy.masked_fill_(empty, 0.0)
+        log_total.masked_fill_(empty, 0.0)
+        output.masked_fill_(empty[..., None], 0.0)
     log_normalizer = largest + log_total
     if problem.sinks is None:
-        entropy = (log_total - weighted / total).masked_fill_(total == 0, 0.0)
         return entropy, log_normalizer, largest
     sinks = problem.sinks.to(problem.wide)[None, :, None]
     with_sink = torch.logaddexp(log_normalizer, sinks)
     share = (log_normalizer - with_sink).exp()  # of the row's mass that the real keys keep
-    # -sum p log p with p = share * softmax
-    entropy = share * ((log_total - weighted / total) - (log_normalizer - with_sink))
-    output.mul_(share[..., None].to(output.dtype))
-    return entropy.masked_fill_(total == 0, 0.0), with_sink, largest
+    output.mul_(share[..., None])
+    # -sum p log p with p = share * softmax; an empty row has share 0 and log share -inf
+    return share * entropy + torch.special.entr(share), with_sink, largest
 
 
 class Gradients(NamedTuple):
@@ -303,10 +302,19 @@ class Gradients(NamedTuple):
 class RowConstants(NamedTuple):
     """What the gradient of a score needs of its row, each ``[batch, heads, queries]``."""
 
-    log_normalizer: Tensor
+    log2_normalizer: Tensor
     minus_entropy_gradient: Tensor
     delta: Tensor
     sink_share: Tensor | None
+
+
+class RowViews(NamedTuple):
+    """One chunk's share of what belongs to rows, each ``[b, h, group, queries, dim or 1]``."""
+
+    output_gradient: Tensor
+    log2_normalizer: Tensor
+    minus_entropy_gradient: Tensor
+    delta: Tensor
 
 
 def row_constants(
@@ -330,7 +338,7 @@ def row_constants(
     delta = delta + entropy_gradient * bracket - normalizer_gradient
     # An empty row: exp(s - lse) must be 0, whatever its scores.
     finite = log_normalizer.masked_fill(log_normalizer == -torch.inf, -MASKED_SCORE)
-    return RowConstants(finite, -entropy_gradient, delta, sink_share)
+    return RowConstants(finite * LOG2_E, -entropy_gradient, delta, sink_share)
 
 
 def backward(
@@ -350,7 +358,7 @@ def backward(
     constants = row_constants(problem, saved, upstream)
     inputs = (problem.query, problem.key, problem.value)
     d_query, d_key, d_value = (
-        torch.zeros_like(tensor) if want else None
+        torch.empty_like(tensor) if want else None
         for tensor, want in zip(inputs, wanted[:3], strict=True)
     )
     d_bias = None
@@ -383,25 +391,31 @@ def _backward_chunk(
 ) -> None:
     """Add one chunk's share to the gradients."""
     problem, chunk = view.problem, view.chunk
+    rows = RowViews(
+        view.cut(output_gradient), *(view.cut(constant[..., None]) for constant in constants[:3])
+    )
     value_t = view.value.transpose(1, 2).contiguous()
-    key_sum = torch.zeros_like(view.key) if gradients.key is not None else None
-    value_sum = torch.zeros_like(view.value) if gradients.value is not None else None
-    for start, stop in row_blocks(problem, blocks):
-        tile = view.tile(start, stop)
+    d_query = None if gradients.query is None else view.cut(gradients.query)
+    d_bias = None if gradients.bias is None else view.cut(gradients.bias)
+    key_sum = None if gradients.key is None else torch.zeros_like(view.key)
+    value_sum = None if gradients.value is None else torch.zeros_like(view.value)
+    for tile in row_blocks(view, blocks):
         if tile.key_start == tile.key_stop:
+            if d_query is not None:
+                d_query[:, :, :, tile.row_start : tile.row_stop].zero_()
             continue
         keys = slice(tile.key_start, tile.key_stop)
-        d_output = view.rows(output_gradient, start, stop)
-        d_score, weights = _score_gradient(view, tile, constants, d_output, value_t, gradients)
+        d_output = view.rows(rows.output_gradient, tile)
+        d_score, weights = _score_gradient(view, tile, rows, d_output, value_t, d_bias)
         if value_sum is not None:
             _add_product(value_sum[:, keys], weights, d_output, view.scratch)
         if key_sum is not None:
-            query = view.rows(problem.query, start, stop) * problem.scale
+            query = view.rows(view.query, tile) * problem.scale
             _add_product(key_sum[:, keys], d_score, query, view.scratch)
-        if gradients.query is not None:
+        if d_query is not None:
             block = view.scratch.take("output", *d_score.shape[:2], view.key.shape[-1])
             torch.bmm(d_score, view.key[:, keys], out=block)
-            view.put(gradients.query, start, stop, block.mul_(problem.scale))
+            view.put(d_query, tile, block.mul_(problem.scale))
     for target, total in ((gradients.key, key_sum), (gradients.value, value_sum)):
         if target is not None and total is not None:
             cut = target[chunk.batches, chunk.heads]
@@ -418,35 +432,35 @@ def _add_product(target: Tensor, left: Tensor, right: Tensor, scratch: Scratch) 
 def _score_gradient(
     view: ChunkView,
     tile: Tile,
-    constants: RowConstants,
+    rows: RowViews,
     d_output: Tensor,
     value_t: Tensor,
-    gradients: Gradients,
+    d_bias: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Return d(score before the cap) and the weights that multiplied the values."""
     problem, scratch = view.problem, view.scratch
-    rows = (tile.row_start, tile.row_stop)
-    log_probability, capped = view.scores(tile)
-    log_probability.sub_(view.row_values(constants.log_normalizer, *rows))
-    view.fill_masked(log_probability, tile, MASKED_LOG_PROBABILITY)
+    probability_log2, capped = view.scores(tile)
+    probability_log2.sub_(view.rows(rows.log2_normalizer, tile))
+    view.fill_masked(probability_log2, tile, MASKED_LOG_PROBABILITY)
     if problem.bias is not None:
-        log_probability.clamp_(min=MASKED_LOG_PROBABILITY)
-    shape = log_probability.shape
-    probability = torch.exp(log_probability, out=scratch.take("probability", *shape))
+        probability_log2.clamp_(min=MASKED_LOG_PROBABILITY)
+    shape = probability_log2.shape
+    probability = torch.exp2(probability_log2, out=scratch.take("probability", *shape))
     d_score = scratch.take("d_score", *shape)
     torch.bmm(d_output, value_t[:, :, tile.key_start : tile.key_stop], out=d_score)
     keep = view.keep(tile, probability)
     if keep is not None:
         d_score.mul_(keep)
     # dS = p (dO.v - delta - g (s - lse)): one multiply-add a score for the entropy
-    d_score.sub_(view.row_values(constants.delta, *rows))
-    d_score.addcmul_(log_probability, view.row_values(constants.minus_entropy_gradient, *rows))
+    d_score.sub_(view.rows(rows.delta, tile))
+    minus_entropy_gradient = view.rows(rows.minus_entropy_gradient, tile)
+    d_score.addcmul_(probability_log2, minus_entropy_gradient, value=LN_2)
     d_score.mul_(probability)
-    if gradients.bias is not None:
-        target = tile.crop(view.chunk.of(gradients.bias, problem.group))
+    if d_bias is not None:
+        target = tile.crop(d_bias)
         target.add_(view.per_head(d_score, tile).sum_to_size(target.shape))
     if capped is not None and problem.softcap is not None:
-        slope = capped.div_(problem.softcap).square_().neg_().add_(1.0)  # of the cap
+        slope = capped.square_().neg_().add_(1.0)  # of softcap * tanh(x / softcap)
         d_score.mul_(slope)
     weights = probability if keep is None else probability.mul_(keep)
     return d_score, weights

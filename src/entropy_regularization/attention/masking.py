@@ -38,6 +38,12 @@ class Structure(NamedTuple):
         ]
         return Structure(self.left, self.right, *cut)
 
+    def may_leave_rows_empty(self, n_keys: int) -> bool:
+        """Tell whether a row without any key is possible, from shapes alone."""
+        plain = self.allowed is None and self.key_padding is None and self.document is None
+        # With at least as many keys as queries, a row sees at least its own position.
+        return not plain or n_keys == 0 or self.left is not None or self.right is not None
+
 
 class Tile(NamedTuple):
     """A rectangle of the score matrix: rows ``[row_start, row_stop)``, likewise keys."""

@@ -1,0 +1,139 @@
+"""Attention problems of odd sizes, and the comparison that every implementation must pass."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from entropy_regularization import AttentionOutput, attention_with_entropy
+
+
+@dataclass
+class Case:
+    """One attention problem; ``shape`` is batch, heads, kv_heads, queries, keys, dim, value_dim."""
+
+    name: str
+    shape: tuple[int, int, int, int, int, int, int] = (2, 4, 2, 9, 9, 8, 8)
+    options: dict[str, Any] = field(default_factory=dict)
+    padding: bool = False
+    documents: bool = False
+    dense: tuple[int, int, int, int] | None = None
+    bias: tuple[int, int, int, int] | None = None
+    sinks: bool = False
+    gain: float = 1.5
+
+    def build(self, dtype: torch.dtype, device: str = "cpu") -> tuple[list[Tensor], dict[str, Any]]:
+        """Return the tensors that need gradients (query, key, value, [bias], [sinks]) and options."""
+        generator = torch.Generator().manual_seed(len(self.name))
+        batch, heads, kv_heads, n_queries, n_keys, dim, value_dim = self.shape
+
+        def normal(*size: int) -> Tensor:
+            tensor = torch.randn(*size, generator=generator, dtype=torch.float64)
+            return tensor.to(dtype).to(device).requires_grad_()
+
+        inputs = [
+            normal(batch, heads, n_queries, dim),
+            normal(batch, kv_heads, n_keys, dim),
+            normal(batch, kv_heads, n_keys, value_dim),
+        ]
+        options = dict(self.options)
+        options.setdefault("scale", self.gain * dim**-0.5)
+        if self.padding:
+            real = torch.rand(batch, n_keys, generator=generator) > 0.3
+            real[0, : n_keys // 2] = False  # left padding: causal rows there see no key at all
+            options["key_padding"] = real.to(device)
+        if self.documents:
+            ids = torch.randint(0, 3, (batch, n_keys), generator=generator)
+            options["document"] = ids.sort(-1).values.to(device)
+        if self.dense:
+            allowed = torch.rand(self.dense, generator=generator) > 0.4
+            options["allowed"] = allowed.to(device)
+        if self.bias:
+            inputs.append(normal(*self.bias))
+        if self.sinks:
+            inputs.append(normal(heads))
+        return inputs, options
+
+    def run(
+        self, inputs: list[Tensor], options: dict[str, Any], implementation: str
+    ) -> AttentionOutput:
+        """Call attention_with_entropy on what build returned."""
+        query, key, value, *rest = inputs
+        named = dict(options)
+        if self.bias:
+            named["bias"] = rest.pop(0)
+        if self.sinks:
+            named["sinks"] = rest.pop(0)
+        return attention_with_entropy(query, key, value, implementation=implementation, **named)
+
+
+CASES = [
+    Case("plain"),
+    Case("single-row", (1, 2, 2, 1, 1, 4, 4)),
+    Case("cross", (2, 3, 3, 5, 11, 8, 6)),
+    Case("causal", options={"causal": True}),
+    Case("causal-decode-one-token", (2, 4, 2, 1, 13, 8, 8), {"causal": True}),
+    Case("causal-prefill-chunk", (1, 4, 4, 5, 13, 8, 8), {"causal": True}),
+    Case("causal-more-queries-than-keys", (1, 2, 1, 9, 5, 8, 8), {"causal": True}),
+    Case("causal-left-padding", options={"causal": True}, padding=True),
+    Case("padding", padding=True),
+    Case("window", options={"window": (2, 1)}),
+    Case("window-left", (1, 4, 2, 17, 17, 8, 8), {"window": (3, None)}),
+    Case("window-causal", (1, 4, 2, 17, 20, 8, 8), {"window": (4, None), "causal": True}),
+    Case("documents-causal", (2, 2, 2, 13, 13, 8, 8), {"causal": True}, documents=True),
+    Case("documents-padding", (2, 2, 2, 13, 13, 8, 8), padding=True, documents=True),
+    Case("dense-per-head", dense=(1, 4, 9, 9)),
+    Case("dense-per-batch-causal", options={"causal": True}, dense=(2, 1, 9, 9)),
+    Case("dense-per-key", dense=(2, 1, 1, 9)),
+    Case("bias-full", bias=(2, 4, 9, 9)),
+    Case("bias-per-head", options={"causal": True}, bias=(1, 4, 9, 9)),
+    Case("bias-alibi", options={"causal": True}, bias=(1, 4, 1, 9)),
+    Case("bias-per-row", bias=(1, 1, 9, 1), padding=True),
+    Case("softcap", options={"softcap": 1.5, "causal": True}),
+    Case("softcap-bias-padding", options={"softcap": 2.0}, bias=(1, 4, 9, 9), padding=True),
+    Case("sinks", options={"causal": True}, sinks=True),
+    Case("sinks-window-padding", options={"window": (3, 0)}, sinks=True, padding=True),
+    Case("grouped-query", (2, 6, 2, 7, 10, 12, 5), {"causal": True}),
+    Case("multi-query", (1, 5, 1, 7, 7, 3, 3), {"causal": True}),
+    Case(
+        "everything",
+        (2, 4, 2, 11, 14, 8, 5),
+        {"causal": True, "window": (6, 2), "softcap": 3.0},
+        padding=True,
+        documents=True,
+        dense=(1, 4, 11, 14),
+        bias=(2, 1, 11, 14),
+        sinks=True,
+    ),
+]
+
+
+def upstream(outputs: AttentionOutput) -> list[Tensor]:
+    """Random gradients for output, entropy and log-normalizer: none of them 1, none alike."""
+    generator = torch.Generator().manual_seed(7)
+    return [
+        torch.randn(tensor.shape, generator=generator, dtype=torch.float64).to(tensor)
+        for tensor in outputs[:3]
+    ]
+
+
+def gradients(outputs: AttentionOutput, inputs: list[Tensor]) -> list[Tensor]:
+    """Differentiate through output, entropy and log-normalizer at once."""
+    finite = outputs.log_normalizer.masked_fill(outputs.log_normalizer == -torch.inf, 0.0)
+    differentiable = [outputs.output, outputs.entropy, finite]
+    return list(torch.autograd.grad(differentiable, inputs, upstream(outputs)))
+
+
+def worst_error(got: list[Tensor], expected: list[Tensor]) -> float:
+    """Largest absolute difference; infinite where shapes, NaNs or infinities do not match."""
+    worst = 0.0
+    for ours, theirs in zip(got, expected, strict=True):
+        if ours.shape != theirs.shape:
+            return float("inf")
+        ours, theirs = ours.double(), theirs.double()
+        if not torch.equal(torch.isfinite(ours), torch.isfinite(theirs)) or ours.isnan().any():
+            return float("inf")
+        difference = (ours - theirs)[torch.isfinite(theirs)].abs()
+        worst = max(worst, difference.max().item() if difference.numel() else 0.0)
+    return worst

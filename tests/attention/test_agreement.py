@@ -1,0 +1,218 @@
+"""Every implementation equals the specification: outputs, statistics, and every gradient."""
+
+import pytest
+import torch
+from cases import CASES, Case, gradients, worst_error
+
+from entropy_regularization import attention_with_entropy
+from entropy_regularization.attention import blockwise
+
+
+def small_blocks(problem: blockwise.Problem) -> blockwise.Blocks:
+    return blockwise.Blocks(rows=3, batches=1, heads=1)
+
+
+@pytest.fixture(params=["chosen blocks", "small blocks"])
+def blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.param == "small blocks":
+        monkeypatch.setattr(blockwise, "choose_blocks", small_blocks)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize(("dtype", "budget"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+@pytest.mark.usefixtures("blocks")
+def test_blockwise_equals_reference(case: Case, dtype: torch.dtype, budget: float) -> None:
+    inputs, options = case.build(dtype)
+    expected = case.run(inputs, options, "reference")
+    got = case.run(inputs, options, "blockwise")
+    assert worst_error(list(got), list(expected)) <= budget
+    assert worst_error(gradients(got, inputs), gradients(expected, inputs)) <= budget
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_error_is_that_of_rounding_the_results(
+    case: Case, dtype: torch.dtype
+) -> None:
+    """Scores, entropies and sums are float32; only what is stored in ``dtype`` is rounded."""
+    inputs, options = case.build(dtype)
+    exact = [tensor.detach().double().requires_grad_() for tensor in inputs]
+    expected = case.run(exact, options, "reference")
+    got = case.run(inputs, options, "blockwise")
+    rounding = torch.finfo(dtype).eps
+    assert got.entropy.dtype == torch.float32
+    assert worst_error([got.entropy], [expected.entropy]) <= 1e-5
+    assert worst_error([got.log_normalizer], [expected.log_normalizer]) <= 1e-5
+    for ours, theirs in [
+        (got.output, expected.output),
+        *zip(gradients(got, inputs), gradients(expected, exact), strict=True),
+    ]:
+        assert ours.dtype == dtype
+        assert worst_error([ours], [theirs]) <= 2 * rounding * (1 + theirs.abs().max().item())
+
+
+def test_comparison_refuses_wrong_answers() -> None:
+    right = torch.tensor([0.0, 1.0, -torch.inf])
+    assert worst_error([right], [right]) == 0.0
+    assert worst_error([right[:2]], [right]) == torch.inf
+    assert worst_error([torch.tensor([0.0, 1.0, 3.0])], [right]) == torch.inf
+    assert worst_error([torch.tensor([0.0, torch.nan, -torch.inf])], [right]) == torch.inf
+    assert worst_error([torch.tensor([0.0, 1.5, -torch.inf])], [right]) == 0.5
+
+
+GRADCHECKED = ("causal-left-padding", "dense-per-head", "softcap-bias-padding", "everything")
+
+
+@pytest.mark.parametrize("implementation", ["reference", "blockwise"])
+@pytest.mark.parametrize(
+    "case", [case for case in CASES if case.name in GRADCHECKED], ids=lambda case: case.name
+)
+def test_gradcheck_with_masked_keys(case: Case, implementation: str) -> None:
+    inputs, options = case.build(torch.float64)
+
+    def differentiable(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        got = case.run(list(tensors), options, implementation)
+        normalizer = got.log_normalizer
+        return got.output, got.entropy, normalizer.masked_fill(normalizer == -torch.inf, 0.0)
+
+    assert torch.autograd.gradcheck(differentiable, inputs)
+
+
+@pytest.mark.parametrize("wanted", [[0], [1], [2], [3], [4], [0, 4], [1, 2], [2, 3]])
+def test_any_subset_of_inputs_may_need_a_gradient(wanted: list[int]) -> None:
+    case = next(case for case in CASES if case.name == "everything")
+    inputs, options = case.build(torch.float64)
+    for place, tensor in enumerate(inputs):
+        tensor.requires_grad_(place in wanted)
+    chosen = [inputs[place] for place in wanted]
+    differences = []
+    for implementation in ("reference", "blockwise"):
+        got = case.run(inputs, options, implementation)
+        total = got.output.square().sum() + got.entropy.square().sum()
+        differences.append(list(torch.autograd.grad(total, chosen, allow_unused=True)))
+    expected = [
+        torch.zeros_like(tensor) if gradient is None else gradient
+        for gradient, tensor in zip(differences[0], chosen, strict=True)
+    ]
+    assert worst_error(differences[1], expected) <= 1e-12
+
+
+@pytest.mark.parametrize("through", ["output", "entropy", "log_normalizer"])
+def test_upstream_gradients_may_be_missing(through: str) -> None:
+    inputs, options = CASES[3].build(torch.float64)
+    found = []
+    for implementation in ("reference", "blockwise"):
+        got = getattr(CASES[3].run(inputs, options, implementation), through)
+        found.append(
+            torch.autograd.grad(got.square().sum(), inputs, allow_unused=True, materialize_grads=True)
+        )
+    assert worst_error(list(found[1]), list(found[0])) <= 1e-12
+
+
+@pytest.mark.parametrize("implementation", ["reference", "blockwise"])
+def test_rows_without_keys_are_zero_and_carry_no_gradient(implementation: str) -> None:
+    case = next(case for case in CASES if case.name == "causal-left-padding")
+    inputs, options = case.build(torch.float64)
+    got = case.run(inputs, options, implementation)
+    empty = got.allowed_keys.expand_as(got.entropy) == 0
+    assert empty.any()
+    assert (got.entropy[empty] == 0).all()
+    assert (got.output[empty] == 0).all()
+    assert (got.log_normalizer[empty] == -torch.inf).all()
+    query_gradient = gradients(got, inputs)[0]
+    assert (query_gradient[empty] == 0).all()
+    assert (query_gradient[~empty] != 0).any()
+
+
+@pytest.mark.parametrize("implementation", ["reference", "blockwise"])
+def test_minus_infinity_in_a_bias_masks_its_key(implementation: str) -> None:
+    inputs, _ = CASES[0].build(torch.float64)
+    allowed = torch.rand(1, 1, 9, 9, generator=torch.Generator().manual_seed(0)) > 0.5
+    allowed[..., 4, :] = False
+    bias = torch.zeros(1, 1, 9, 9, dtype=torch.float64).masked_fill(~allowed, -torch.inf)
+    masked = attention_with_entropy(*inputs, allowed=allowed, implementation=implementation)
+    biased = attention_with_entropy(*inputs, bias=bias, implementation=implementation)
+    assert worst_error(list(biased[:4]), list(masked[:4])) <= 1e-12
+    assert worst_error(gradients(biased, inputs), gradients(masked, inputs)) <= 1e-12
+
+
+@pytest.mark.parametrize("sizes", [(0, 4, 7, 9), (2, 4, 0, 9), (2, 4, 7, 0)])
+@pytest.mark.parametrize("implementation", ["reference", "blockwise"])
+def test_empty_batch_queries_or_keys(sizes: tuple[int, ...], implementation: str) -> None:
+    batch, heads, n_queries, n_keys = sizes
+    inputs = [torch.randn(batch, heads, n, 8, requires_grad=True) for n in (n_queries, n_keys, n_keys)]
+    got = attention_with_entropy(*inputs, implementation=implementation)
+    assert got.output.shape == (batch, heads, n_queries, 8)
+    assert (got.entropy == 0).all()
+    (got.output.sum() + got.entropy.sum()).backward()
+    assert all(tensor.grad is not None and (tensor.grad == 0).all() for tensor in inputs)
+
+
+def test_non_contiguous_and_expanded_inputs() -> None:
+    base = torch.randn(2, 9, 4, 8, dtype=torch.float64)
+    query = base.transpose(1, 2).requires_grad_()
+    key = torch.randn(1, 1, 9, 8, dtype=torch.float64).expand(2, 4, 9, 8).requires_grad_()
+    inputs = [query, key, base.flip(1).transpose(1, 2).requires_grad_()]
+    found = [
+        attention_with_entropy(*inputs, causal=True, implementation=implementation)
+        for implementation in ("blockwise", "reference")
+    ]
+    assert worst_error(list(found[0]), list(found[1])) <= 1e-12
+    assert worst_error(gradients(found[0], inputs), gradients(found[1], inputs)) <= 1e-12
+
+
+def test_peaked_rows_and_large_offsets_keep_their_precision() -> None:
+    """float32 at a common logit offset of 1e4, and rows so peaked that most weights underflow."""
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(1, 2, 33, 16, generator=generator) for _ in range(3))
+    offset = torch.full((1, 1, 1, 33), 1e4)
+    plain = attention_with_entropy(query, key, value)
+    moved = attention_with_entropy(query, key, value, bias=offset)
+    # At 1e4 a float32 score itself is rounded to 1e-3 / 2: compare with those rounded scores.
+    scores = (query @ key.transpose(-1, -2) / 4 + offset).double() - 1e4
+    weights = torch.softmax(scores, -1)
+    assert worst_error([moved.entropy], [torch.special.entr(weights).sum(-1)]) < 1e-3
+    assert worst_error([plain.entropy], [moved.entropy]) < 2e-3
+    peaked = attention_with_entropy(query, key, value, scale=60.0)
+    exact = attention_with_entropy(
+        query.double(), key.double(), value.double(), scale=60.0, implementation="reference"
+    )
+    assert worst_error([peaked.entropy], [exact.entropy]) < 1e-4
+    half = attention_with_entropy(*(30 * x.half() for x in (query, key, value)), scale=1.0)
+    assert torch.isfinite(half.log_normalizer).all()
+    assert half.max_score.max() > torch.finfo(torch.float16).max / 8
+
+
+class TestDropout:
+    """Dropout acts on the output alone."""
+
+    def run(self, rate: float, seed: int = 0, **options: object):  # noqa: ANN201
+        generator = torch.Generator().manual_seed(1)
+        inputs = [
+            torch.randn(1, 2, 40, 4, generator=generator, dtype=torch.float64).requires_grad_()
+            for _ in range(3)
+        ]
+        torch.manual_seed(seed)
+        return inputs, attention_with_entropy(*inputs, dropout=rate, causal=True, **options)
+
+    def test_entropy_is_that_before_dropout(self) -> None:
+        assert torch.equal(self.run(0.5)[1].entropy, self.run(0.0)[1].entropy)
+
+    def test_seed_reproduces_the_output(self) -> None:
+        assert torch.equal(self.run(0.5, seed=3)[1].output, self.run(0.5, seed=3)[1].output)
+        assert not torch.equal(self.run(0.5, seed=3)[1].output, self.run(0.5, seed=4)[1].output)
+
+    def test_output_is_right_on_average(self) -> None:
+        plain = self.run(0.0)[1].output
+        draws = torch.stack([self.run(0.3, seed=seed)[1].output for seed in range(600)])
+        error = (draws.mean(0) - plain).abs() / (draws.std(0) / 600**0.5 + 1e-9)
+        assert error.max() < 5.5
+
+    def test_gradient_is_exact_for_the_drawn_mask(self) -> None:
+        def function(*inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            torch.manual_seed(5)
+            got = attention_with_entropy(*inputs, dropout=0.4, causal=True)
+            return got.output, got.entropy
+
+        inputs = [x[:, :, :7].detach().requires_grad_() for x in self.run(0.0)[0]]
+        assert torch.autograd.gradcheck(function, inputs)
