@@ -1,0 +1,198 @@
+"""EntropyRecording: the row entropies of every attention layer in one forward pass."""
+
+import fnmatch
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class LayerEntropy:
+    """The entropies of one attention call.
+
+    Attributes:
+        name: qualified module name, for instance ``transformer.h.0.attn``.
+        kind: "self" or "cross" attention.
+        entropy: ``[batch, heads, queries]``, nats; carries the gradient if one was asked for.
+        allowed_keys: ``[batch or 1, heads or 1, queries]`` integers; the most entropy that a row
+            can have is ``log(allowed_keys)``.
+        rows: ``[batch, queries]`` boolean, False for padding queries.
+        keys: how many keys there were, seen or not.
+    """
+
+    name: str
+    kind: Literal["self", "cross"]
+    entropy: Tensor
+    allowed_keys: Tensor
+    rows: Tensor
+    keys: int
+
+    @property
+    def heads(self) -> int:
+        """The number of heads."""
+        return self.entropy.shape[1]
+
+    @property
+    def maximum(self) -> Tensor:
+        """The most entropy each row can have, ``log n_i``, nats, in the shape of allowed_keys."""
+        return self.allowed_keys.clamp(min=1).to(self.entropy.dtype).log()
+
+    def counted(self) -> Tensor:
+        """Which rows enter means, ``[batch, heads, queries]``: no padding, at least one key."""
+        return (self.rows[:, None] & (self.allowed_keys > 0)).expand_as(self.entropy)
+
+    def mean_per_head(self) -> Tensor:
+        """Mean entropy over the counted rows, ``[heads]``, nats; NaN where no row counts."""
+        counted = self.counted()
+        total = self.entropy.masked_fill(~counted, 0.0).sum((0, 2))
+        return total / counted.sum((0, 2))
+
+    def select_heads(self, heads: Sequence[int]) -> "LayerEntropy":
+        """Keep some heads, in the order given.
+
+        Raises:
+            IndexError: if a head is not there.
+        """
+        for head in heads:
+            if not 0 <= head < self.heads:
+                raise IndexError(f"head {head} was asked of {self.name}, which has {self.heads}.")
+        chosen = list(heads)
+        allowed = self.allowed_keys
+        if allowed.shape[1] != 1:
+            allowed = allowed[:, chosen]
+        return replace(self, entropy=self.entropy[:, chosen], allowed_keys=allowed)
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> "LayerEntropy":
+        return replace(
+            self,
+            entropy=function(self.entropy),
+            allowed_keys=function(self.allowed_keys),
+            rows=function(self.rows),
+        )
+
+
+@dataclass
+class EntropyRecording:
+    """The entropies of the attention layers of one forward pass, in the order of the calls.
+
+    A layer that is called several times (albert, cross-attention over several inputs) stands there
+    several times under the same name.
+
+    Attributes:
+        layers: one LayerEntropy per attention call.
+        missing: names of attention modules that could not be seen, if a partial recording was
+            accepted.
+    """
+
+    layers: list[LayerEntropy] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        """Return the number of attention calls."""
+        return len(self.layers)
+
+    def __iter__(self) -> Iterator[LayerEntropy]:
+        """Walk over the attention calls."""
+        return iter(self.layers)
+
+    def __getitem__(self, index: int) -> LayerEntropy:
+        """Return one attention call."""
+        return self.layers[index]
+
+    def __repr__(self) -> str:
+        """Return one line per layer: name, kind, shape and mean entropy."""
+        lines = [
+            f"  {layer.name} ({layer.kind}) {tuple(layer.entropy.shape)}"
+            f" mean {layer.mean_per_head().mean().item():.3f} nats"
+            for layer in self.layers
+        ]
+        return "\n".join([f"EntropyRecording of {len(self.layers)} attention calls", *lines])
+
+    @property
+    def entropies(self) -> list[Tensor]:
+        """The entropies alone, one ``[batch, heads, queries]`` per layer."""
+        return [layer.entropy for layer in self.layers]
+
+    def select(
+        self,
+        pattern: str = "*",
+        *,
+        kind: Literal["self", "cross"] | None = None,
+        indices: Iterable[int] | None = None,
+    ) -> "EntropyRecording":
+        """Keep the layers whose name matches a shell pattern, of one kind, or at some indices.
+
+        Raises:
+            LookupError: if nothing is left.
+        """
+        wanted = range(len(self.layers)) if indices is None else list(indices)
+        for index in wanted:
+            if not -len(self.layers) <= index < len(self.layers):
+                raise LookupError(f"layer {index} was asked for; there are {len(self.layers)}.")
+        kept = [
+            self.layers[index]
+            for index in wanted
+            if fnmatch.fnmatchcase(self.layers[index].name, pattern)
+            and kind in (None, self.layers[index].kind)
+        ]
+        if not kept:
+            names = ", ".join(sorted({layer.name for layer in self.layers})) or "none"
+            raise LookupError(
+                f"no recorded layer matches pattern {pattern!r} and kind {kind!r}; recorded: {names}."
+            )
+        return EntropyRecording(kept, list(self.missing))
+
+    def detach(self) -> "EntropyRecording":
+        """Return the same numbers without their graph."""
+        return self._map(Tensor.detach)
+
+    def cpu(self) -> "EntropyRecording":
+        """Return the same recording on the CPU."""
+        return self._map(Tensor.cpu)
+
+    def mean_per_head(self) -> list[Tensor]:
+        """Mean entropy over counted rows, one ``[heads]`` tensor per layer, nats."""
+        return [layer.mean_per_head() for layer in self.layers]
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> "EntropyRecording":
+        return EntropyRecording([layer._map(function) for layer in self.layers], list(self.missing))
+
+    @staticmethod
+    def concatenate(recordings: Sequence["EntropyRecording"]) -> "EntropyRecording":
+        """Join recordings of several batches of the same model along the batch dimension.
+
+        Raises:
+            ValueError: if there is nothing to join, or the layers or lengths differ.
+        """
+        if not recordings:
+            raise ValueError("no recording was given; pass at least one.")
+        first = recordings[0]
+        for other in recordings[1:]:
+            ours = [(layer.name, layer.entropy.shape[1:], layer.keys) for layer in first]
+            theirs = [(layer.name, layer.entropy.shape[1:], layer.keys) for layer in other]
+            if ours != theirs:
+                raise ValueError(
+                    "the recordings have different layers, heads or lengths; join batches of the "
+                    "same model padded to the same length."
+                )
+        joined = []
+        for calls in zip(*(recording.layers for recording in recordings), strict=True):
+            allowed = [_expand_batch(call) for call in calls]
+            heads = max(tensor.shape[1] for tensor in allowed)
+            joined.append(
+                replace(
+                    calls[0],
+                    entropy=torch.cat([call.entropy for call in calls]),
+                    allowed_keys=torch.cat([a.expand(-1, heads, -1) for a in allowed]),
+                    rows=torch.cat([call.rows for call in calls]),
+                )
+            )
+        missing = sorted({name for recording in recordings for name in recording.missing})
+        return EntropyRecording(joined, missing)
+
+
+def _expand_batch(layer: LayerEntropy) -> Tensor:
+    return layer.allowed_keys.expand(layer.entropy.shape[0], -1, -1)
