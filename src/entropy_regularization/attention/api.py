@@ -1,9 +1,11 @@
 """attention_with_entropy: scaled dot-product attention that also gives every row's entropy."""
 
 import functools
+import importlib
 import importlib.util
 import logging
-from typing import Literal, NamedTuple, get_args
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -116,29 +118,66 @@ def attention_with_entropy(
     check_masks(sizes, query, allowed, key_padding, document)
     check_scores(sizes, query, bias, scale, softcap, sinks, dropout)
     structure = Structure(left, right, allowed, key_padding, document)
-    scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
-    arguments = {"bias": bias, "softcap": softcap, "sinks": sinks, "dropout": dropout}
-    name = choose_implementation(implementation, query, key, value, structure, scale, arguments)
-    rows = _IMPLEMENTATIONS[name](query, key, value, structure, scale=scale, **arguments)
-    counts = count_allowed_keys(structure, sizes.queries, sizes.keys, query.device)
+    return attend(
+        query,
+        key,
+        value,
+        structure,
+        scale=query.shape[-1] ** -0.5 if scale is None else float(scale),
+        bias=bias,
+        softcap=softcap,
+        sinks=sinks,
+        dropout=dropout,
+        implementation=implementation,
+    )
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    structure: Structure,
+    *,
+    scale: float,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    dropout: float = 0.0,
+    implementation: str = "auto",
+) -> AttentionOutput:
+    """Do what attention_with_entropy does, for inputs that are known to fit together.
+
+    Hosts call it, whose limits ``left`` and ``right`` may be negative (a static cache is longer
+    than what it holds).
+    """
+    options = {"bias": bias, "softcap": softcap, "sinks": sinks, "dropout": dropout}
+    name = choose_implementation(implementation, query, key, value, structure, scale, options)
+    rows = _IMPLEMENTATIONS[name](query, key, value, structure, scale=scale, **options)
+    counts = count_allowed_keys(structure, query.shape[2], key.shape[2], query.device)
     return AttentionOutput(*rows, allowed_keys=counts)
 
 
-def _triton_attention(*arguments, **options):  # type: ignore[no-untyped-def]
-    from entropy_regularization.attention.triton import triton_attention
+def _triton_attention(*arguments: Any, **options: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    triton = importlib.import_module("entropy_regularization.attention.triton")
+    rows: tuple[Tensor, Tensor, Tensor, Tensor] = triton.triton_attention(*arguments, **options)
+    return rows
 
-    return triton_attention(*arguments, **options)
 
-
-_IMPLEMENTATIONS = {
+_IMPLEMENTATIONS: dict[str, Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]] = {
     "reference": reference_attention,
     "blockwise": blockwise_attention,
     "triton": _triton_attention,
 }
 
 
-def choose_implementation(  # type: ignore[no-untyped-def]
-    asked: str, query: Tensor, key: Tensor, value: Tensor, structure: Structure, scale, options
+def choose_implementation(
+    asked: str,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    structure: Structure,
+    scale: float,
+    options: dict[str, Any],
 ) -> str:
     """Return the name of the implementation that runs, or refuse the one asked for."""
     if asked not in get_args(Implementation):
@@ -158,14 +197,23 @@ def choose_implementation(  # type: ignore[no-untyped-def]
     return "blockwise"
 
 
-def _why_not_triton(query, key, value, structure, scale, options) -> str | None:  # type: ignore[no-untyped-def]
+def _why_not_triton(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    structure: Structure,
+    scale: float,
+    options: dict[str, Any],
+) -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed; it comes with torch for CUDA."
     if importlib.util.find_spec("entropy_regularization.attention.triton") is None:
         return "this version of entropy_regularization has no triton kernels."
-    from entropy_regularization.attention.triton.support import unsupported_reason
-
-    return unsupported_reason(query, key, value, structure, scale=scale, **options)
+    support = importlib.import_module("entropy_regularization.attention.triton.support")
+    reason: str | None = support.unsupported_reason(
+        query, key, value, structure, scale=scale, **options
+    )
+    return reason
 
 
 @functools.cache

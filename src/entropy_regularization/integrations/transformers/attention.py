@@ -1,0 +1,112 @@
+"""The attention function that transformers models call, registered in its attention interface."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+
+from entropy_regularization.attention.api import attend
+from entropy_regularization.attention.masking import Structure
+from entropy_regularization.integrations.transformers.masks import (
+    StructuredMask,
+    entropy_mask,
+    split_mask,
+)
+
+NAME = "entropy_regularization"
+RECORDER = "_entropy_recorder"  # attribute that a recorder hangs on the modules it listens to
+
+
+def entropy_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """Attend as eager attention does, and hand the entropy of every row to a recorder, if any.
+
+    ``attention_mask`` None means that nothing is masked, whatever ``is_causal`` says: the mask
+    function of this interface never leaves a mask out.
+
+    Args:
+        module: the attention module.
+        query: ``[batch, heads, queries, dim]``.
+        key: ``[batch, kv_heads, keys, dim]``.
+        value: ``[batch, kv_heads, keys, value_dim]``.
+        attention_mask: a StructuredMask, a dense mask (boolean or additive), or None.
+        dropout: rate; acts on the output, not on the entropy.
+        scaling: factor of the scores; 1/sqrt(dim) unless given.
+        is_causal: ignored, see above.
+        options: ``softcap``, ``s_aux`` (sinks) and ``position_bias`` act; the others are hints.
+
+    Returns:
+        The output ``[batch, queries, heads, value_dim]``, and None in place of the weights.
+
+    Raises:
+        ValueError: if weights are asked for, which are never made, or sparse indices are given.
+    """
+    if options.get("output_attentions"):
+        raise ValueError(
+            "output_attentions=True was asked for while entropies are recorded, but no attention "
+            "matrix is ever made; leave it out, the recording holds the entropies."
+        )
+    if options.get("indices") is not None:
+        raise ValueError(
+            f"{type(module).__name__} attends to keys chosen by index, which is not supported; "
+            "record it with attn_implementation='eager' and compute_loss."
+        )
+    structure, bias = _mask_of(attention_mask, query, key)
+    position_bias = options.get("position_bias")
+    if position_bias is not None:
+        position_bias = position_bias[..., : key.shape[2]]
+        bias = position_bias if bias is None else bias + position_bias
+    sinks = options.get("s_aux")
+    # Under autocast the query and key may be wider than the value (rotary embeddings in float32).
+    dtype = torch.promote_types(torch.promote_types(query.dtype, key.dtype), value.dtype)
+    found = attend(
+        query.to(dtype),
+        key.to(dtype),
+        value.to(dtype),
+        structure,
+        scale=query.shape[-1] ** -0.5 if scaling is None else float(scaling),
+        bias=bias,
+        softcap=options.get("softcap"),
+        sinks=None if sinks is None else sinks.reshape(-1),
+        dropout=dropout,
+    )
+    recorder = getattr(module, RECORDER, None)
+    if recorder is not None:
+        recorder.deposit(module, found, key.shape[2])
+    return found.output.to(value.dtype).transpose(1, 2).contiguous(), None
+
+
+def _mask_of(
+    mask: Tensor | None, query: Tensor, key: Tensor
+) -> tuple[Structure, Tensor | None]:
+    """Return the structure and the additive bias that a mask stands for."""
+    if mask is None:
+        return Structure(), None
+    if isinstance(mask, StructuredMask):
+        if mask.shape[-2:] == (query.shape[2], key.shape[2]):
+            return mask.structure, None
+        mask = mask.make_dense()
+    allowed, bias = split_mask(mask, key.shape[2])
+    if allowed.shape[-2] not in (1, query.shape[2]):
+        allowed = allowed[..., -query.shape[2] :, :]
+        bias = None if bias is None else bias[..., -query.shape[2] :, :]
+    return Structure(allowed=allowed), bias
+
+
+def register() -> None:
+    """Make the attention and its masks known to transformers under NAME."""
+    AttentionInterface.register(NAME, entropy_attention)
+    AttentionMaskInterface.register(NAME, entropy_mask)
+
+
+register()

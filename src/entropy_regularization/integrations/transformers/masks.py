@@ -1,0 +1,204 @@
+"""Masks as structure: what a transformers model makes as an [N, N] mask, recognised when made.
+
+transformers composes mask functions (causal, sliding window, padding, packed) and asks the mask
+interface for a mask. Plain compositions are kept as a Structure inside a tensor that has a shape
+but no storage; a model that only hands it on never pays for it, and one that computes with it gets
+the dense mask at that moment. A composition that is not recognised becomes the dense mask at once.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+from transformers import masking_utils
+
+from entropy_regularization.attention.masking import Structure
+
+
+class StructuredMask(Tensor):
+    """An additive ``[batch, 1, queries, keys]`` mask that is made only if someone computes with it.
+
+    Attributes:
+        structure: what the mask says, aligned as attention_with_entropy aligns.
+        make_dense: makes the mask itself.
+    """
+
+    structure: Structure
+    make_dense: Callable[[], Tensor]
+
+    @staticmethod
+    def __new__(
+        cls,
+        structure: Structure,
+        shape: tuple[int, int, int, int],
+        dtype: torch.dtype,
+        device: torch.device,
+        make_dense: Callable[[], Tensor],
+    ) -> "StructuredMask":
+        """Make a tensor with a shape and no storage."""
+        mask: StructuredMask = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+            cls, shape, dtype=dtype, device=device
+        )
+        mask.structure = structure
+        mask.make_dense = make_dense
+        return mask
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    @classmethod
+    def __torch_dispatch__(
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        """Make the dense mask and compute with that."""
+
+        def dense(value: Any) -> Any:
+            return value.make_dense() if isinstance(value, cls) else value
+
+        return func(*tree_map(dense, args), **tree_map(dense, kwargs or {}))
+
+    def __repr__(self, **_: Any) -> str:
+        """Describe the mask without making it."""
+        return f"StructuredMask({self.structure}, shape={tuple(self.shape)})"
+
+
+def _code_of(function: Callable[..., Any]) -> Any:
+    return getattr(function, "__code__", None)
+
+
+def _probe(name: str, *arguments: Any) -> Any:
+    """Return the code object of what a factory in masking_utils returns, None if it is gone."""
+    factory = getattr(masking_utils, name, None)
+    return None if factory is None else _code_of(factory(*arguments))
+
+
+# Functions made by one factory share one code object: comparing it is exact, no guess by name.
+_CAUSAL = _code_of(masking_utils.causal_mask_function)
+_BIDIRECTIONAL = _code_of(masking_utils.bidirectional_mask_function)
+_AND = _code_of(masking_utils.and_masks())
+_WINDOW = _probe("sliding_window_overlay", 1)
+_TWO_SIDED_WINDOW = _probe("sliding_window_bidirectional_overlay", 1)
+_PACKED = _probe("packed_sequence_mask_function", torch.zeros(1, 1, dtype=torch.int64))
+_REMAPPED = _probe(
+    "remap_positions_for_packed_sequence",
+    masking_utils.causal_mask_function,
+    torch.zeros(1, 1, dtype=torch.int64),
+)
+
+
+def recognise(function: Callable[..., Any]) -> Structure | None:
+    """Return what a mask function says in terms of (left, right, document); None if unknown.
+
+    Positions are those of the mask function: key ``<=`` query for causal.
+    """
+    code = _code_of(function)
+    if code is None:
+        return None
+    if code is _CAUSAL:
+        return Structure(right=0)
+    if code is _BIDIRECTIONAL:
+        return Structure()
+    closed = dict(
+        zip(code.co_freevars, (cell.cell_contents for cell in function.__closure__ or ()))  # noqa: B905  # type: ignore[attr-defined]
+    )
+    if code is _WINDOW and type(closed["sliding_window"]) is int:
+        return Structure(left=closed["sliding_window"] - 1)
+    if code is _TWO_SIDED_WINDOW and type(closed["sliding_window"]) is int:
+        return Structure(left=closed["sliding_window"], right=closed["sliding_window"])
+    if code is _PACKED:
+        return Structure(document=closed["packed_sequence_mask"])
+    if code is _REMAPPED:
+        # Inside a document positions are consecutive, so that differences are what they were.
+        return recognise(closed["mask_function"])
+    if code is _AND:
+        return _intersection([recognise(part) for part in closed["mask_functions"]])
+    return None
+
+
+def _intersection(parts: list[Structure | None]) -> Structure | None:
+    left: int | None = None
+    right: int | None = None
+    document: Tensor | None = None
+    for part in parts:
+        if part is None or (part.document is not None and document is not None):
+            return None
+        left = part.left if left is None else left if part.left is None else min(left, part.left)
+        right = (
+            part.right if right is None else right if part.right is None else min(right, part.right)
+        )
+        document = part.document if document is None else document
+    return Structure(left, right, document=document)
+
+
+def entropy_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | Tensor = 0,
+    kv_offset: int = 0,
+    mask_function: Callable[..., Any] = masking_utils.causal_mask_function,
+    attention_mask: Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
+    **options: Any,
+) -> Tensor | None:
+    """Make the mask of one kind of layer (registered in AttentionMaskInterface).
+
+    Its arguments are those of ``masking_utils.eager_mask``, which is also what it falls back to.
+    """
+    given = {
+        "batch_size": batch_size,
+        "q_length": q_length,
+        "kv_length": kv_length,
+        "q_offset": q_offset,
+        "kv_offset": kv_offset,
+        "mask_function": mask_function,
+        "attention_mask": attention_mask,
+        "dtype": dtype,
+    }
+
+    def make_dense() -> Tensor:
+        kept = {**options, "allow_is_bidirectional_skip": False}
+        dense: Tensor = masking_utils.eager_mask(**given, **kept)
+        return dense
+
+    said = recognise(mask_function)
+    if (
+        said is None
+        or torch.compiler.is_compiling()
+        or isinstance(q_offset, Tensor)
+        or (said.document is not None and q_length != kv_length)
+    ):
+        dense: Tensor | None = masking_utils.eager_mask(**given, **options)
+        return dense
+    padding = masking_utils.prepare_padding_mask(attention_mask, kv_length, kv_offset)
+    if padding is not None:
+        padding = padding[:, kv_offset : kv_offset + kv_length].bool()
+    # transformers counts positions from the start, attention_with_entropy aligns the last ones.
+    shift = (q_offset - kv_offset) - (kv_length - q_length)
+    structure = Structure(
+        left=None if said.left is None else said.left - shift,
+        right=None if said.right is None else said.right + shift,
+        key_padding=padding,
+        document=said.document,
+    )
+    if structure == Structure() and options.get("allow_is_bidirectional_skip", False):
+        return None
+    device = torch.device(options.get("device", "cpu"))
+    shape = (batch_size, 1, q_length, kv_length)
+    return StructuredMask(structure, shape, dtype, device, make_dense)
+
+
+def split_mask(mask: Tensor, n_keys: int) -> tuple[Tensor, Tensor | None]:
+    """Split a dense mask into (allowed, additive bias or None), cropped to the keys there are.
+
+    transformers masks with the lowest finite number of a dtype, or with -inf; a mask may be longer
+    than the keys.
+    """
+    mask = mask[..., :n_keys]
+    while mask.dim() < 4:
+        mask = mask[None]
+    if mask.dtype == torch.bool:
+        return mask, None
+    allowed = mask > torch.finfo(mask.dtype).min / 2
+    return allowed, mask.masked_fill(~allowed, 0.0)

@@ -1,0 +1,96 @@
+"""record_entropy: a context in which a model's attention calls deposit the entropy of their rows."""
+
+import importlib
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Protocol
+
+from torch import nn
+
+from entropy_regularization.recording.recording import EntropyRecording
+
+Layers = Sequence[int] | Sequence[str] | str | None
+
+
+class Recorder(Protocol):
+    """What a host offers: something that can listen to a model again and again.
+
+    ``start`` switches listening on, ``stop`` switches it off and gives what was heard, ``abort``
+    switches it off after an error. Between a stop and the next start the model is as it was found.
+    """
+
+    def start(self) -> EntropyRecording:
+        """Begin to listen; return the recording that will fill."""
+
+    def stop(self) -> EntropyRecording:
+        """Stop listening; return the recording, or raise if some layer could not be heard."""
+
+    def abort(self) -> None:
+        """Stop listening, whatever was heard."""
+
+
+def make_recorder(
+    model: nn.Module, *, layers: Layers = None, gradient: bool = True, allow_partial: bool = False
+) -> Recorder:
+    """Return a recorder for a model; see record_entropy for the arguments.
+
+    Raises:
+        TypeError: if the model is not a torch module.
+        ValueError: if no host can see this model's attention; the sentence names what was found.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}; pass a torch.nn.Module.")
+    # A model of a host that was never imported cannot exist, so nothing is imported in vain.
+    if "transformers" in sys.modules:
+        host = importlib.import_module("entropy_regularization.integrations.transformers.recorder")
+        if host.find_pretrained(model) is not None:
+            recorder: Recorder = host.TransformersRecorder(
+                model, layers=layers, gradient=gradient, allow_partial=allow_partial
+            )
+            return recorder
+    host = importlib.import_module("entropy_regularization.integrations.sdpa")
+    plain: Recorder = host.SdpaRecorder(
+        model, layers=layers, gradient=gradient, allow_partial=allow_partial
+    )
+    return plain
+
+
+@contextmanager
+def record_entropy(
+    model: nn.Module, *, layers: Layers = None, gradient: bool = True, allow_partial: bool = False
+) -> Iterator[EntropyRecording]:
+    """Record the entropy of every attention row in the forward passes inside the context.
+
+    A transformers model is seen through its attention interface, any other model through
+    ``torch.nn.functional.scaled_dot_product_attention``. The model computes the same output as
+    before, in linear memory; outside the context it runs its own attention.
+
+    Args:
+        model: the model, wrapped or not (DistributedDataParallel, PEFT, torch.compile).
+        layers: which layers to keep: indices in the order of the calls, shell patterns of module
+            names, or one pattern; None for all.
+        gradient: False detaches what is recorded, for monitoring.
+        allow_partial: accept that some attention modules cannot be seen; their names are then in
+            ``recording.missing``. Otherwise they raise.
+
+    Yields:
+        The recording, which fills as the model runs.
+
+    Raises:
+        TypeError: if the model is not a torch module.
+        ValueError: if the model, or a part of it, cannot be seen; the sentence names the modules.
+
+    Example:
+        >>> with record_entropy(model) as recording:  # doctest: +SKIP
+        ...     output = model(**batch)
+        >>> loss = output.loss + regularization(recording)  # doctest: +SKIP
+    """
+    recorder = make_recorder(model, layers=layers, gradient=gradient, allow_partial=allow_partial)
+    recording = recorder.start()
+    try:
+        yield recording
+    except BaseException:
+        recorder.abort()
+        raise
+    recorder.stop()
