@@ -1,0 +1,176 @@
+"""Text to train on: the standard library, a file, a folder or glob, or a hub data set."""
+
+import glob
+import hashlib
+import importlib
+import sysconfig
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+HELD_OUT_SHARE = 0.05
+SKIPPED_FOLDERS = {"site-packages", "dist-packages", "__pycache__", "idlelib", "test", "tests"}
+
+
+class DataError(ValueError):
+    """Text that cannot be used; the sentence says what came, what was expected, what to do."""
+
+
+class Document(NamedTuple):
+    """One text and where it came from."""
+
+    name: str
+    text: str
+
+
+class Corpus(NamedTuple):
+    """Documents to train on and others to measure perplexity on; no document is in both."""
+
+    name: str
+    train: list[Document]
+    held_out: list[Document]
+
+
+def load_corpus(source: str, *, text_column: str = "text", limit_bytes: int | None = None) -> Corpus:
+    """Read text and split it, by document, into train and held-out.
+
+    The split depends only on the documents' names, so that it is the same on every machine. A
+    single document is cut: its last twentieth is held out.
+
+    Args:
+        source: "stdlib" (Python's own standard library source), "hf:NAME" (a hub data set or a
+            local folder in its layout), a file, a folder, or a glob of files.
+        text_column: the column of a hub data set that holds the text.
+        limit_bytes: stop reading after this many characters; None reads everything.
+
+    Returns:
+        The corpus.
+
+    Raises:
+        DataError: if nothing is there, or what is there is empty or not text.
+    """
+    if source == "stdlib":
+        documents = _standard_library()
+    elif source.startswith("hf:"):
+        documents = _hub(source.removeprefix("hf:"), text_column)
+    else:
+        documents = _files(source)
+    return split(source, _limited(documents, limit_bytes))
+
+
+def _limited(documents: Iterable[Document], limit: int | None) -> list[Document]:
+    kept, size = [], 0
+    for document in documents:
+        kept.append(document)
+        size += len(document.text)
+        if limit is not None and size >= limit:
+            break
+    return kept
+
+
+def split(name: str, documents: list[Document]) -> Corpus:
+    """Split documents by a hash of their names; cut a single one.
+
+    Raises:
+        DataError: if there is no text.
+    """
+    documents = [document for document in documents if document.text.strip()]
+    if not documents:
+        raise DataError(f"{name} holds no text; pass a file, folder or glob with text in it.")
+    held_out = [d for d in documents if _is_held_out(d.name)]
+    if not held_out or len(held_out) == len(documents):
+        # Too few documents for the hash to part them: cut the longest.
+        longest = max(documents, key=lambda document: len(document.text))
+        at = len(longest.text) - max(1, int(len(longest.text) * HELD_OUT_SHARE))
+        rest = [document for document in documents if document is not longest]
+        train = [*rest, Document(longest.name, longest.text[:at])]
+        return Corpus(name, train, [Document(longest.name + " (end)", longest.text[at:])])
+    return Corpus(name, [d for d in documents if not _is_held_out(d.name)], held_out)
+
+
+def _is_held_out(name: str) -> bool:
+    digest = hashlib.sha256(name.encode()).digest()
+    return int.from_bytes(digest[:4], "big") < HELD_OUT_SHARE * 2**32
+
+
+def _standard_library() -> list[Document]:
+    root = Path(sysconfig.get_paths()["stdlib"])
+    paths = sorted(
+        path
+        for path in root.rglob("*.py")
+        if not SKIPPED_FOLDERS.intersection(path.relative_to(root).parts)
+    )
+    documents = []
+    for path in paths:
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            continue  # a few modules are written in another encoding on purpose
+        documents.append(Document(path.relative_to(root).as_posix(), text))
+    if not documents:
+        raise DataError(
+            f"no Python source lies in {root}; this Python was installed without its library "
+            "source, pass --data with a file or folder of text."
+        )
+    return documents
+
+
+def _files(source: str) -> list[Document]:
+    path = Path(source)
+    if path.is_file():
+        return [Document(path.name, _read(path))]
+    if path.is_dir():
+        found = sorted(each for each in path.rglob("*") if each.is_file())
+    else:
+        found = sorted(Path(each) for each in glob.glob(source, recursive=True))
+        found = [each for each in found if each.is_file()]
+    if not found:
+        raise DataError(
+            f"{source} is no file, folder or glob that matches anything; pass one, 'stdlib', or "
+            "'hf:NAME' for a hub data set."
+        )
+    documents = []
+    for each in found:
+        try:
+            documents.append(Document(each.as_posix(), _read(each)))
+        except DataError:
+            continue  # a folder may hold pictures beside its text
+    if not documents:
+        raise DataError(f"none of the {len(found)} files of {source} is UTF-8 text; pass text.")
+    return documents
+
+
+def _read(path: Path) -> str:
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({error.strerror}); pass a readable file.") from None
+    if b"\0" in data:
+        raise DataError(f"{path} is a binary file; pass UTF-8 text.")
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError:
+        raise DataError(f"{path} is not UTF-8 text; convert it first.") from None
+
+
+def _hub(name: str, column: str) -> Iterable[Document]:
+    try:
+        datasets = importlib.import_module("datasets")
+    except ImportError:
+        raise DataError(
+            f"hf:{name} needs the package datasets; install entropy-regularization[datasets]."
+        ) from None
+    try:
+        rows = datasets.load_dataset(name, split="train", streaming=True)
+    except (OSError, ValueError) as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise DataError(
+            f"the data set {name} cannot be loaded ({first}); check its name and the network."
+        ) from None
+    for number, row in enumerate(rows):
+        if column not in row:
+            raise DataError(
+                f"the data set {name} has no column {column!r} but {', '.join(row)}; pass "
+                "--text-column."
+            )
+        yield Document(f"{name}/{number}", str(row[column]))

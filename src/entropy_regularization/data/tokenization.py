@@ -1,0 +1,99 @@
+"""Tokenizers trained on the spot, and text cut into blocks of tokens."""
+
+from collections.abc import Sequence
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor
+from torch.utils.data import Dataset
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from entropy_regularization.data.text import DataError, Document
+
+END_OF_TEXT = "<|endoftext|>"
+
+
+def train_tokenizer(documents: Sequence[Document], vocabulary: int) -> PreTrainedTokenizerFast:
+    """Train a byte-level BPE tokenizer, which has no unknown token.
+
+    Args:
+        documents: the text to learn merges from.
+        vocabulary: how many tokens to end with; at least 257.
+
+    Returns:
+        A tokenizer that ``save_pretrained`` and ``AutoTokenizer.from_pretrained`` understand.
+
+    Raises:
+        DataError: if the vocabulary is too small for the bytes.
+    """
+    if vocabulary < 257:
+        raise DataError(
+            f"a byte-level vocabulary of {vocabulary} cannot hold the 256 bytes and the end of "
+            "text; pass at least 257."
+        )
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    core.train_from_iterator((document.text for document in documents), trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        eos_token=END_OF_TEXT,
+        bos_token=END_OF_TEXT,
+        pad_token=END_OF_TEXT,
+    )
+
+
+class TokenBlocks(Dataset[dict[str, Tensor]]):
+    """Blocks of one length, cut from documents joined by the end-of-text token.
+
+    Args:
+        tokenizer: what turns text into ids.
+        documents: the text.
+        length: tokens in a block.
+        limit: keep at most this many blocks, evenly spaced over the text; None keeps all.
+
+    Raises:
+        DataError: if the text is shorter than one block.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        documents: Sequence[Document],
+        length: int,
+        limit: int | None = None,
+    ) -> None:
+        end = tokenizer.eos_token_id
+        ids: list[int] = []
+        texts = [document.text for document in documents]
+        for start in range(0, len(texts), 256):
+            batch = tokenizer(texts[start : start + 256], add_special_tokens=False, verbose=False)
+            for row in batch["input_ids"]:
+                ids.extend(row)
+                if end is not None:
+                    ids.append(end)
+        count = len(ids) // length
+        if count == 0:
+            raise DataError(
+                f"the text has {len(ids)} tokens, fewer than one context of {length}; pass more "
+                "text or a smaller --context-length."
+            )
+        blocks = torch.tensor(ids[: count * length], dtype=torch.int64).view(count, length)
+        if limit is not None and count > limit:
+            blocks = blocks[torch.linspace(0, count - 1, limit).long()]
+        self.blocks = blocks
+
+    def __len__(self) -> int:
+        """Return the number of blocks."""
+        return len(self.blocks)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        """Return one block as a language-model example."""
+        block = self.blocks[index]
+        return {"input_ids": block, "labels": block}
