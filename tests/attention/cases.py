@@ -24,7 +24,7 @@ class Case:
     gain: float = 1.5
 
     def build(self, dtype: torch.dtype, device: str = "cpu") -> tuple[list[Tensor], dict[str, Any]]:
-        """Return the tensors that need gradients (query, key, value, [bias], [sinks]) and options."""
+        """Return what needs gradients (query, key, value, [bias], [sinks]) and the options."""
         generator = torch.Generator().manual_seed(len(self.name))
         batch, heads, kv_heads, n_queries, n_keys, dim, value_dim = self.shape
 

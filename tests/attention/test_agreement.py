@@ -104,7 +104,9 @@ def test_upstream_gradients_may_be_missing(through: str) -> None:
     for implementation in ("reference", "blockwise"):
         got = getattr(CASES[3].run(inputs, options, implementation), through)
         found.append(
-            torch.autograd.grad(got.square().sum(), inputs, allow_unused=True, materialize_grads=True)
+            torch.autograd.grad(
+                got.square().sum(), inputs, allow_unused=True, materialize_grads=True
+            )
         )
     assert worst_error(list(found[1]), list(found[0])) <= 1e-12
 
@@ -140,7 +142,9 @@ def test_minus_infinity_in_a_bias_masks_its_key(implementation: str) -> None:
 @pytest.mark.parametrize("implementation", ["reference", "blockwise"])
 def test_empty_batch_queries_or_keys(sizes: tuple[int, ...], implementation: str) -> None:
     batch, heads, n_queries, n_keys = sizes
-    inputs = [torch.randn(batch, heads, n, 8, requires_grad=True) for n in (n_queries, n_keys, n_keys)]
+    inputs = [
+        torch.randn(batch, heads, n, 8, requires_grad=True) for n in (n_queries, n_keys, n_keys)
+    ]
     got = attention_with_entropy(*inputs, implementation=implementation)
     assert got.output.shape == (batch, heads, n_queries, 8)
     assert (got.entropy == 0).all()
@@ -186,7 +190,7 @@ def test_peaked_rows_and_large_offsets_keep_their_precision() -> None:
 class TestDropout:
     """Dropout acts on the output alone."""
 
-    def run(self, rate: float, seed: int = 0, **options: object):  # noqa: ANN201
+    def run(self, rate: float, seed: int = 0, **options: object):
         generator = torch.Generator().manual_seed(1)
         inputs = [
             torch.randn(1, 2, 40, 4, generator=generator, dtype=torch.float64).requires_grad_()

@@ -75,7 +75,9 @@ class Chunk(NamedTuple):
             tensor = tensor[self.batches]
         if tensor.shape[1] == 1:
             return tensor[:, :, None]
-        return tensor.unflatten(1, (-1, group))[:, self.heads]
+        shape = (tensor.shape[0], tensor.shape[1] // group, group, *tensor.shape[2:])
+        grouped = tensor.view(shape)
+        return grouped[:, self.heads]
 
 
 class Blocks(NamedTuple):
@@ -119,6 +121,27 @@ class Scratch:
     def __init__(self, like: Tensor, dtype: torch.dtype) -> None:
         self._like, self._dtype = like, dtype
         self._buffers: dict[str, Tensor] = {}
+        self._edges: dict[tuple[int, ...], list[tuple[slice, Tensor]]] = {}
+
+    def edges(
+        self, structure: Structure, tile: Tile, n_queries: int, n_keys: int, device: torch.device
+    ) -> list[tuple[slice, Tensor]]:
+        """Return edge_masks; tiles that lie alike on the diagonal share them."""
+        if structure.left is None and structure.right is None:
+            return []
+        rows, keys = tile.row_stop - tile.row_start, tile.key_stop - tile.key_start
+        if structure.left is not None or structure.right is None:
+            place = (rows, keys, tile.row_start - tile.key_start)
+            if place not in self._edges:
+                self._edges[place] = list(edge_masks(structure, tile, n_queries, n_keys, device))
+            return self._edges[place]
+        # Causal: only the columns near the diagonal are cut, wherever the block begins.
+        inside = tile.row_start + n_keys - n_queries + structure.right + 1 - tile.key_start
+        cut = keys - min(max(inside, 0), keys)
+        place = (rows, cut, tile.row_start - tile.key_stop)
+        if place not in self._edges:
+            self._edges[place] = list(edge_masks(structure, tile, n_queries, n_keys, device))
+        return [(slice(keys - cut, keys), outside) for _, outside in self._edges[place]]
 
     def take(self, name: str, *shape: int) -> Tensor:
         """Return a contiguous, uninitialised tensor that lives until the name is taken again."""
@@ -156,10 +179,12 @@ class ChunkView:
         """Cut ``[batch, query heads, ...]`` to this chunk's ``[b, h, group, ...]``."""
         return self.chunk.of(tensor, self.problem.group)
 
-    def rows(self, cut: Tensor, tile: Tile) -> Tensor:
+    def rows(self, cut: Tensor, tile: Tile, factor: float = 1.0) -> Tensor:
         """Take a block of rows of ``[b, h, group, queries, dim]`` as ``[units, rows, dim]``."""
-        block = cut[:, :, :, tile.row_start : tile.row_stop]
-        return block.reshape(self.units, -1, cut.shape[-1]).to(self.problem.wide)
+        block = cut[:, :, :, tile.row_start : tile.row_stop].to(self.problem.wide)
+        if factor != 1.0:
+            block = block * factor
+        return block.reshape(self.units, -1, cut.shape[-1])
 
     def put(self, cut: Tensor, tile: Tile, block: Tensor) -> None:
         """Write ``[units, rows, dim]`` into a block of rows of ``[b, h, group, queries, dim]``."""
@@ -167,10 +192,10 @@ class ChunkView:
         target.copy_(block.view(target.shape))
 
     def scores(self, tile: Tile) -> tuple[Tensor, Tensor | None]:
-        """Return ``[units, rows, keys]`` scores in base 2, not masked; and capped ones if capped."""
+        """Return ``[units, rows, keys]`` scores in base 2, unmasked, and their tanh if capped."""
         problem = self.problem
         factor = problem.scale * (LOG2_E if problem.softcap is None else 1.0 / problem.softcap)
-        query = self.rows(self.query, tile) * factor
+        query = self.rows(self.query, tile, factor)
         keys = self.key_t[:, :, tile.key_start : tile.key_stop]
         score = self.scratch.take("score", *query.shape[:2], keys.shape[2])
         torch.bmm(query, keys, out=score)
@@ -192,7 +217,7 @@ class ChunkView:
         """Overwrite the scores of keys that are not allowed."""
         problem, view = self.problem, self.per_head(score, tile)
         sizes = problem.query.shape[2], problem.key.shape[2]
-        for keys, outside in edge_masks(self.structure, tile, *sizes, score.device):
+        for keys, outside in self.scratch.edges(self.structure, tile, *sizes, score.device):
             view[..., keys].masked_fill_(outside, fill)
         allowed = tile_allowed(self.inner, tile, *sizes, score.device)
         if allowed is not None:
@@ -374,7 +399,7 @@ def backward(
             )
     d_sinks = None
     if wanted[4] and constants.sink_share is not None and problem.sinks is not None:
-        # dlse/dsink = share, dp_j/dsink = -share p_j: the row constant with mass in place of 1 - mass
+        # dlse/dsink = share, dp_j/dsink = -share p_j: delta with mass in place of 1 - mass
         per_row = constants.sink_share * -(constants.delta + constants.minus_entropy_gradient)
         d_sinks = per_row.sum((0, 2)).to(problem.sinks.dtype)
     if d_bias is not None and problem.bias is not None:
@@ -410,7 +435,7 @@ def _backward_chunk(
         if value_sum is not None:
             _add_product(value_sum[:, keys], weights, d_output, view.scratch)
         if key_sum is not None:
-            query = view.rows(view.query, tile) * problem.scale
+            query = view.rows(view.query, tile, problem.scale)
             _add_product(key_sum[:, keys], d_score, query, view.scratch)
         if d_query is not None:
             block = view.scratch.take("output", *d_score.shape[:2], view.key.shape[-1])

@@ -120,7 +120,9 @@ def tile_allowed(
     offset = n_keys - n_queries
     parts: list[Tensor] = []
     if structure.left is not None or structure.right is not None:
-        inside = torch.ones(row_stop - row_start, key_stop - key_start, dtype=torch.bool, device=device)
+        inside = torch.ones(
+            row_stop - row_start, key_stop - key_start, dtype=torch.bool, device=device
+        )
         for columns, outside in edge_masks(structure, tile, n_queries, n_keys, device):
             inside[:, columns] &= ~outside
         parts.append(inside[None, None])

@@ -142,7 +142,8 @@ def _check_boolean(name: str, tensor: Tensor) -> None:
 
 def _check_positions(name: str, tensor: Tensor, sizes: Sizes, query: Tensor) -> None:
     _check_place(name, tensor, query)
-    if tensor.dim() != 2 or tensor.shape[0] not in (1, sizes.batch) or tensor.shape[1] != sizes.keys:
+    fits = tensor.dim() == 2 and (tensor.shape[0] == 1 or tensor.shape[0] == sizes.batch)
+    if not fits or tensor.shape[1] != sizes.keys:
         raise ValueError(
             f"{name} has shape {tuple(tensor.shape)} but query and key imply "
             f"({sizes.batch}, {sizes.keys}); pass one entry per key."
@@ -152,7 +153,8 @@ def _check_positions(name: str, tensor: Tensor, sizes: Sizes, query: Tensor) -> 
 def _check_broadcast(name: str, tensor: Tensor, sizes: Sizes, query: Tensor) -> None:
     _check_place(name, tensor, query)
     fits = tensor.dim() == 4 and all(
-        have in (1, want) for have, want in zip(tensor.shape, sizes, strict=True)
+        have == 1 or have == want  # "in (1, want)" goes wrong on compile's symbolic sizes
+        for have, want in zip(tensor.shape, sizes, strict=True)
     )
     if not fits:
         wanted = ", ".join(f"{n}" if n == 1 else f"{n} or 1" for n in sizes)

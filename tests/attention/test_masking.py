@@ -1,0 +1,88 @@
+"""Which keys a row sees, and how many, against a mask written out position by position."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from entropy_regularization.attention.masking import (
+    Structure,
+    Tile,
+    count_allowed_keys,
+    tile_allowed,
+    visible_keys,
+)
+
+CPU = torch.device("cpu")
+
+
+@st.composite
+def structures(draw: st.DrawFn) -> tuple[Structure, int, int]:
+    n_queries = draw(st.integers(1, 9))
+    n_keys = draw(st.integers(1, 9))
+    limit = st.none() | st.integers(-2, 8)
+    batch = 2
+    bits = st.lists(st.booleans(), min_size=n_keys, max_size=n_keys)
+    padding = draw(st.none() | st.lists(bits, min_size=batch, max_size=batch))
+    document = None
+    if n_keys >= n_queries and draw(st.booleans()):
+        ids = st.lists(st.integers(0, 2), min_size=n_keys, max_size=n_keys)
+        document = torch.tensor(draw(st.lists(ids, min_size=batch, max_size=batch)))
+    return (
+        Structure(
+            draw(limit),
+            draw(limit),
+            None,
+            None if padding is None else torch.tensor(padding),
+            document,
+        ),
+        n_queries,
+        n_keys,
+    )
+
+
+def spelled_out(structure: Structure, n_queries: int, n_keys: int) -> torch.Tensor:
+    mask = torch.zeros(2, 1, n_queries, n_keys, dtype=torch.bool)
+    for b in range(2):
+        for i in range(n_queries):
+            position = i + n_keys - n_queries
+            for j in range(n_keys):
+                sees = structure.left is None or j >= position - structure.left
+                sees &= structure.right is None or j <= position + structure.right
+                if structure.key_padding is not None:
+                    sees &= bool(structure.key_padding[b, j])
+                if structure.document is not None:
+                    sees &= bool(structure.document[b, j] == structure.document[b, position])
+                mask[b, 0, i, j] = sees
+    return mask
+
+
+@settings(max_examples=150, deadline=None)
+@given(structures())
+def test_tiles_counts_and_visible_ranges(case: tuple[Structure, int, int]) -> None:
+    structure, n_queries, n_keys = case
+    expected = spelled_out(structure, n_queries, n_keys)
+    whole = tile_allowed(structure, Tile(0, n_queries, 0, n_keys), n_queries, n_keys, CPU)
+    if whole is None:
+        assert expected.all()
+    else:
+        assert torch.equal(whole.expand_as(expected), expected)
+    counts = count_allowed_keys(structure, n_queries, n_keys, CPU, block=2)
+    assert torch.equal(counts.expand(2, 1, n_queries), expected.sum(-1))
+    for start in range(0, n_queries, 3):
+        stop = min(start + 3, n_queries)
+        first, last = visible_keys(structure, start, stop, n_queries, n_keys)
+        outside = expected[:, :, start:stop].clone()
+        outside[..., first:last] = False
+        assert not outside.any()
+        part = tile_allowed(structure, Tile(start, stop, first, last), n_queries, n_keys, CPU)
+        if part is not None and last > first:
+            wanted = expected[:, :, start:stop, first:last]
+            assert torch.equal(part.expand_as(wanted), wanted)
+
+
+@pytest.mark.parametrize("n", [1, 8192])
+def test_counting_a_causal_band_makes_no_matrix(n: int) -> None:
+    counts = count_allowed_keys(Structure(left=255, right=0), n, n, CPU)
+    assert counts.shape == (1, 1, n)
+    assert counts[0, 0, -1] == min(n, 256)

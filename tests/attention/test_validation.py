@@ -1,0 +1,59 @@
+"""Every wrong input is one sentence: what came, what was expected, what to do."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from entropy_regularization import attention_with_entropy
+
+Q = torch.randn(2, 8, 5, 4)
+K = torch.randn(2, 4, 7, 4)
+V = torch.randn(2, 4, 7, 3)
+WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
+    ({"query": [1.0]}, TypeError, "query is a list"),
+    ({"query": Q.long()}, TypeError, "query has dtype torch.int64; pass float16"),
+    ({"query": Q[0]}, ValueError, "query has shape (8, 5, 4); pass [batch, heads, positions, dim]"),
+    ({"key": K.double()}, TypeError, "key has dtype torch.float64 and query torch.float32"),
+    ({"key": K[:1]}, ValueError, "key has shape (1, 4, 7, 4) but query (2, 8, 5, 4) implies"),
+    ({"value": V[:, :, :6]}, ValueError, "pass one value per key"),
+    ({"query": Q[:, :6]}, ValueError, "query has 6 heads and key 4"),
+    ({"query": Q.to("meta")}, ValueError, "key is on cpu and query on meta"),
+    ({"window": (-1, 0)}, ValueError, "window is (-1, 0); sides count keys and cannot be negative"),
+    ({"window": 3}, TypeError, "window is 3; pass (left, right)"),
+    ({"causal": 1}, TypeError, "causal is 1; pass True or False"),
+    (
+        {"allowed": torch.ones(2, 1, 5, 9, dtype=torch.bool)},
+        ValueError,
+        "allowed has shape (2, 1, 5, 9) but query and key imply (2 or 1, 8 or 1, 5 or 1, 7 or 1)",
+    ),
+    ({"allowed": torch.ones(1, 1, 5, 7)}, TypeError, "allowed has dtype torch.float32"),
+    ({"key_padding": torch.ones(2, 5).bool()}, ValueError, "imply (2, 7); pass one entry per key"),
+    ({"key_padding": torch.ones(2, 7)}, TypeError, "key_padding has dtype torch.float32"),
+    ({"document": torch.ones(2, 7)}, TypeError, "document has dtype torch.float32"),
+    ({"document": torch.ones(2, 5).long()}, ValueError, "document has shape (2, 5)"),
+    ({"bias": torch.ones(5, 7)}, ValueError, "pass four dimensions"),
+    ({"bias": torch.ones(1, 1, 5, 7).bool()}, TypeError, "bias has dtype torch.bool"),
+    ({"sinks": torch.ones(4)}, ValueError, "sinks has shape (4,) but query implies (8,)"),
+    ({"scale": float("nan")}, ValueError, "scale is nan"),
+    ({"softcap": 0.0}, ValueError, "softcap is 0.0; pass a positive number"),
+    ({"dropout": 1.0}, ValueError, "dropout is 1.0; pass a rate in [0, 1)"),
+    ({"implementation": "flash"}, ValueError, "choose one of auto, reference, blockwise, triton"),
+    ({"implementation": "triton"}, ValueError, "implementation='triton' cannot run:"),
+]
+
+
+@pytest.mark.parametrize(("change", "error", "sentence"), WRONG, ids=range(len(WRONG)))
+def test_sentence(change: dict[str, Any], error: type[Exception], sentence: str) -> None:
+    arguments: dict[str, Any] = {"query": Q, "key": K, "value": V}
+    attention_with_entropy(**arguments)
+    with pytest.raises(error) as caught:
+        attention_with_entropy(**{**arguments, **change})
+    assert sentence in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_document_needs_a_key_for_every_query() -> None:
+    ids = torch.zeros(2, 3, dtype=torch.int64)
+    with pytest.raises(ValueError, match="5 queries and 3 keys"):
+        attention_with_entropy(Q, K[:, :, :3], V[:, :, :3], document=ids)
