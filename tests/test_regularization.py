@@ -1,222 +1,266 @@
-"""EntropyRegularization gives the published module's numbers, and refuses what it cannot use."""
+"""The published interface: golden numbers, options, refusals."""
 
 import json
+import logging
 import math
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
-from entropy_regularization import (
-    EntropyRecording,
-    EntropyRegularization,
-    HeadThresholds,
-    LayerEntropy,
-    attention_with_entropy,
-)
+from entropy_regularization.recording.recording import EntropyRecording, LayerEntropy
+from entropy_regularization.regularization import EntropyRegularization
+from entropy_regularization.thresholds import HeadThresholds
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "published_module.json").read_text())
-CASES = [pytest.param(case, id=case["name"]) for case in GOLDEN["cases"]]
-TIGHT = {"rtol": 0.0, "atol": 1e-9}
+CASES = {case["name"]: case for case in GOLDEN["cases"]}
+EXACT = {"rtol": 0.0, "atol": 1e-9}
 
 
-def tensor(values: Any) -> torch.Tensor:
-    return torch.tensor(values, dtype=torch.float64)
+def matrices_of(case: dict) -> list[torch.Tensor]:
+    layers = [torch.tensor(layer, dtype=torch.float64) for layer in case["attentions"]]
+    return [layer.requires_grad_() for layer in layers]
 
 
-def regularization_of(case: dict[str, Any]) -> EntropyRegularization:
-    return EntropyRegularization(
-        case["loss_coeff"], case["tolerance_margin_factor"], case["context_size"]
-    )
+def object_of(case: dict) -> EntropyRegularization:
+    names = ("loss_coeff", "tolerance_margin_factor", "context_size")
+    return EntropyRegularization(**{name: case[name] for name in names})
 
 
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("form", ["tensor", "table"])
-def test_golden_loss_and_gradients(case: dict[str, Any], form: str) -> None:
-    matrices = [tensor(matrix).requires_grad_() for matrix in case["attentions"]]
-    vector = tensor(case["reg_threshold_weights"]).requires_grad_()
-    thresholds = vector if form == "tensor" else vector.expand(len(matrices), -1)
-    loss = regularization_of(case).compute_loss(
-        matrices, thresholds, case["num_heads"], case["num_layers"]
-    )
-    expected = case["expected"]
-    torch.testing.assert_close(loss, tensor(expected["loss"]), **TIGHT)
-    found = torch.autograd.grad(loss, [vector, *matrices], materialize_grads=True)
-    torch.testing.assert_close(found[0], tensor(expected["grad_threshold"]), **TIGHT)
-    for gradient, golden in zip(found[1:], expected["grad_attentions"], strict=True):
-        torch.testing.assert_close(gradient, tensor(golden), **TIGHT)
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_golden_with_thresholds_as_a_list(case: dict[str, Any]) -> None:
-    matrices = [tensor(matrix) for matrix in case["attentions"]]
-    loss = regularization_of(case).compute_loss(
-        matrices, case["reg_threshold_weights"], case["num_heads"], case["num_layers"]
-    )
-    torch.testing.assert_close(loss, tensor(case["expected"]["loss"]), **TIGHT)
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_golden_entropy_and_metrics(case: dict[str, Any]) -> None:
-    matrices = [tensor(matrix) for matrix in case["attentions"]]
-    for matrix, golden in zip(matrices, case["expected"]["entropy"], strict=True):
-        entropy = EntropyRegularization.compute_entropy(matrix)
-        torch.testing.assert_close(entropy, tensor(golden), **TIGHT)
-    metrics = EntropyRegularization.log_entropy_metrics(matrices, step=3)
-    assert metrics.keys() == case["expected"]["metrics"].keys()
-    for name, golden in case["expected"]["metrics"].items():
-        assert math.isclose(metrics[name], golden, rel_tol=0.0, abs_tol=1e-9)
-
-
-def test_metrics_reach_the_logger_with_their_step() -> None:
-    class Logger:
-        seen: tuple[dict[str, float], int] | None = None
-
-        def log(self, metrics: dict[str, float], step: int) -> None:
-            self.seen = (metrics, step)
-
-    logger = Logger()
-    matrix = torch.full((1, 2, 3, 4), 0.25)
-    metrics = EntropyRegularization.log_entropy_metrics([matrix], 7, logger)
-    assert logger.seen == (metrics, 7)
-    assert math.isclose(metrics["attn.0.head.1.entropy"], math.log(4), rel_tol=1e-6)
-
-
-MATRIX = torch.full((2, 3, 4, 4), 0.25)
-WRONG = [
-    ({"attentions": []}, ValueError, "attentions is empty"),
-    ({"attentions": [MATRIX, MATRIX[:1]]}, ValueError, "attentions[1] has batch size 1"),
-    ({"attentions": [MATRIX[0]]}, ValueError, "attentions[0] has shape (3, 4, 4)"),
-    ({"attentions": [MATRIX.long()]}, TypeError, "attentions[0] has dtype torch.int64"),
-    ({"attentions": ["matrix"]}, TypeError, "attentions[0] is a str"),
-    ({"reg_threshold_weights": [0.5, 0.5]}, ValueError, "there are 2 thresholds"),
-    ({"reg_threshold_weights": torch.ones(1, 3)}, ValueError, "there are 2 attention layers"),
-    ({"reg_threshold_weights": torch.ones(2, 1, 3)}, ValueError, "pass [heads] or [layers, heads]"),
-    ({"num_heads": 4}, ValueError, "num_heads is 4 but attentions[0] has 3 heads"),
-    ({"num_heads": 0}, ValueError, "num_heads is 0"),
-    ({"num_layers": 3}, ValueError, "num_layers is 3 but there are 2 matrices"),
-]
-
-
-@pytest.mark.parametrize(("change", "error", "sentence"), WRONG, ids=lambda value: str(value)[:40])
-def test_wrong_input_is_one_clear_sentence(
-    change: dict[str, Any], error: type[Exception], sentence: str
-) -> None:
-    arguments: dict[str, Any] = {
-        "attentions": [MATRIX, MATRIX],
-        "reg_threshold_weights": [0.5, 0.5, 0.5],
-        "num_heads": 3,
-        "num_layers": 2,
-    }
-    EntropyRegularization().compute_loss(**arguments)
-    with pytest.raises(error) as caught:
-        EntropyRegularization().compute_loss(**{**arguments, **change})
-    assert sentence in str(caught.value)
-    assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "sentence"),
-    [
-        ({"tolerance_margin_factor": -0.1}, "tolerance_margin_factor is -0.1"),
-        ({"loss_coeff": float("nan")}, "loss_coeff is nan"),
-        ({"context_size": 1}, "context_size is 1"),
-        ({"penalty": "l1"}, "choose one of published, calibrated"),
-        ({"reduction": "max"}, "choose one of sum, mean"),
-        ({"maximum": "log2"}, "choose one of context, reachable"),
-    ],
-)
-def test_wrong_settings_are_refused(arguments: dict[str, Any], sentence: str) -> None:
-    with pytest.raises(ValueError, match=sentence):
-        EntropyRegularization(**arguments)
-
-
-def recording_of(matrices: list[torch.Tensor], rows: torch.Tensor | None = None) -> EntropyRecording:
-    layers = []
-    for number, matrix in enumerate(matrices):
-        real = torch.ones(matrix.shape[0], matrix.shape[2], dtype=torch.bool)
-        layers.append(
-            LayerEntropy(
-                name=f"layer.{number}",
-                kind="self",
-                entropy=torch.special.entr(matrix).sum(-1),
-                allowed_keys=(matrix > 0).sum(-1),
-                rows=real if rows is None else rows,
-                keys=matrix.shape[-1],
-            )
-        )
-    return EntropyRecording(layers)
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {},
-        {"reduction": "mean"},
-        {"maximum": "reachable"},
-        {"penalty": "calibrated", "reduction": "mean", "maximum": "reachable"},
-    ],
-    ids=str,
-)
-def test_recording_gives_the_number_of_its_matrices(settings: dict[str, Any]) -> None:
-    generator = torch.Generator().manual_seed(0)
-    scores = 3 * torch.randn(2, 2, 3, 6, 6, generator=generator, dtype=torch.float64)
-    future = torch.ones(6, 6, dtype=torch.bool).triu(1)
-    matrices = list(torch.softmax(scores.masked_fill(future, -torch.inf), -1))
-    regularization = EntropyRegularization(0.3, 0.05, **settings)
-    thresholds = torch.rand(2, 3, generator=generator, dtype=torch.float64)
-    by_matrices = regularization.compute_loss(matrices, thresholds, 3, 2)
-    by_recording = regularization(recording_of(matrices), thresholds)
-    assert by_matrices > 0
-    torch.testing.assert_close(by_recording, by_matrices, rtol=1e-6, atol=0.0)
-
-
-def test_calibrated_penalty_by_hand() -> None:
-    """Two rows see 4 and 8 keys uniformly (u = 1), threshold 0.5, tolerance 0.2: excess 0.3."""
-    uniform = torch.zeros(1, 1, 2, 8, dtype=torch.float64)
-    uniform[0, 0, 0, :4], uniform[0, 0, 1] = 0.25, 0.125
-    loss = EntropyRegularization.calibrated(2.0, 0.2)(recording_of([uniform]), 0.5)
-    assert math.isclose(loss.item(), 2.0 * 0.3**2, rel_tol=1e-12)
-
-
-def test_calibrated_strength_does_not_follow_batch_or_padding() -> None:
-    matrix = torch.softmax(torch.randn(2, 3, 5, 5, dtype=torch.float64), -1)
-    regularization = EntropyRegularization.calibrated(1.0, 0.01)
-    once = regularization(recording_of([matrix]), 0.3)
-    twice = regularization(recording_of([matrix.repeat(2, 1, 1, 1)]), 0.3)
-    torch.testing.assert_close(once, twice)
-    padded = torch.cat([matrix, torch.full_like(matrix, 0.2)])
-    rows = torch.cat([torch.ones(2, 5), torch.zeros(2, 5)]).bool()
-    torch.testing.assert_close(regularization(recording_of([padded], rows), 0.3), once)
-
-
-def test_rows_that_see_one_key_are_left_out_of_the_reachable_maximum() -> None:
-    query = torch.randn(1, 1, 1, 4, dtype=torch.float64, requires_grad=True)
-    found = attention_with_entropy(query, query, query, causal=True)
-    layer = LayerEntropy(
-        "only", "self", found.entropy, found.allowed_keys, torch.ones(1, 1).bool(), 1
-    )
-    loss = EntropyRegularization.calibrated()(EntropyRecording([layer]), 0.5)
-    assert loss.item() == 0.0
-    (gradient,) = torch.autograd.grad(loss, query)
-    assert (gradient == 0).all()
-
-
-def test_head_thresholds_learn_and_are_checked() -> None:
-    thresholds = HeadThresholds(2, 3, initial=0.4)
-    matrices = [torch.softmax(torch.randn(1, 3, 4, 4), -1) for _ in range(2)]
-    loss = EntropyRegularization(1.0, 0.0)(recording_of(matrices), thresholds)
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("form", ["tensor", "list", "layers x heads"])
+def test_golden_loss_and_gradients(name: str, form: str) -> None:
+    case, expected = CASES[name], CASES[name]["expected"]
+    matrices = matrices_of(case)
+    thresholds = torch.tensor(case["reg_threshold_weights"], dtype=torch.float64)
+    if form == "layers x heads":
+        thresholds = thresholds.repeat(len(matrices), 1)
+    given = thresholds.tolist() if form == "list" else thresholds.requires_grad_()
+    loss = object_of(case).compute_loss(matrices, given, case["num_heads"], case["num_layers"])
+    torch.testing.assert_close(loss.item(), expected["loss"], **EXACT)
     loss.backward()
-    assert thresholds.fraction_bias.grad is not None
-    assert (thresholds.fraction_bias.grad != 0).all()
-    for wrong in ({"layers": 0}, {"initial": 1.5}, {"initial": torch.zeros(3, 2)}):
-        with pytest.raises(ValueError, match="pass"):
-            HeadThresholds(**{"layers": 2, "heads": 3, **wrong})
+    for matrix, gradient in zip(matrices, expected["grad_attentions"], strict=True):
+        torch.testing.assert_close(
+            matrix.grad, torch.tensor(gradient, dtype=torch.float64), **EXACT
+        )
+    if form != "list":
+        gradient = thresholds.grad.view(-1, thresholds.shape[-1]).sum(0)
+        wanted = torch.tensor(expected["grad_threshold"], dtype=torch.float64)
+        torch.testing.assert_close(gradient, wanted, **EXACT)
 
 
-def test_recording_without_layers_or_thresholds_is_refused() -> None:
-    with pytest.raises(ValueError, match="holds no attention layer"):
-        EntropyRegularization()(EntropyRecording(), 0.5)
-    with pytest.raises(ValueError, match="no thresholds were given"):
-        EntropyRegularization()(recording_of([MATRIX]))
+@pytest.mark.parametrize("name", CASES)
+def test_golden_entropies_and_metrics(name: str) -> None:
+    case, expected = CASES[name], CASES[name]["expected"]
+    matrices = matrices_of(case)
+    for matrix, entropy in zip(matrices, expected["entropy"], strict=True):
+        wanted = torch.tensor(entropy, dtype=torch.float64)
+        found = EntropyRegularization.compute_entropy(matrix)
+        torch.testing.assert_close(found, wanted, **EXACT)
+    seen = {}
+    metrics = EntropyRegularization.log_entropy_metrics(
+        matrices, 7, lambda values, step: seen.update(values, step=step)
+    )
+    assert metrics.keys() == expected["metrics"].keys()
+    for key, value in expected["metrics"].items():
+        assert metrics[key] == pytest.approx(value, abs=1e-9)
+    assert seen == {**metrics, "step": 7}
+
+
+def test_loggers(caplog: pytest.LogCaptureFixture) -> None:
+    class Run:
+        def log(self, metrics: dict, step: int) -> None:
+            self.got = (metrics, step)
+
+    matrices, run = [torch.full((1, 1, 2, 2), 0.5)], Run()
+    metrics = EntropyRegularization.log_entropy_metrics(matrices, 3, run)
+    assert run.got == (metrics, 3)
+    with caplog.at_level(logging.INFO):
+        EntropyRegularization.log_entropy_metrics(matrices, 3, logging.getLogger("run"))
+    assert "attn.0.head.0.entropy" in caplog.text
+    with pytest.raises(TypeError, match="logger is a int; pass an object with log"):
+        EntropyRegularization.log_entropy_metrics(matrices, 3, 5)
+
+
+def test_half_precision_entropy_has_finite_gradient() -> None:
+    matrix = torch.tensor([[[[1.0, 0.0], [0.5, 0.5]]]], dtype=torch.float16, requires_grad=True)
+    entropy = EntropyRegularization.compute_entropy(matrix)
+    entropy.sum().backward()
+    assert entropy.dtype == torch.float32
+    assert matrix.grad.isfinite().all()
+    torch.testing.assert_close(entropy[0, 0, 1].item(), math.log(2), rtol=1e-6, atol=0)
+
+
+GOOD = [torch.rand(2, 3, 4, 4).softmax(-1) for _ in range(2)]
+
+
+@pytest.mark.parametrize(
+    ("attentions", "thresholds", "heads", "layers", "error", "sentence"),
+    [
+        ([], [0.5] * 3, 3, 2, ValueError, "attentions is empty; a model returns its matrices only"),
+        ((), [0.5] * 3, 3, 0, ValueError, "attentions is empty"),
+        ([None], [0.5] * 3, 3, 1, TypeError, r"attentions\[0\] is a NoneType; pass a tensor"),
+        ([GOOD[0], GOOD[1][:1]], [0.5] * 3, 3, 2, ValueError, "has batch 1 but the first"),
+        (GOOD, [0.5] * 2, 3, 2, ValueError, "has 2 thresholds a layer but 3 heads"),
+        (GOOD, torch.ones(3, 3), 3, 2, ValueError, "but there are 2 layers"),
+        (GOOD, torch.ones(1, 1, 3), 3, 2, ValueError, r"has shape \(1, 1, 3\)"),
+        (GOOD, torch.ones(3).long(), 3, 2, TypeError, "has dtype torch.int64; pass a number"),
+        (GOOD, "0.5", 3, 2, TypeError, "is a str; pass a number, a list"),
+        (GOOD, ["a", "b", "c"], 3, 2, TypeError, "entries that are not numbers"),
+        (GOOD, [[0.5] * 3, [0.5]], 3, 2, ValueError, "rows of different lengths"),
+        (GOOD, [0.5] * 4, 4, 2, ValueError, r"num_heads is 4 but attentions\[0\] has 3 heads"),
+        (GOOD, [0.5] * 3, 3, 3, ValueError, "num_layers is 3 but attentions has 2 matrices"),
+        (GOOD, [0.5] * 3, 3, 1, ValueError, "num_layers is 1 but attentions has 2 matrices"),
+        (GOOD, [0.5] * 3, 0, 2, ValueError, "num_heads is 0; pass a positive integer"),
+        (GOOD, [0.5] * 3, 3.0, 2, TypeError, "num_heads is 3.0; pass a positive integer"),
+        ([GOOD[0].long()], [0.5] * 3, 3, 1, TypeError, "has dtype torch.int64; pass a floating"),
+        ([GOOD[0][0]], [0.5] * 3, 3, 1, ValueError, r"has shape \(3, 4, 4\); pass \[batch, heads"),
+    ],
+)
+def test_wrong_input_is_one_sentence(
+    attentions: object,
+    thresholds: object,
+    heads: int,
+    layers: int,
+    error: type[Exception],
+    sentence: str,
+) -> None:
+    with pytest.raises(error, match=sentence):
+        EntropyRegularization().compute_loss(attentions, thresholds, heads, layers)
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "sentence"),
+    [
+        ({"tolerance_margin_factor": -0.1}, ValueError, "tolerance_margin_factor is -0.1; pass a"),
+        ({"loss_coeff": -1.0}, ValueError, "loss_coeff is -1.0; pass a finite number"),
+        ({"loss_coeff": math.nan}, ValueError, "loss_coeff is nan"),
+        ({"loss_coeff": "1"}, TypeError, "loss_coeff is '1'; pass a number"),
+        ({"context_size": 1}, ValueError, "context_size is 1; pass at least 2"),
+        ({"context_size": 8.0}, TypeError, "context_size is 8.0; pass an integer"),
+        ({"penalty": "l2"}, ValueError, "penalty is 'l2'; choose one of published, calibrated"),
+        ({"reduction": "max"}, ValueError, "reduction is 'max'; choose one of sum, mean"),
+        ({"maximum": "n"}, ValueError, "maximum is 'n'; choose one of context, reachable"),
+        ({"thresholds": "a"}, TypeError, "thresholds is a str; pass a number"),
+    ],
+)
+def test_wrong_settings_are_one_sentence(
+    settings: dict, error: type[Exception], sentence: str
+) -> None:
+    with pytest.raises(error, match=sentence):
+        EntropyRegularization(**settings)
+
+
+def causal_case(
+    batch: int = 2, heads: int = 3, n: int = 6, layers: int = 2
+) -> tuple[list[torch.Tensor], EntropyRecording, torch.Tensor]:
+    """Stored causal matrices, and the recording that an exact recorder would make of them."""
+    torch.manual_seed(0)
+    allowed = torch.ones(n, n, dtype=torch.bool).tril()
+    scores = [3 * torch.randn(batch, heads, n, n, dtype=torch.float64) for _ in range(layers)]
+    matrices = [s.masked_fill(~allowed, -torch.inf).softmax(-1) for s in scores]
+    counts = torch.arange(1, n + 1).view(1, 1, n)
+    recorded = [
+        LayerEntropy(
+            name=f"h.{layer}.attn",
+            kind="self",
+            entropy=torch.special.entr(matrix).sum(-1),
+            allowed_keys=counts,
+            rows=torch.ones(batch, n, dtype=torch.bool),
+            keys=n,
+        )
+        for layer, matrix in enumerate(matrices)
+    ]
+    return matrices, EntropyRecording(recorded), allowed
+
+
+@pytest.mark.parametrize("penalty", ["published", "calibrated"])
+@pytest.mark.parametrize("reduction", [None, "sum", "mean"])
+@pytest.mark.parametrize("maximum", [None, "context", "reachable"])
+def test_recording_equals_matrices(penalty: str, reduction: str, maximum: str) -> None:
+    matrices, recording, allowed = causal_case()
+    thresholds = torch.rand(2, 3, dtype=torch.float64)
+    regularization = EntropyRegularization(
+        1.0, 0.05, penalty=penalty, reduction=reduction, maximum=maximum
+    )
+    stored = regularization.compute_loss(matrices, thresholds, 3, 2, allowed=allowed)
+    assert stored > 0
+    torch.testing.assert_close(
+        regularization(recording, thresholds=thresholds), stored, rtol=1e-7, atol=1e-9
+    )
+
+
+def test_calibrated_is_the_formula() -> None:
+    _, recording, _ = causal_case()
+    thresholds = torch.rand(2, 3, dtype=torch.float64)
+    total = 0.0
+    for layer, theta in zip(recording, thresholds, strict=True):
+        for head in range(3):
+            squares = []
+            for b in range(2):
+                for i in range(1, 6):  # the first row sees one key and is left out
+                    u = layer.entropy[b, head, i].item() / math.log(i + 1)
+                    squares.append(max(abs(u - theta[head].item()) - 0.1, 0) ** 2)
+            total += sum(squares) / len(squares) / 3 / 2
+    found = EntropyRegularization.calibrated(0.5, 0.1)(recording, thresholds)
+    assert found.item() == pytest.approx(0.5 * total, rel=1e-12)
+
+
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+def test_padding_rows(reduction: str) -> None:
+    _, recording, _ = causal_case()
+    kept = EntropyRecording(
+        [
+            LayerEntropy(
+                x.name, x.kind, x.entropy[:, :, :4], x.allowed_keys[..., :4], x.rows[:, :4], 6
+            )
+            for x in recording
+        ]
+    )
+    for layer in recording:
+        layer.rows[:, 4:] = False
+    options = {"reduction": reduction, "thresholds": 0.3}
+    skipping = EntropyRegularization(1.0, 0.0, count_padding=False, **options)
+    counting = EntropyRegularization(1.0, 0.0, **options)
+    torch.testing.assert_close(skipping(recording), counting(kept))
+    assert not torch.isclose(counting(recording), counting(kept))
+    calibrated = EntropyRegularization(1.0, 0.0, penalty="calibrated", **options)
+    torch.testing.assert_close(calibrated(recording), calibrated(kept))
+
+
+def test_calibrated_strength_does_not_follow_batch_or_length() -> None:
+    losses = []
+    for batch, n in ((1, 9), (4, 9), (1, 500)):
+        counts = torch.arange(1, n + 1).view(1, 1, n)
+        entropy = (0.9 * counts.double().log()).expand(batch, 2, n)
+        layer = LayerEntropy("a", "self", entropy, counts, torch.ones(batch, n).bool(), n)
+        regularization = EntropyRegularization(1.0, 0.1, penalty="calibrated")
+        losses.append(regularization(EntropyRecording([layer])).item())
+    assert losses == pytest.approx([0.09] * 3)  # (0.9 - 0.5 - 0.1)^2
+
+
+def test_layers_with_different_heads_and_default_thresholds() -> None:
+    _, recording, _ = causal_case()
+    recording.layers[1] = recording.layers[1].select_heads([0])
+    module = HeadThresholds(2, 3, 0.4)
+    regularization = EntropyRegularization(1.0, 0.0, thresholds=module)
+    regularization(recording).backward()
+    assert (module.fraction_bias.grad[0] != 0).all()
+    assert module.fraction_bias.grad[1].tolist()[1:] == [0.0, 0.0]
+    fixed = EntropyRegularization(1.0, 0.0)
+    torch.testing.assert_close(fixed(recording), fixed(recording, thresholds=[0.5, 0.5, 0.5]))
+
+
+def test_calls_refuse_what_is_no_recording() -> None:
+    with pytest.raises(TypeError, match="recording is a list; pass the EntropyRecording"):
+        EntropyRegularization()(GOOD)
+    with pytest.raises(ValueError, match="the recording is empty; run a forward pass inside"):
+        EntropyRegularization()(EntropyRecording())
+    with pytest.raises(ValueError, match="maximum='reachable' needs to know which keys"):
+        EntropyRegularization(penalty="calibrated").compute_loss(GOOD, 0.5, 3, 2)
+    with pytest.raises(ValueError, match=r"allowed has shape \(5, 5\), which does not broadcast"):
+        EntropyRegularization().compute_loss(GOOD, 0.5, 3, 2, allowed=torch.ones(5, 5).bool())
+    with pytest.raises(TypeError, match="allowed has dtype torch"):
+        EntropyRegularization().compute_loss(GOOD, 0.5, 3, 2, allowed=torch.ones(4, 4))
+    with pytest.raises(ValueError, match="has 2 thresholds a layer but 3 heads"):
+        EntropyRegularization()(causal_case()[1], thresholds=[0.5, 0.5])

@@ -1,41 +1,73 @@
-"""(sum, count) pairs: sums travel with their counts, and are divided once, at the end.
+"""Sums that travel with their counts, over rows and ranks, and are divided once, at the end.
 
 The only module that talks to torch.distributed.
 """
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
-from torch import Tensor
+from jaxtyping import Bool, Float
+from torch import Tensor, distributed
+
+Reduction = Literal["sum", "mean"]
 
 
-class RowSum(NamedTuple):
-    """A sum over rows and how many rows entered it, both ``[...]`` of one shape."""
+@dataclass(frozen=True)
+class SumAndCount:
+    """A sum over rows and how many rows it is of.
+
+    Attributes:
+        total: ``[..., heads]``, carries the gradient.
+        count: ``[..., heads]``, same dtype as total, none.
+    """
 
     total: Tensor
     count: Tensor
 
-    @staticmethod
-    def over_rows(values: Tensor, counted: Tensor) -> "RowSum":
-        """Sum ``[batch, heads, queries]`` over the counted rows; return ``[heads]`` pairs."""
-        total = values.masked_fill(~counted, 0.0).sum((0, 2))
-        return RowSum(total, counted.sum((0, 2)))
-
-    def __add__(self, other: object) -> "RowSum":
-        """Add sums to sums and counts to counts."""
-        if not isinstance(other, RowSum):
-            return NotImplemented
-        return RowSum(self.total + other.total, self.count + other.count)
+    def plus(self, other: "SumAndCount") -> "SumAndCount":
+        """Join with the rows of another batch."""
+        return SumAndCount(self.total + other.total, self.count + other.count)
 
     def mean(self) -> Tensor:
-        """Divide, once; 0 where nothing was counted."""
-        return self.total / self.count.clamp(min=1)
+        """Divide; 0 where no row counts, with gradient 0."""
+        return self.total / self.count.masked_fill(self.count == 0, 1.0)
 
-    def over_ranks(self) -> "RowSum":
-        """Add up the pairs of all ranks (no gradient); the pair itself without a process group."""
-        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-            return self
-        total, count = self.total.detach().clone(), self.count.clone()
-        torch.distributed.all_reduce(total)
-        torch.distributed.all_reduce(count)
-        return RowSum(total, count)
+
+def sum_rows(
+    values: Float[Tensor, "batch heads queries"], counted: Bool[Tensor, "..."] | None = None
+) -> SumAndCount:
+    """Sum over batch and queries the rows that count, and count them.
+
+    Args:
+        values: one number per row.
+        counted: True for rows that count, broadcastable to ``values``; None counts all.
+
+    Returns:
+        total and count, each ``[heads]``.
+    """
+    if counted is None:
+        counted = torch.ones((), dtype=torch.bool, device=values.device)
+    counted = counted.expand_as(values)
+    total = values.masked_fill(~counted, 0.0).sum((0, 2))
+    return SumAndCount(total, counted.sum((0, 2)).to(total.dtype))
+
+
+def mean_count_over_ranks(pairs: Sequence[SumAndCount]) -> list[SumAndCount]:
+    """Replace every count by its mean over the ranks of the default process group.
+
+    Data-parallel training averages gradients over ranks, so a total divided by the mean count gives
+    the gradient of (sum over all ranks) / (count over all ranks), whatever each rank's share is.
+    Without a process group the pairs are returned as they are. Every rank must call it.
+    """
+    if not pairs or not (distributed.is_available() and distributed.is_initialized()):
+        return list(pairs)
+    counts = torch.cat([pair.count.flatten() for pair in pairs])  # one message for all layers
+    distributed.all_reduce(counts)
+    counts = counts / distributed.get_world_size()
+    parts = torch.split(counts, [pair.count.numel() for pair in pairs])
+    return [
+        SumAndCount(pair.total, part.view_as(pair.count))
+        for pair, part in zip(pairs, parts, strict=True)
+    ]

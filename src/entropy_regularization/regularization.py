@@ -1,59 +1,97 @@
 """EntropyRegularization: the published class, and the same object over a recording."""
 
-import math
+import functools
+import logging
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
+from jaxtyping import Bool, Float
 from torch import Tensor
 
-from entropy_regularization.penalties.calibrated import calibrated_penalty
-from entropy_regularization.penalties.published import published_penalty
+from entropy_regularization.penalties import calibrated_penalty, published_penalty
+from entropy_regularization.penalties.validation import (
+    check_context_size,
+    check_matrices,
+    check_matrix,
+    check_not_negative,
+    check_option,
+)
 from entropy_regularization.recording.recording import EntropyRecording
-from entropy_regularization.reduction import RowSum
-from entropy_regularization.thresholds import HeadThresholds
+from entropy_regularization.reduction import (
+    Reduction,
+    SumAndCount,
+    mean_count_over_ranks,
+    sum_rows,
+)
+from entropy_regularization.thresholds import as_tensor, thresholds_of_layers
 
-Thresholds = Tensor | Sequence[float] | Sequence[Sequence[float]] | HeadThresholds | float
+Penalty = Literal["published", "calibrated"]
+Maximum = Literal["context", "reachable"]
 
 _PENALTIES = {"published": published_penalty, "calibrated": calibrated_penalty}
+EPSILON = 1e-9  # the published module adds it inside the logarithm of a stored matrix
 
 
 class _Rows(NamedTuple):
-    """One layer, whatever it came from: entropies, keys of each row, and which rows count."""
+    """One layer as the penalties see it: [batch, heads, queries] and what broadcasts to it."""
 
     entropy: Tensor
-    allowed_keys: Tensor
-    counted: Tensor
+    allowed_keys: Tensor | None
+    rows: Tensor | None
 
 
 class EntropyRegularization:
-    r"""Penalise attention heads whose entropy strays from a threshold (Jha & Reagen 2025).
+    r"""Hold every head's attention entropy near a share of its maximum.
 
-    .. math:: \mathcal{L} = \frac{\lambda}{L} \sum_l \frac{1}{N_h} \sum_h \sum_{b,i}
-        \mathrm{penalty}(H_{l,b,h,i}, \theta_{l,h})
+    .. math:: \text{loss} = \frac{\text{loss\_coeff}}{L} \sum_l \frac{1}{H} \sum_h
+              \operatorname{reduce}_{b,i}\; \text{penalty}(H_{lhbi}, \theta_{lh}, H_{\max})
 
-    The positional arguments and their defaults are those of the published module, and so is every
-    number (`compute_loss` agrees with it to 1e-9 in float64). The keyword-only arguments are ways
-    out of what its definition implies; :meth:`calibrated` takes all of them.
+    Two settings. The default is the module that Jha & Reagen (2025) published, digit for digit.
+    ``penalty="calibrated"`` is the recommended one: its strength does not depend on batch size,
+    length or mask, and it has no jump at the margin.
+
+    ==================  =====================  ==========================================
+    option              published              calibrated
+    ==================  =====================  ==========================================
+    reduction           "sum" over rows        "mean" over the rows that count
+    maximum             "context": log N       "reachable": log of the keys a row may see
+    count_padding       True                   False
+    ==================  =====================  ==========================================
+
+    Under a causal mask log N cannot be reached: a mean over rows ends at 0.80 of it at 128 tokens.
+    A sum makes the strength follow batch size and length: 1e-5 at 128 x 128 rows is 0.16 on the
+    mean row.
 
     Args:
-        loss_coeff: :math:`\lambda`.
-        tolerance_margin_factor: :math:`\tau`, half the width of the band around a threshold, as a
-            fraction of the maximum entropy.
-        context_size: the maximum entropy is its logarithm; None takes the number of keys of the
-            first layer.
-        penalty: "published" squares the deviation outside the band (it jumps at the margin),
-            "calibrated" squares what exceeds the band, as a fraction of the maximum.
-        reduction: "sum" over batch and rows, as published (the strength then follows the batch
-            size and the length), or "mean" over the counted rows.
-        maximum: "context" is log(context_size) for every row, as published; "reachable" is log of
-            the keys each row may see, and leaves out rows that see fewer than two.
-        thresholds: used when a call gives none; see compute_loss.
-        count_padding: whether padding rows of a recording count; None means yes for the published
-            penalty, whose matrices do not tell them apart, and no for the calibrated one.
+        loss_coeff: factor of the whole penalty.
+        tolerance_margin_factor: half-width of the unpenalised band, a fraction of the maximum.
+        context_size: number of keys whose logarithm is the "context" maximum; the number of keys
+            of the first layer unless given.
+        penalty: "published" or "calibrated", see ``entropy_regularization.penalties``.
+        reduction: "sum" or "mean" over batch and queries; None takes the penalty's own.
+        maximum: "context" or "reachable"; None takes the penalty's own. With "reachable", rows
+            that see fewer than two keys are left out, because their entropy can only be 0.
+        thresholds: used when a call gives none: a number, ``[heads]``, ``[layers, heads]`` or
+            HeadThresholds; fractions of the maximum. None means 0.5.
+        count_padding: whether padding queries, and rows that see no key, enter sum and mean. True
+            gives the number that the published module gives on the matrices of the same pass,
+            except that a model's eager attention gives rows that see no key (left padding) a
+            meaningless uniform distribution, where a recording has entropy 0. None takes the
+            penalty's own.
+        across_ranks: with "mean", divide by the count over all data-parallel ranks rather than
+            each rank's own. One small all-reduce a call, which every rank must then make.
 
     Raises:
-        ValueError: if a number is negative or not finite, or a name is unknown.
+        TypeError: if a number is not a number.
+        ValueError: if a number is out of range or an option unknown.
+
+    Example:
+        >>> regularization = EntropyRegularization(loss_coeff=1.0, tolerance_margin_factor=0.0)
+        >>> uniform = torch.full((1, 1, 1, 2), 0.5)  # entropy log 2; threshold 0.5 log 2
+        >>> loss = regularization.compute_loss([uniform], [0.5], num_heads=1, num_layers=1)
+        >>> round(loss.item(), 4), round((0.5 * math.log(2)) ** 2, 4)
+        (0.1201, 0.1201)
     """
 
     def __init__(
@@ -62,279 +100,273 @@ class EntropyRegularization:
         tolerance_margin_factor: float = 0.20,
         context_size: int | None = None,
         *,
-        penalty: Literal["published", "calibrated"] = "published",
-        reduction: Literal["sum", "mean"] = "sum",
-        maximum: Literal["context", "reachable"] = "context",
-        thresholds: Thresholds | None = None,
+        penalty: Penalty = "published",
+        reduction: Reduction | None = None,
+        maximum: Maximum | None = None,
+        thresholds: object = None,
         count_padding: bool | None = None,
+        across_ranks: bool = False,
     ) -> None:
-        _check_number("loss_coeff", loss_coeff)
-        _check_number("tolerance_margin_factor", tolerance_margin_factor)
-        if context_size is not None and (not isinstance(context_size, int) or context_size < 2):
-            raise ValueError(
-                f"context_size is {context_size!r}; pass an integer of at least 2, or None."
-            )
-        _check_choice("penalty", penalty, tuple(_PENALTIES))
-        _check_choice("reduction", reduction, ("sum", "mean"))
-        _check_choice("maximum", maximum, ("context", "reachable"))
-        self.loss_coeff = float(loss_coeff)
-        self.tolerance_margin_factor = float(tolerance_margin_factor)
-        self.context_size = context_size
-        self.penalty = penalty
-        self.reduction = reduction
-        self.maximum = maximum
+        published = penalty == "published"
+        self.loss_coeff = check_not_negative("loss_coeff", loss_coeff)
+        self.tolerance_margin_factor = check_not_negative(
+            "tolerance_margin_factor", tolerance_margin_factor
+        )
+        self.context_size = check_context_size(context_size)
+        self.penalty = check_option("penalty", penalty, get_args(Penalty))
+        self.reduction = check_option(
+            "reduction", reduction or ("sum" if published else "mean"), get_args(Reduction)
+        )
+        self.maximum = check_option(
+            "maximum", maximum or ("context" if published else "reachable"), get_args(Maximum)
+        )
+        if thresholds is not None:
+            as_tensor(thresholds, "thresholds")  # refuse early
         self.thresholds = thresholds
-        self.count_padding = penalty == "published" if count_padding is None else count_padding
+        self.count_padding = published if count_padding is None else count_padding
+        self.across_ranks = across_ranks
 
     @classmethod
     def calibrated(
-        cls,
-        loss_coeff: float = 1.0,
-        tolerance_margin_factor: float = 0.1,
-        *,
-        thresholds: Thresholds | None = None,
+        cls, loss_coeff: float = 1.0, tolerance_margin_factor: float = 0.1, **options: Any
     ) -> "EntropyRegularization":
-        """Return the recommended settings: its strength is the same for every length and batch.
+        """Return the recommended settings, ``penalty="calibrated"``.
 
         Args:
             loss_coeff: factor of the mean penalty, which lies in [0, 1].
-            tolerance_margin_factor: half the width of the band, as a fraction of ``log n_i``.
-            thresholds: used when a call gives none.
+            tolerance_margin_factor: half-width of the band, a fraction of ``log n_i``.
+            **options: further keywords of the constructor.
 
-        Returns:
-            A regularization with the calibrated penalty, mean reduction and reachable maximum.
+        Raises:
+            TypeError: if a number is not a number, or a keyword unknown.
+            ValueError: if a number is out of range or an option unknown.
         """
-        return cls(
-            loss_coeff,
-            tolerance_margin_factor,
-            penalty="calibrated",
-            reduction="mean",
-            maximum="reachable",
-            thresholds=thresholds,
-        )
+        return cls(loss_coeff, tolerance_margin_factor, penalty="calibrated", **options)
 
     def __repr__(self) -> str:
         """Return the settings."""
         return (
-            f"EntropyRegularization({self.loss_coeff}, {self.tolerance_margin_factor}, "
-            f"{self.context_size}, penalty={self.penalty!r}, reduction={self.reduction!r}, "
-            f"maximum={self.maximum!r})"
+            f"EntropyRegularization(loss_coeff={self.loss_coeff}, "
+            f"tolerance_margin_factor={self.tolerance_margin_factor}, "
+            f"context_size={self.context_size}, penalty={self.penalty!r}, "
+            f"reduction={self.reduction!r}, maximum={self.maximum!r})"
         )
 
-    def compute_loss(
-        self,
-        attentions: Sequence[Tensor],
-        reg_threshold_weights: Thresholds,
-        num_heads: int,
-        num_layers: int,
-    ) -> Tensor:
-        """Return the penalty of attention matrices, as the published module does.
+    def __call__(self, recording: EntropyRecording, thresholds: object = None) -> Tensor:
+        """Return the penalty of a recorded forward pass; add it to the loss.
 
         Args:
-            attentions: one ``[batch, heads, queries, keys]`` per layer, rows summing to 1.
-            reg_threshold_weights: fractions of the maximum entropy: one per head (a tensor or a
-                list), or ``[layers, heads]``.
-            num_heads: how many heads to penalise, the first ones of each layer.
-            num_layers: how many layers to penalise, the first ones.
-
-        Returns:
-            A scalar, differentiable in matrices and thresholds.
-
-        Raises:
-            TypeError: if a matrix is not a floating tensor.
-            ValueError: if there is no matrix, shapes do not fit together, or there are fewer
-                layers, heads or thresholds than asked for.
-        """
-        _check_matrices(attentions, num_heads, num_layers)
-        matrices = attentions[:num_layers]
-        rows = []
-        for matrix in matrices:
-            entropy = self.compute_entropy(matrix)[:, :num_heads]
-            # A matrix does not say which keys a row may see: those with any weight.
-            allowed = (matrix[:, :num_heads].detach() > 0).sum(-1)
-            counted = torch.ones_like(entropy, dtype=torch.bool)
-            rows.append(_Rows(entropy, allowed, counted))
-        thresholds = _threshold_table(reg_threshold_weights, rows)
-        return self._loss(rows, thresholds, matrices[0].shape[-1])
-
-    def __call__(
-        self, recording: EntropyRecording, thresholds: Thresholds | None = None
-    ) -> Tensor:
-        """Return the penalty of a recording: the same number as compute_loss on its matrices.
-
-        Args:
-            recording: what record_entropy gave.
-            thresholds: as in compute_loss, or a HeadThresholds, or one number for every head; None
-                takes the ones given to the constructor.
+            recording: what ``record_entropy`` gave.
+            thresholds: as in the constructor, for this call only.
 
         Returns:
             A scalar, differentiable in the model's parameters and the thresholds.
 
         Raises:
-            ValueError: if the recording is empty, or no or too few thresholds are there.
+            TypeError: if recording is no EntropyRecording or thresholds are not numbers.
+            ValueError: if nothing was recorded, or thresholds do not fit the layers and heads.
         """
+        if not isinstance(recording, EntropyRecording):
+            raise TypeError(
+                f"recording is a {type(recording).__name__}; pass the EntropyRecording of "
+                "record_entropy, or matrices to compute_loss."
+            )
         if not recording.layers:
             raise ValueError(
-                "the recording holds no attention layer; run the model inside record_entropy."
+                "the recording is empty; run a forward pass inside record_entropy(model) first."
             )
-        chosen = self.thresholds if thresholds is None else thresholds
-        if chosen is None:
-            raise ValueError(
-                "no thresholds were given; pass thresholds= to the call or to the constructor."
-            )
-        rows = []
-        for layer in recording.layers:
-            real = torch.ones_like(layer.rows) if self.count_padding else layer.rows
-            counted = real[:, None].expand_as(layer.entropy)
-            rows.append(_Rows(layer.entropy, layer.allowed_keys, counted))
-        return self._loss(rows, _threshold_table(chosen, rows), recording.layers[0].keys)
+        layers = [_Rows(layer.entropy, layer.allowed_keys, layer.rows) for layer in recording]
+        context_size = self.context_size or recording.layers[0].keys
+        return self._reduce(layers, self._thresholds(thresholds), context_size, "thresholds")
 
-    def _loss(self, layers: list[_Rows], thresholds: list[Tensor], n_keys: int) -> Tensor:
-        losses = []
-        for rows, threshold in zip(layers, thresholds, strict=True):
-            maximum, counted = self._maximum(rows, n_keys)
-            penalty = _PENALTIES[self.penalty](
-                rows.entropy, threshold, maximum, self.tolerance_margin_factor
-            )
-            pair = RowSum.over_rows(penalty, counted)
-            losses.append((pair.total if self.reduction == "sum" else pair.mean()).mean())
-        # Layers may lie on different devices in a model split over several.
-        total = torch.stack([loss.to(losses[0].device) for loss in losses]).sum()
-        return self.loss_coeff / len(losses) * total
-
-    def _maximum(self, rows: _Rows, n_keys: int) -> tuple[Tensor, Tensor]:
-        """Return the maximum entropy of each row, nats, and which rows count."""
-        if self.maximum == "context":
-            size = n_keys if self.context_size is None else self.context_size
-            # The published module takes this logarithm in float32, whatever the matrices are.
-            return torch.tensor(float(max(size, 1))).log().to(rows.entropy), rows.counted
-        meaningful = rows.allowed_keys > 1
-        # log 2 stands in where the row is not counted, so that nothing is divided by 0
-        maximum = rows.allowed_keys.clamp(min=2).to(rows.entropy.dtype).log()
-        return maximum, rows.counted & meaningful
-
-    @staticmethod
-    def compute_entropy(attention_matrix: Tensor) -> Tensor:
-        """Return ``-nansum(A log(A + 1e-9))`` over the keys, as published.
+    def compute_loss(
+        self,
+        attentions: Sequence[Float[Tensor, "batch heads queries keys"]],
+        reg_threshold_weights: object,
+        num_heads: int,
+        num_layers: int,
+        *,
+        allowed: Bool[Tensor, "..."] | None = None,
+    ) -> Tensor:
+        """Return the penalty of stored attention matrices, as published.
 
         Args:
-            attention_matrix: ``[..., queries, keys]``, floating.
+            attentions: one ``[batch, heads, queries, keys]`` matrix per layer, as a model with
+                eager attention returns them for ``output_attentions=True``. In training mode these
+                are the weights after dropout, whose entropy is another.
+            reg_threshold_weights: fractions of the maximum; ``[heads]`` (or more), shared by the
+                layers, ``[layers, heads]``, or one number; tensor, list or HeadThresholds.
+            num_heads: the first num_heads heads are penalised.
+            num_layers: number of matrices.
+            allowed: boolean, broadcastable to the matrices, True where a query may attend. Needed
+                for ``maximum="reachable"``, because a weight of 0 does not tell.
 
         Returns:
-            ``[..., queries]``, nats. In float16, where 1e-9 is 0, use a recording instead.
+            A scalar, differentiable in matrices and thresholds.
 
         Raises:
-            TypeError: if the matrix is not a floating tensor.
+            TypeError: if matrices are not floating tensors, or thresholds not numbers.
+            ValueError: if there are no matrices, their shapes or number do not fit, or more heads
+                are asked for than there are matrices or thresholds.
         """
-        _check_floating(attention_matrix, "attention_matrix")
-        return -torch.nansum(attention_matrix * torch.log(attention_matrix + 1e-9), dim=-1)
+        check_matrices("attentions", attentions, num_heads, num_layers)
+        layers = [
+            _Rows(
+                self.compute_entropy(matrix)[:, :num_heads],
+                self._count_allowed(allowed, matrix, num_heads),
+                None,
+            )
+            for matrix in attentions
+        ]
+        context_size = self.context_size or attentions[0].shape[-1]
+        return self._reduce(layers, reg_threshold_weights, context_size, "reg_threshold_weights")
+
+    @staticmethod
+    def compute_entropy(
+        attention_matrix: Float[Tensor, "*batch queries keys"],
+    ) -> Float[Tensor, "*batch queries"]:
+        """Return the entropy of every row of a stored matrix, ``-nansum(A log(A + 1e-9))``, nats.
+
+        float16 and bfloat16 are computed in float32, where 1e-9 does not vanish.
+
+        Args:
+            attention_matrix: rows are probabilities over the last dimension.
+
+        Raises:
+            TypeError: if it is not a floating tensor.
+            ValueError: if it has fewer than two dimensions.
+        """
+        check_matrix("attention_matrix", attention_matrix)
+        if attention_matrix.dim() < 2:
+            raise ValueError(
+                f"attention_matrix has shape {tuple(attention_matrix.shape)}; pass "
+                "[..., queries, keys]."
+            )
+        weights = attention_matrix.to(torch.promote_types(attention_matrix.dtype, torch.float32))
+        return -torch.nansum(weights * torch.log(weights + EPSILON), dim=-1)
 
     @staticmethod
     def log_entropy_metrics(
-        attention_matrices: Sequence[Tensor], step: int, logger: Any = None
+        attention_matrices: Sequence[Float[Tensor, "batch heads queries keys"]],
+        step: int,
+        logger: Any = None,
     ) -> dict[str, float]:
         """Return the mean entropy of every head, and hand it to a logger.
 
         Args:
             attention_matrices: one ``[batch, heads, queries, keys]`` per layer.
-            step: the training step the numbers belong to.
-            logger: anything with ``log(metrics, step=step)`` (wandb does), or None.
+            step: passed to the logger.
+            logger: has ``log(metrics, step=step)`` as a wandb run has, or is called so, or is a
+                logging.Logger, which gets one line; None for none.
 
         Returns:
-            ``attn.{layer}.head.{head}.entropy`` to mean entropy over batch and queries, nats.
+            ``attn.{layer}.head.{head}.entropy`` to nats, over batch and queries.
 
         Raises:
-            TypeError: if a matrix is not a floating tensor, or the logger cannot log.
+            TypeError: if matrices are not floating tensors, or the logger is none of these.
+            ValueError: if there are no matrices, or their shapes do not fit.
         """
-        if logger is not None and not callable(getattr(logger, "log", None)):
-            raise TypeError(
-                f"logger is a {type(logger).__name__}; pass an object with log(metrics, step=...)."
-            )
-        metrics = {}
-        for layer, matrix in enumerate(attention_matrices):
-            entropy = EntropyRegularization.compute_entropy(matrix.detach())
-            means = entropy.mean(dim=(0, 2)).tolist()  # one transfer a layer, not one a head
-            for head, mean in enumerate(means):
-                metrics[f"attn.{layer}.head.{head}.entropy"] = mean
+        check_matrices("attention_matrices", attention_matrices, 1, len(attention_matrices))
+        metrics: dict[str, float] = {}
+        with torch.no_grad():
+            for layer, matrix in enumerate(attention_matrices):
+                means = EntropyRegularization.compute_entropy(matrix).mean((0, 2)).tolist()
+                for head, mean in enumerate(means):
+                    metrics[f"attn.{layer}.head.{head}.entropy"] = mean
         if logger is not None:
-            logger.log(metrics, step=step)
+            _hand_to(logger, metrics, step)
         return metrics
 
+    def _thresholds(self, given: object) -> object:
+        if given is not None:
+            return given
+        return 0.5 if self.thresholds is None else self.thresholds
 
-def _check_number(name: str, number: float) -> None:
-    if not isinstance(number, int | float) or not 0 <= number < math.inf:
-        raise ValueError(f"{name} is {number!r}; pass a finite number of at least 0.")
+    def _reduce(
+        self, layers: list[_Rows], thresholds: object, context_size: int, name: str
+    ) -> Tensor:
+        first = layers[0].entropy
+        heads = [layer.entropy.shape[1] for layer in layers]
+        vectors = thresholds_of_layers(thresholds, heads, name=name, like=first)
+        pairs = [
+            self._penalise(layer, vector, context_size, first.device)
+            for layer, vector in zip(layers, vectors, strict=True)
+        ]
+        if self.reduction == "mean":
+            if self.across_ranks:
+                pairs = mean_count_over_ranks(pairs)
+            per_head = [pair.mean() for pair in pairs]
+        else:
+            per_head = [pair.total for pair in pairs]
+        return self.loss_coeff * torch.stack([values.mean() for values in per_head]).mean()
 
-
-def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name} is {value!r}; choose one of {', '.join(choices)}.")
-
-
-def _check_floating(tensor: object, name: str) -> None:
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name} is a {type(tensor).__name__}; pass a torch.Tensor.")
-    if not tensor.is_floating_point():
-        raise TypeError(f"{name} has dtype {tensor.dtype}; pass a floating tensor.")
-
-
-def _check_matrices(attentions: Sequence[Tensor], num_heads: int, num_layers: int) -> None:
-    if len(attentions) == 0:
-        raise ValueError(
-            "attentions is empty; call the model with output_attentions=True and "
-            "attn_implementation='eager', or use record_entropy."
+    def _penalise(
+        self, layer: _Rows, thresholds: Tensor, context_size: int, device: torch.device
+    ) -> SumAndCount:
+        entropy = layer.entropy
+        maximum: Tensor | float = _published_log(context_size)
+        if self.maximum == "reachable":
+            assert layer.allowed_keys is not None
+            maximum = layer.allowed_keys.clamp(min=1).to(entropy.dtype).log()
+        penalty = _PENALTIES[self.penalty](
+            entropy,
+            thresholds.to(entropy.device),
+            maximum,
+            tolerance=self.tolerance_margin_factor,
         )
-    for layer, matrix in enumerate(attentions):
-        _check_floating(matrix, f"attentions[{layer}]")
-        if matrix.dim() != 4:
+        pair = sum_rows(penalty, self._counted(layer))
+        # layers of a model spread over several devices meet on the first one
+        return SumAndCount(pair.total.to(device), pair.count.to(device))
+
+    def _counted(self, layer: _Rows) -> Tensor | None:
+        """Return which rows enter, broadcastable to [batch, heads, queries]; None for all."""
+        fewest = 2 if self.maximum == "reachable" else 1
+        conditions = []
+        if layer.allowed_keys is not None and (fewest == 2 or not self.count_padding):
+            conditions.append(layer.allowed_keys >= fewest)
+        if layer.rows is not None and not self.count_padding:
+            conditions.append(layer.rows[:, None])
+        if not conditions:
+            return None
+        return conditions[0] if len(conditions) == 1 else conditions[0] & conditions[1]
+
+    def _count_allowed(
+        self, allowed: Tensor | None, matrix: Tensor, num_heads: int
+    ) -> Tensor | None:
+        if allowed is None:
+            if self.maximum == "reachable":
+                raise ValueError(
+                    "maximum='reachable' needs to know which keys a row may see and matrices do "
+                    "not tell; pass allowed=, call the object on a recording, or use "
+                    "maximum='context'."
+                )
+            return None
+        if allowed.dtype != torch.bool:
+            raise TypeError(f"allowed has dtype {allowed.dtype}; pass booleans, True to attend.")
+        try:
+            return allowed.expand(matrix.shape).sum(-1)[:, :num_heads]
+        except RuntimeError as error:
             raise ValueError(
-                f"attentions[{layer}] has shape {tuple(matrix.shape)}; pass "
-                "[batch, heads, queries, keys]."
-            )
-        if matrix.shape[0] != attentions[0].shape[0]:
-            raise ValueError(
-                f"attentions[{layer}] has batch size {matrix.shape[0]} but attentions[0] has "
-                f"{attentions[0].shape[0]}; pass the matrices of one forward pass."
-            )
-        if not 1 <= num_heads <= matrix.shape[1]:
-            raise ValueError(
-                f"num_heads is {num_heads} but attentions[{layer}] has {matrix.shape[1]} heads; "
-                f"pass 1 to {matrix.shape[1]}."
-            )
-    if not 1 <= num_layers <= len(attentions):
-        raise ValueError(
-            f"num_layers is {num_layers} but there are {len(attentions)} matrices; pass 1 to "
-            f"{len(attentions)}."
-        )
+                f"allowed has shape {tuple(allowed.shape)}, which does not broadcast to the "
+                f"matrices' {tuple(matrix.shape)}; pass [batch or 1, 1, queries, keys]."
+            ) from error
 
 
-def _threshold_table(thresholds: Thresholds, layers: list[_Rows]) -> list[Tensor]:
-    """Return one ``[heads]`` tensor per layer on its device, whatever form they came in."""
-    if isinstance(thresholds, HeadThresholds):
-        thresholds = thresholds()
-    like = layers[0].entropy
-    if isinstance(thresholds, Tensor):
-        table = thresholds
+@functools.cache
+def _published_log(context_size: int) -> float:
+    """Return log N rounded to float32, as the published module has it in any precision."""
+    return torch.tensor(float(context_size), dtype=torch.float32, device="cpu").log().item()
+
+
+def _hand_to(logger: Any, metrics: dict[str, float], step: int) -> None:
+    if isinstance(logger, logging.Logger):
+        logger.info("step %d: %s", step, metrics)
+    elif callable(getattr(logger, "log", None)):
+        logger.log(metrics, step=step)
+    elif callable(logger):
+        logger(metrics, step=step)
     else:
-        table = torch.as_tensor(thresholds, dtype=like.dtype, device=like.device)
-    if table.dim() > 2:
-        raise ValueError(
-            f"thresholds have shape {tuple(table.shape)}; pass [heads] or [layers, heads]."
+        raise TypeError(
+            f"logger is a {type(logger).__name__}; pass an object with log(metrics, step=...), a "
+            "function, or a logging.Logger."
         )
-    if table.dim() == 2 and table.shape[0] < len(layers):
-        raise ValueError(
-            f"thresholds have shape {tuple(table.shape)} but there are {len(layers)} attention "
-            "layers; pass one row per layer."
-        )
-    result = []
-    for layer, rows in enumerate(layers):
-        heads = rows.entropy.shape[1]
-        row = table[layer] if table.dim() == 2 else table
-        if row.dim() == 1 and row.shape[0] < heads:
-            raise ValueError(
-                f"there are {row.shape[0]} thresholds but layer {layer} has {heads} heads; pass "
-                "one per head."
-            )
-        row = row[:heads] if row.dim() else row.expand(heads)
-        result.append(row.to(rows.entropy.device))
-    return result

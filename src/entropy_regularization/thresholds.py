@@ -1,48 +1,60 @@
-"""HeadThresholds: a learnable entropy threshold for every head of every layer."""
+"""Thresholds: which share of its maximum entropy each head is held at."""
+
+from collections.abc import Sequence
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
+
+Thresholds = float | Sequence[float] | Sequence[Sequence[float]] | Tensor
 
 
 class HeadThresholds(nn.Module):
-    r"""Thresholds :math:`\theta_{l,h}` as fractions of the maximum entropy (Algorithm 1 of the paper).
+    r"""Learnable thresholds :math:`\theta_{l,h}`, one per layer and head.
 
-    The parameter is called ``fraction_bias``: every trainer that exempts biases from weight decay
-    by their name (transformers.Trainer does) then exempts thresholds too, which must not be pulled
-    towards 0.
+    As in Algorithm 1 of Jha & Reagen (2025). Each is a fraction of the maximum entropy.
+
+    The parameter is named ``fraction_bias``, ``[layers, heads]``, because optimizers that group
+    parameters by name, transformers' Trainer among them, keep a bias out of weight decay; decay
+    would pull every threshold towards 0, that is towards collapse. ``without_weight_decay`` makes
+    parameter groups for any other training loop.
 
     Args:
-        layers: number of attention layers.
-        heads: number of heads in each layer.
-        initial: where the thresholds start, in [0, 1]; one number, or ``[layers, heads]`` values.
-        learnable: False keeps them where they start.
+        layers: number of attention layers, in the order in which the model calls them.
+        heads: number of heads; of the widest layer if they differ (entries beyond a layer's heads
+            are not used).
+        initial: a number, ``[heads]`` or ``[layers, heads]``.
+        learnable: False keeps the thresholds fixed, but saved with the model.
 
     Raises:
-        ValueError: if a size is not positive, or ``initial`` has another shape or leaves [0, 1].
+        TypeError: if layers or heads is not an integer.
+        ValueError: if layers or heads is not positive, or initial has another shape or leaves
+            [0, 1].
 
     Example:
-        >>> HeadThresholds(2, 3, initial=0.5)().shape
-        torch.Size([2, 3])
+        >>> HeadThresholds(2, 3, initial=0.25)().tolist()
+        [[0.25, 0.25, 0.25], [0.25, 0.25, 0.25]]
     """
 
-    fraction_bias: nn.Parameter
-
     def __init__(
-        self, layers: int, heads: int, initial: float | Tensor = 0.5, *, learnable: bool = True
+        self, layers: int, heads: int, initial: Thresholds = 0.5, *, learnable: bool = True
     ) -> None:
         super().__init__()
-        if layers < 1 or heads < 1:
-            raise ValueError(f"thresholds for {layers} layers and {heads} heads; pass at least 1.")
-        start = torch.as_tensor(initial, dtype=torch.float32)
-        if start.dim() and tuple(start.shape) != (layers, heads):
+        for name, number in (("layers", layers), ("heads", heads)):
+            if not isinstance(number, int) or isinstance(number, bool):
+                raise TypeError(f"{name} is {number!r}; pass a positive integer.")
+            if number < 1:
+                raise ValueError(f"{name} is {number}; pass a positive integer.")
+        values = as_tensor(initial, "initial").detach()
+        if tuple(values.shape) not in ((), (heads,), (layers, heads)):
             raise ValueError(
-                f"initial has shape {tuple(start.shape)}; pass one number or ({layers}, {heads})."
+                f"initial has shape {tuple(values.shape)}; pass a number, ({heads},) or "
+                f"({layers}, {heads})."
             )
-        if not bool(((start >= 0) & (start <= 1)).all()):
-            raise ValueError(
-                "initial thresholds are fractions of the maximum entropy; pass values in [0, 1]."
-            )
-        values = start.expand(layers, heads).clone()
+        if not bool(((values >= 0) & (values <= 1)).all()):
+            raise ValueError("initial leaves [0, 1]; pass fractions of the maximum such as 0.5.")
+        values = values.expand(layers, heads).to(torch.get_default_dtype(), copy=True)
+        values = values.contiguous()
         self.fraction_bias = nn.Parameter(values, requires_grad=learnable)
 
     @property
@@ -52,13 +64,127 @@ class HeadThresholds(nn.Module):
 
     @property
     def heads(self) -> int:
-        """The number of heads per layer."""
+        """The number of heads of a layer."""
         return self.fraction_bias.shape[1]
 
-    def forward(self) -> Tensor:
-        """Return the thresholds, ``[layers, heads]``."""
+    def forward(self) -> Float[Tensor, "layers heads"]:
+        """Return the thresholds."""
         return self.fraction_bias
 
     def extra_repr(self) -> str:
-        """Describe the module in one line."""
-        return f"layers={self.layers}, heads={self.heads}"
+        """Say how many there are and whether they are learned."""
+        learnable = self.fraction_bias.requires_grad
+        return f"layers={self.layers}, heads={self.heads}, learnable={learnable}"
+
+
+def without_weight_decay(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:
+    """Return two parameter groups: the model's parameters, and its thresholds undecayed.
+
+    For training loops of one's own: ``AdamW(without_weight_decay(model, 0.01), lr=...)``.
+
+    Args:
+        model: holds HeadThresholds somewhere among its modules.
+        weight_decay: of every parameter that is no threshold.
+
+    Returns:
+        Groups as torch.optim takes them.
+
+    Raises:
+        ValueError: if the model holds no HeadThresholds.
+    """
+    held = [m for m in model.modules() if isinstance(m, HeadThresholds)]
+    if not held:
+        raise ValueError(
+            f"{type(model).__name__} holds no HeadThresholds; call regularize on it first."
+        )
+    thresholds = {id(p) for module in held for p in module.parameters()}
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return [
+        {
+            "params": [p for p in trained if id(p) not in thresholds],
+            "weight_decay": weight_decay,
+        },
+        {"params": [p for p in trained if id(p) in thresholds], "weight_decay": 0.0},
+    ]
+
+
+def as_tensor(thresholds: object, name: str) -> Tensor:
+    """Return thresholds as a floating tensor of zero, one or two dimensions, gradient kept.
+
+    Args:
+        thresholds: number, list, list of lists, tensor or HeadThresholds.
+        name: what the argument is called where it came in.
+
+    Raises:
+        TypeError: if it is none of these, or its entries are not floating.
+        ValueError: if it is ragged or has more than two dimensions.
+    """
+    if isinstance(thresholds, HeadThresholds):
+        return thresholds.fraction_bias
+    expected = "pass a number, a list, or a floating tensor [heads] or [layers, heads]"
+    if isinstance(thresholds, Tensor):
+        values = thresholds
+    elif isinstance(thresholds, int | float | list | tuple) and not isinstance(thresholds, bool):
+        values = _from_numbers(thresholds, name, expected)
+    else:
+        raise TypeError(f"{name} is a {type(thresholds).__name__}; {expected}.")
+    if not values.is_floating_point():
+        raise TypeError(f"{name} has dtype {values.dtype}; {expected}.")
+    if values.dim() > 2:
+        raise ValueError(f"{name} has shape {tuple(values.shape)}; {expected}.")
+    return values
+
+
+def _from_numbers(numbers: object, name: str, expected: str) -> Tensor:
+    if isinstance(numbers, list | tuple) and any(isinstance(entry, Tensor) for entry in numbers):
+        rows = [as_tensor(entry, name) for entry in numbers]
+        if len({row.shape for row in rows}) > 1:
+            raise ValueError(f"{name} has rows of different lengths; {expected}.")
+        return torch.stack(rows)
+    try:
+        # float64, so that a list loses no digits beside float64 matrices
+        return torch.tensor(numbers, dtype=torch.float64)
+    except ValueError as error:
+        if "too many dimensions" in str(error):  # what torch says of a list of strings
+            raise TypeError(f"{name} has entries that are not numbers; {expected}.") from error
+        raise ValueError(f"{name} has rows of different lengths; {expected}.") from error
+    except (TypeError, RuntimeError) as error:
+        raise TypeError(f"{name} has entries that are not numbers; {expected}.") from error
+
+
+def thresholds_of_layers(
+    thresholds: object, heads: Sequence[int], *, name: str, like: Tensor
+) -> list[Float[Tensor, " heads"]]:
+    """Return one vector of thresholds per layer.
+
+    Args:
+        thresholds: a number; ``[heads]``, shared by all layers; or ``[layers, heads]``.
+        heads: how many heads each layer uses.
+        name: what the argument is called where it came in.
+        like: gives dtype and device.
+
+    Returns:
+        ``[heads]`` for every layer, gradient kept.
+
+    Raises:
+        TypeError: if thresholds are not numbers.
+        ValueError: if there are too few for the heads, or not one row per layer.
+    """
+    values = as_tensor(thresholds, name).to(like)
+    widest = max(heads)
+    if values.dim() == 0:
+        values = values.expand(widest)
+    if values.shape[-1] < widest:
+        raise ValueError(
+            f"{name} has {values.shape[-1]} thresholds a layer but {widest} heads are asked for; "
+            "pass one threshold per head."
+        )
+    if values.dim() == 2 and values.shape[0] != len(heads):
+        raise ValueError(
+            f"{name} has shape {tuple(values.shape)} but there are {len(heads)} layers; pass "
+            "[heads] for all layers, or one row per layer."
+        )
+    return [
+        (values[layer] if values.dim() == 2 else values)[:count]
+        for layer, count in enumerate(heads)
+    ]

@@ -1,32 +1,35 @@
-"""The penalty of the published module (Jha & Reagen 2025), number for number."""
+"""The penalty as Jha & Reagen (2025) published it, of every row of attention."""
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
 
 def published_penalty(
     entropy: Float[Tensor, "batch heads queries"],
-    threshold: Float[Tensor, " heads"],
-    maximum: Float[Tensor, "..."],
+    thresholds: Float[Tensor, " heads"],
+    maximum: Float[Tensor, "..."] | float,
+    *,
     tolerance: float,
 ) -> Float[Tensor, "batch heads queries"]:
-    r"""Square the deviation from the threshold where it exceeds the tolerance.
+    r"""Return the squared distance from the threshold where it exceeds the margin.
 
-    .. math:: \delta = H - \theta_h E_{max}, \qquad
-        \mathrm{penalty} = \delta^2 \; [\, |\delta| > \tau E_{max} \,]
+    .. math:: \delta = H - \theta_h H_{\max}, \qquad
+              \delta^2 \;[\, |\delta| > \gamma H_{\max} \,]
 
-    It jumps at the margin from 0 to ``(tolerance * maximum)^2``; see calibrated_penalty.
+    It jumps from 0 to :math:`(\gamma H_{\max})^2` at the margin; ``calibrated_penalty`` does not.
+
+    Source: Jha & Reagen, "Entropy-Guided Attention for Private LLMs" (2025), Algorithm 1, as their
+    module computes it: on every row, where the paper averages over the queries first.
 
     Args:
-        entropy: row entropies, nats.
-        threshold: fractions of the maximum, one per head.
-        maximum: :math:`E_{max}`, nats, broadcastable to entropy.
-        tolerance: :math:`\tau`, a fraction of the maximum.
+        entropy: nats.
+        thresholds: :math:`\theta_h`, fractions of the maximum.
+        maximum: :math:`H_{\max}` in nats; a number, or broadcastable to ``entropy``.
+        tolerance: :math:`\gamma`, the half-width of the margin as a fraction of the maximum.
 
     Returns:
-        The penalty of every row, squared nats.
+        Square nats.
     """
-    deviation = entropy - threshold[:, None] * maximum
+    deviation = entropy - thresholds[None, :, None] * maximum
     outside = deviation.abs() > tolerance * maximum
-    return torch.where(outside, deviation.square(), torch.zeros_like(deviation))
+    return deviation.masked_fill(~outside, 0.0).square()

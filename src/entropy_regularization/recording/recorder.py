@@ -4,12 +4,13 @@ import importlib
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import nn
 
 from entropy_regularization.recording.recording import EntropyRecording
 
+ForwardCall = tuple[nn.Module, tuple[Any, ...], dict[str, Any]]
 Layers = Sequence[int] | Sequence[str] | str | None
 
 
@@ -20,8 +21,13 @@ class Recorder(Protocol):
     switches it off after an error. Between a stop and the next start the model is as it was found.
     """
 
-    def start(self) -> EntropyRecording:
-        """Begin to listen; return the recording that will fill."""
+    def start(self, call: ForwardCall | None = None) -> EntropyRecording:
+        """Begin to listen; return the recording that will fill.
+
+        Args:
+            call: (module, args, kwargs) of the forward pass that is already beginning, when start
+                is called from a forward pre-hook: hooks added then miss that pass.
+        """
 
     def stop(self) -> EntropyRecording:
         """Stop listening; return the recording, or raise if some layer could not be heard."""

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from entropy_regularization.attention.api import AttentionOutput
 from entropy_regularization.integrations.transformers.attention import NAME, RECORDER
-from entropy_regularization.recording.recorder import Layers
+from entropy_regularization.recording.recorder import ForwardCall, Layers
 from entropy_regularization.recording.recording import EntropyRecording, LayerEntropy
 
 CROSS_NAMES = ("cross", "encoder_attn", "encdecattention", "encoder_attention")
@@ -67,8 +67,12 @@ class TransformersRecorder:
         self._pending: RemovableHandle | None = None
         self._outer: dict[int, Any] = {}
 
-    def start(self) -> EntropyRecording:
-        """Switch the model to the entropy attention and listen; return the recording to fill."""
+    def start(self, call: ForwardCall | None = None) -> EntropyRecording:
+        """Switch the model to the entropy attention and listen; return the recording to fill.
+
+        Args:
+            call: the forward pass that is already beginning, see Recorder.
+        """
         self._recording = EntropyRecording()
         self._calls = self._forwards = 0
         self._switch()
@@ -81,6 +85,8 @@ class TransformersRecorder:
                     part.register_forward_pre_hook(self._enter, with_kwargs=True),
                     part.register_forward_hook(self._leave, always_call=True),
                 ]
+        if call is not None and call[0] is self.model:
+            self._enter(*call)
         return self._recording
 
     def stop(self) -> EntropyRecording:
@@ -171,7 +177,8 @@ class TransformersRecorder:
         self._padding.append(mask if usable else None)
 
     def _leave(self, part: nn.Module, args: Any, output: Any) -> None:
-        self._padding.pop()
+        if self._padding:  # empty if a hook before this one has stopped the recorder
+            self._padding.pop()
 
     def _rows(self, entropy: Tensor) -> Tensor:
         """Return which rows are real, ``[batch, queries]``."""
@@ -198,7 +205,7 @@ class TransformersRecorder:
                         self._saved.append((each, each._attn_implementation))
         self.model.set_attn_implementation(NAME)
 
-    def _restore(self, *_: Any) -> None:
+    def _restore(self) -> None:
         if self._pending is not None:
             self._pending.remove()
             self._pending = None
@@ -217,7 +224,11 @@ class TransformersRecorder:
 
     def _restore_at_next_forward(self) -> None:
         """Checkpointing must find in backward the attention that ran in forward."""
-        self._pending = self.model.register_forward_pre_hook(self._restore)
+        self._pending = self.model.register_forward_pre_hook(self._restore_if_pending)
+
+    def _restore_if_pending(self, *_: Any) -> None:
+        if self._pending is not None:  # a hook before this one may have started the recorder again
+            self._restore()
 
     def _attention_names(self) -> list[str]:
         named = self.model.named_modules()

@@ -1,0 +1,57 @@
+"""EntropyMonitor: the statistics of every head over a window of training steps."""
+
+from entropy_regularization.monitoring.statistics import Band, HeadStatistics, HeadSums, head_sums
+from entropy_regularization.recording.recording import EntropyRecording
+
+
+class EntropyMonitor:
+    """Watch the heads of a model over a window of steps, in any training loop.
+
+        monitor = EntropyMonitor()
+        for batch in batches:
+            with record_entropy(model, gradient=False) as recording:
+                model(**batch)
+            monitor.update(recording)
+        print(monitor.summary().metrics())
+        monitor.reset()
+
+    Keeps two numbers per head and statistic, whatever the length of the window, no graph, and
+    waits for the device in ``summary`` alone.
+
+    Args:
+        band: adds the share of row entropies inside a band around the thresholds.
+    """
+
+    def __init__(self, band: Band | None = None) -> None:
+        self.band = band
+        self.updates = 0
+        self._sums: HeadSums | None = None
+
+    def update(self, recording: EntropyRecording) -> None:
+        """Add the rows of a forward pass.
+
+        Args:
+            recording: what record_entropy gave; its graph is not kept.
+
+        Raises:
+            ValueError: if the recording is empty, a layer changed its number of heads, or the
+                thresholds of the band do not fit.
+        """
+        sums = head_sums(recording, self.band)
+        self._sums = sums if self._sums is None else self._sums.plus(sums)
+        self.updates += 1
+
+    def summary(self) -> HeadStatistics:
+        """Return means over all rows since the last reset; waits for the device once.
+
+        Raises:
+            ValueError: if there was no update.
+        """
+        if self._sums is None:
+            raise ValueError("the monitor has seen no recording; call update(recording) first.")
+        return self._sums.statistics()
+
+    def reset(self) -> None:
+        """Start a new window."""
+        self.updates = 0
+        self._sums = None

@@ -1,0 +1,272 @@
+"""records.jsonl: one JSON object a line and logging step; docs/records.md describes version 1."""
+
+import json
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, TypeGuard
+
+from entropy_regularization.monitoring.statistics import HeadStatistics, PerHead
+
+VERSION = 1
+FILE_NAME = "records.jsonl"
+STATISTICS = ("entropy", "reachable_maximum", "utilisation", "in_band", "threshold")
+_KINDS = ("train", "evaluation")
+
+
+class RecordError(ValueError):
+    """A records file that cannot be read."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """One line.
+
+    Attributes:
+        kind: "train" or "evaluation".
+        step: optimizer steps done.
+        statistics: of every head, over the rows of this step.
+        numbers: all the rest, by the key of the file; NaN where the file has null.
+        when: "before", "during" or "after" training; None on train lines.
+    """
+
+    kind: Literal["train", "evaluation"]
+    step: int
+    statistics: HeadStatistics
+    numbers: dict[str, float]
+    when: str | None = None
+
+    def __getitem__(self, key: str) -> float:
+        """Return a number; NaN where it is missing."""
+        return self.numbers.get(key, math.nan)
+
+
+@dataclass(frozen=True)
+class Records:
+    """The lines of a file.
+
+    Attributes:
+        lines: in the order written.
+        torn: True if the last line was cut off in the middle and left out: the process that wrote
+            it was killed.
+    """
+
+    lines: list[Record]
+    torn: bool = False
+
+    @property
+    def train(self) -> list[Record]:
+        """The lines of training steps."""
+        return [line for line in self.lines if line.kind == "train"]
+
+    def evaluation(self, when: str) -> Record | None:
+        """Return the last evaluation "before", "during" or "after" training, if there is one."""
+        found = [line for line in self.lines if line.when == when]
+        return found[-1] if found else None
+
+
+class RecordWriter:
+    """Append lines to a records file; every line is on its way to the disk when write returns.
+
+    Args:
+        path: the file; made if it is not there, with a line cut off by a kill removed.
+        keep_until: continue from a checkpoint of this step: later lines are removed first, and so
+            is an evaluation "after". None keeps every complete line.
+
+    Raises:
+        RecordError: if the file holds something else than records.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], *, keep_until: int | None = None) -> None:
+        self.path = Path(path)
+        if self.path.exists():
+            truncate_records(self.path, keep_until)
+        self._file = self.path.open("ab", buffering=0)  # a line is one write, whole or torn
+
+    def write(
+        self,
+        kind: Literal["train", "evaluation"],
+        step: int,
+        statistics: HeadStatistics,
+        *,
+        when: Literal["before", "during", "after"] | None = None,
+        **numbers: float,
+    ) -> None:
+        """Append one line.
+
+        Args:
+            kind: "train" or "evaluation".
+            step: optimizer steps done.
+            statistics: of every head, over the rows of this step.
+            when: of an evaluation.
+            **numbers: what else is known of the step, by the key of the file: ``loss``,
+                ``penalty`` and so on; not finite is written as null.
+
+        Raises:
+            ValueError: if kind and when do not go together, or the step is negative.
+        """
+        if kind not in _KINDS or (kind == "evaluation") != (when is not None):
+            raise ValueError(
+                f"kind is {kind!r} and when is {when!r}; pass 'train' without when, or "
+                "'evaluation' with 'before', 'during' or 'after'."
+            )
+        if step < 0:
+            raise ValueError(f"step is {step}; pass the number of optimizer steps done.")
+        line: dict[str, Any] = {"version": VERSION, "kind": kind, "step": step}
+        if when is not None:
+            line["when"] = when
+        line |= {key: _finite_or_none(number) for key, number in numbers.items()}
+        line["layers"] = statistics.layers
+        line |= {key: _shorten(getattr(statistics, key)) for key in STATISTICS}
+        text = json.dumps(line, separators=(",", ":"), allow_nan=False)
+        self._file.write(text.encode() + b"\n")
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+    def __enter__(self) -> "RecordWriter":
+        """Return the writer, to be closed at the end of the block."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Close the file."""
+        self.close()
+
+
+def read_records(path: str | os.PathLike[str]) -> Records:
+    """Read a records file.
+
+    Args:
+        path: the file, or the folder of the run that holds it.
+
+    Returns:
+        Its lines. A last line cut off by a kill is left out and said in ``torn``.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        RecordError: if a line is broken or of an unknown version.
+    """
+    path = Path(path)
+    if path.is_dir():
+        path = path / FILE_NAME
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"there are no records at {path}; pass the folder that entropy-reg train wrote."
+        )
+    lines = [record for _, record in _complete_lines(path)]
+    with path.open("rb") as file:
+        file.seek(0, os.SEEK_END)
+        size = file.tell()
+        file.seek(max(size - 1, 0))
+        torn = size > 0 and file.read() != b"\n"
+    return Records(lines, torn)
+
+
+def truncate_records(path: str | os.PathLike[str], keep_until: int | None = None) -> None:
+    """Remove what a run that continues will write again, and a line cut off by a kill.
+
+    Args:
+        path: the file; replaced in one step, so that a kill leaves the old or the new one.
+        keep_until: keep lines up to this step, without an evaluation "after" training; None keeps
+            every complete line.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        RecordError: if a line is broken or of an unknown version.
+    """
+    path = Path(path)
+    kept = [
+        raw
+        for raw, record in _complete_lines(path)
+        if keep_until is None or (record.step <= keep_until and record.when != "after")
+    ]
+    text = b"".join(kept)
+    if len(text) != path.stat().st_size:
+        beside = path.with_name(path.name + ".new")
+        beside.write_bytes(text)
+        beside.replace(path)
+
+
+def _complete_lines(path: Path) -> Iterator[tuple[bytes, Record]]:
+    with path.open("rb") as file:
+        for number, raw in enumerate(file, start=1):
+            if raw.endswith(b"\n"):
+                yield raw, _parse(raw, f"line {number} of {path}")
+
+
+def _parse(raw: bytes, where: str) -> Record:
+    try:
+        line = json.loads(raw)
+    except ValueError as error:  # UnicodeDecodeError is one too
+        raise RecordError(
+            f"{where} is not JSON; remove that line, or write the records again."
+        ) from error
+    if not isinstance(line, dict) or "version" not in line:
+        raise RecordError(f"{where} is no record; pass a file that entropy-reg train wrote.")
+    if line["version"] != VERSION:
+        raise RecordError(
+            f"{where} has version {line['version']!r} but this package reads version {VERSION}; "
+            "read it with the package that wrote it."
+        )
+    kind, step, layers, when = (line.get(key) for key in ("kind", "step", "layers", "when"))
+    if kind not in _KINDS or not _is_index(step) or not _are_names(layers):
+        raise RecordError(
+            f"{where} lacks kind, step or layers; remove that line, or write the records again."
+        )
+    known = {"version", "kind", "step", "layers", "when", *STATISTICS}
+    numbers = {key: _number(v) for key, v in line.items() if key not in known and _is_number(v)}
+    statistics = {
+        key: _per_head(line.get(key), len(layers), f"{key} in {where}") for key in STATISTICS
+    }
+    for key in STATISTICS[:3]:
+        if statistics[key] is None:
+            raise RecordError(f"{where} lacks {key}; remove it, or write the records again.")
+    return Record(kind, step, HeadStatistics(layers, **statistics), numbers, when)  # type: ignore[arg-type]
+
+
+def _per_head(table: object, layers: int, where: str) -> PerHead | None:
+    if table is None:
+        return None
+    if (
+        not isinstance(table, list)
+        or len(table) != layers
+        or not all(isinstance(row, list) and all(map(_is_number, row)) for row in table)
+    ):
+        raise RecordError(f"{where} is not one list of numbers per layer; write the records again.")
+    return [[_number(value) for value in row] for row in table]
+
+
+def _is_index(value: object) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _are_names(value: object) -> TypeGuard[list[str]]:
+    return isinstance(value, list) and all(isinstance(name, str) for name in value)
+
+
+def _is_number(value: object) -> bool:
+    return value is None or (isinstance(value, int | float) and not isinstance(value, bool))
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else float(value)
+
+
+def _finite_or_none(number: float) -> float | None:
+    return number if math.isfinite(number) else None
+
+
+def _shorten(table: PerHead | None) -> list[list[float | None]] | None:
+    """Keep the seven digits that a float32 has; not finite becomes null."""
+    if table is None:
+        return None
+    return [[float(f"{x:.7g}") if math.isfinite(x) else None for x in row] for row in table]
