@@ -1,0 +1,26 @@
+"""entropy-reg bench: time and memory of the attention, from a checkout."""
+
+import runpy
+import sys
+from pathlib import Path
+
+import click
+
+from entropy_regularization.cli.errors import RunProblem
+
+
+@click.command(context_settings={"ignore_unknown_options": True})
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+def bench(arguments: tuple[str, ...]) -> None:
+    """Compare attention_with_entropy with scaled_dot_product_attention on this machine.
+
+    ARGUMENTS go to benchmarks/attention.py; its own --help lists them.
+    """
+    script = Path(__file__).parents[3] / "benchmarks" / "attention.py"
+    if not script.is_file():
+        raise RunProblem(
+            "the benchmarks are not part of the installed package; run entropy-reg bench from a "
+            "checkout of the source (pip install -e .)."
+        )
+    sys.argv = [str(script), *arguments]
+    runpy.run_path(str(script), run_name="__main__")

@@ -1,0 +1,25 @@
+"""How a command fails: one sentence and an exit code; a traceback only with --debug."""
+
+import click
+
+USAGE, FAILURE, INTERRUPTED, TERMINATED = 2, 1, 130, 143
+
+
+class UsageProblem(click.ClickException):
+    """What was typed cannot be done; the sentence says what to type instead."""
+
+    exit_code = USAGE
+
+
+class RunProblem(click.ClickException):
+    """The work failed; the sentence says what is left and what to do."""
+
+    exit_code = FAILURE
+
+
+class Stopped(click.ClickException):
+    """The work was stopped from outside; the sentence says how to go on."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code

@@ -1,0 +1,51 @@
+"""entropy-reg: the group of commands, and how each of them fails."""
+
+import sys
+from typing import Any
+
+import click
+
+from entropy_regularization.cli.bench import bench
+from entropy_regularization.cli.demo import demo
+from entropy_regularization.cli.errors import INTERRUPTED
+from entropy_regularization.cli.report import report
+from entropy_regularization.cli.train import train
+
+
+class Commands(click.Group):
+    """Turns every expected failure into one sentence on standard error."""
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        """Run a command; with --debug, a failure is shown with its traceback."""
+        kwargs["standalone_mode"] = False
+        try:
+            super().main(*args, **kwargs)
+            sys.exit(0)
+        except (click.exceptions.Abort, KeyboardInterrupt):
+            click.echo("entropy-reg: interrupted.", err=True)
+            sys.exit(INTERRUPTED)
+        except click.ClickException as error:
+            if "--debug" in sys.argv:
+                raise
+            # What a library put into its message must not break the one line.
+            sentence = " ".join(error.format_message().split())
+            click.echo(f"entropy-reg: {sentence}", err=True)
+            sys.exit(error.exit_code)
+        except BrokenPipeError:
+            sys.exit(0)
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="entropy-regularization")
+def main() -> None:
+    """Measure and control the entropy of every attention head of a transformer.
+
+    \b
+    entropy-reg demo                 two small trainings side by side, and a page about them
+    entropy-reg train --output RUN   train or fine-tune a model with the entropy penalty
+    entropy-reg report RUN           write RUN/report.html
+    """
+
+
+for command in (train, report, demo, bench):
+    main.add_command(command)

@@ -1,0 +1,125 @@
+"""The model of a run: our own small GPT-2s from scratch, or a pretrained one."""
+
+import difflib
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging as transformers_logging
+
+from entropy_regularization.cli.errors import RunProblem, UsageProblem
+from entropy_regularization.cli.options import TrainOptions
+
+
+class Size(NamedTuple):
+    """Layers, width and heads of one of our own GPT-2s."""
+
+    layers: int
+    width: int
+    heads: int
+
+
+SIZES = {
+    "gpt2-nano": Size(2, 64, 2),
+    "gpt2-tiny": Size(4, 128, 4),
+    "gpt2-mini": Size(6, 256, 8),
+    "gpt2-small": Size(12, 768, 12),
+}
+
+
+def size_of(options: TrainOptions) -> Size | None:
+    """Return the size of a model from scratch, None for a pretrained one.
+
+    Raises:
+        UsageProblem: if heads do not divide the width, or the name is neither a size nor a model.
+    """
+    size = SIZES.get(options.model)
+    changed = {"layers": options.layers, "width": options.width, "heads": options.heads}
+    if size is None:
+        typed = [f"--{name}" for name, value in changed.items() if value is not None]
+        if typed:
+            raise UsageProblem(
+                f"{' and '.join(typed)} change our own sizes ({', '.join(SIZES)}), but --model is "
+                f"{options.model}; leave them out."
+            )
+        _check_pretrained_name(options.model)
+        return None
+    size = size._replace(**{name: value for name, value in changed.items() if value is not None})
+    if size.width % size.heads:
+        raise UsageProblem(
+            f"{size.heads} heads do not divide a width of {size.width}; choose --heads and --width "
+            "so that they do."
+        )
+    return size
+
+
+def _check_pretrained_name(name: str) -> None:
+    folder = Path(name)
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise UsageProblem(
+            f"--model {name} is a folder without a config.json; pass one that save_pretrained "
+            "wrote."
+        )
+    near = difflib.get_close_matches(name, SIZES, n=1, cutoff=0.75)
+    if near and not folder.is_dir() and name not in ("gpt2",):
+        raise UsageProblem(f"--model {name} is no size of ours; did you mean {near[0]}?")
+
+
+def build_model(
+    options: TrainOptions, size: Size, tokenizer: PreTrainedTokenizerBase
+) -> PreTrainedModel:
+    """Build a GPT-2 with random weights that depend on the seed alone."""
+    torch.manual_seed(options.seed)
+    dropout = options.dropout or 0.0
+    config = GPT2Config(
+        vocab_size=len(tokenizer),
+        n_positions=options.context_length,
+        n_layer=size.layers,
+        n_embd=size.width,
+        n_head=size.heads,
+        attn_pdrop=dropout,
+        embd_pdrop=dropout,
+        resid_pdrop=dropout,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        use_cache=False,
+    )
+    return GPT2LMHeadModel(config)
+
+
+def load_model(options: TrainOptions) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a pretrained model and its tokenizer from a folder or the hub.
+
+    Raises:
+        UsageProblem: if it is not there.
+        RunProblem: if it is there and cannot be used.
+    """
+    transformers_logging.set_verbosity_error()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(options.model)
+        model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32)
+    except OSError as error:
+        reason = str(error).strip().split("\n")[0]
+        raise UsageProblem(
+            f"--model {options.model} cannot be loaded: {reason} Pass a folder that save_pretrained "
+            f"wrote, a hub name, or one of {', '.join(SIZES)}."
+        ) from None
+    except (ValueError, KeyError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise RunProblem(f"--model {options.model} is no causal language model: {reason}") from None
+    longest = getattr(model.config, "max_position_embeddings", None)
+    if longest is not None and options.context_length > longest:
+        raise UsageProblem(
+            f"--context-length {options.context_length} is longer than the {longest} positions of "
+            f"{options.model}; pass at most {longest}."
+        )
+    return model, tokenizer

@@ -1,0 +1,134 @@
+"""What entropy-reg train can be told: one field per option, with its help text and its default."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+from entropy_regularization.cli.errors import UsageProblem
+
+
+def _option(
+    default: Any, text: str, kind: Any = None, flag: str | None = None
+) -> Any:
+    """Declare a field that is also an option."""
+    return dataclasses.field(default=default, metadata={"help": text, "type": kind, "flag": flag})
+
+
+POSITIVE = click.IntRange(min=1)
+COUNT = click.IntRange(min=0)
+AMOUNT = click.FloatRange(min=0.0)
+SHARE = click.FloatRange(min=0.0, max=1.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainOptions:
+    """The options of a run, as written to RUN/config.json."""
+
+    model: str = _option(
+        "gpt2-tiny",
+        "Local folder, hub name, or one of our own sizes, trained from scratch: gpt2-nano (2 layers, "
+        "width 64, 2 heads), gpt2-tiny (4, 128, 4), gpt2-mini (6, 256, 8), gpt2-small (12, 768, 12).",
+    )
+    layers: int | None = _option(None, "Layers, in place of the size's.", POSITIVE)
+    width: int | None = _option(None, "Width, in place of the size's.", POSITIVE)
+    heads: int | None = _option(None, "Heads, in place of the size's.", POSITIVE)
+    vocabulary: int = _option(
+        4096, "Tokens of the byte-level BPE trained for a model from scratch.", POSITIVE
+    )
+    data: str = _option(
+        "stdlib",
+        "stdlib (Python's own standard library source), a text file, a folder, a glob, or hf:NAME "
+        "for a hub data set.",
+    )
+    text_column: str = _option("text", "Column of a hub data set that holds the text.")
+    context_length: int = _option(256, "Tokens in a context.", click.IntRange(min=2))
+    batch_size: int = _option(8, "Contexts in a micro-batch.", POSITIVE)
+    accumulation: int = _option(1, "Micro-batches in an optimizer step.", POSITIVE)
+    steps: int | None = _option(None, "Optimizer steps. [default: 200, or --epochs]", POSITIVE)
+    epochs: float | None = _option(
+        None, "Passes over the text, in place of --steps.", click.FloatRange(0, min_open=True)
+    )
+    learning_rate: float = _option(
+        1e-3, "Highest learning rate.", click.FloatRange(0, 10, min_open=True)
+    )
+    warmup: float = _option(0.05, "Share of the steps with a rising learning rate.", SHARE)
+    weight_decay: float = _option(0.01, "Weight decay, not of thresholds, norms, biases.", AMOUNT)
+    dropout: float | None = _option(
+        None, "Dropout of a model from scratch. [default: 0]", click.FloatRange(0, 1, max_open=True)
+    )
+    precision: str = _option(
+        "float32", "Precision of the training.", click.Choice(["float32", "bfloat16", "float16"])
+    )
+    gradient_checkpointing: bool = _option(
+        False, "Compute activations again in backward, to save memory."
+    )
+    seed: int = _option(0, "Seed of the weights, the order of the text and dropout.", COUNT)
+    penalty: str = _option(
+        "calibrated",
+        "calibrated (the same strength for every length and batch), published (Jha & Reagen 2025, "
+        "number for number), or none.",
+        click.Choice(["calibrated", "published", "none"]),
+    )
+    loss_coeff: float | None = _option(
+        None, "Strength of the penalty. [default: 1 calibrated, 1e-5 published]", AMOUNT
+    )
+    tolerance: float | None = _option(
+        None,
+        "Half the width of the band, a share of the maximum entropy. [default: 0.1 calibrated, "
+        "0.2 published]",
+        SHARE,
+    )
+    threshold: float = _option(0.5, "Where thresholds start, a share of the maximum.", SHARE)
+    fixed_thresholds: bool = _option(False, "Do not learn the thresholds.")
+    logging_steps: int = _option(10, "Steps between two records.", POSITIVE)
+    evaluation_steps: int = _option(
+        0, "Steps between two evaluations; 0 for before and after only.", COUNT
+    )
+    evaluation_blocks: int = _option(64, "Held-out contexts that an evaluation reads.", POSITIVE)
+    checkpoint_steps: int = _option(50, "Steps between two checkpoints.", POSITIVE)
+
+    @property
+    def total_steps(self) -> int:
+        """Steps for the Trainer: -1 where epochs decide."""
+        if self.epochs is not None:
+            return -1
+        return 200 if self.steps is None else self.steps
+
+    @property
+    def band(self) -> float:
+        """Half the width of the band."""
+        if self.tolerance is not None:
+            return self.tolerance
+        return 0.2 if self.penalty == "published" else 0.1
+
+    def check(self) -> None:
+        """Check what one option alone cannot tell.
+
+        Raises:
+            UsageProblem: if options contradict each other.
+        """
+        if self.steps is not None and self.epochs is not None:
+            raise UsageProblem(
+                f"--steps {self.steps} and --epochs {self.epochs:g} were both given; choose one."
+            )
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the options by name."""
+        return dataclasses.asdict(self)
+
+
+def train_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Decorate a click command with every field of TrainOptions."""
+    for field in reversed(dataclasses.fields(TrainOptions)):
+        name = "--" + field.name.replace("_", "-")
+        text = field.metadata["help"]
+        if field.type == "bool" or isinstance(field.default, bool):
+            option = click.option(name, is_flag=True, default=field.default, help=text)
+        else:
+            kind = field.metadata["type"] or str
+            shown = field.default is not None
+            option = click.option(name, type=kind, default=field.default, show_default=shown, help=text)
+        function = option(function)
+    return function

@@ -1,0 +1,28 @@
+"""entropy-reg report: one HTML page about a run."""
+
+from pathlib import Path
+
+import click
+
+from entropy_regularization.cli.errors import RunProblem
+
+
+@click.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option(
+    "--output",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Where to write the page. [default: RUN/report.html]",
+)
+@click.option("--debug", is_flag=True, help="Show tracebacks.")
+def report(run: Path, output: Path | None, debug: bool) -> None:
+    """Write one self-contained HTML page about the run in the folder RUN."""
+    from entropy_regularization.monitoring.report import write_report
+
+    try:
+        page = write_report(run, output)
+    except (ValueError, OSError, ModuleNotFoundError) as error:
+        if debug:
+            raise
+        raise RunProblem(str(error)) from error
+    click.echo(page)

@@ -1,0 +1,63 @@
+"""entropy-reg train: train or fine-tune a language model with the entropy penalty."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+from click.core import ParameterSource
+
+from entropy_regularization.cli.errors import UsageProblem
+from entropy_regularization.cli.options import TrainOptions, train_options
+from entropy_regularization.cli.runs import RunFolder
+
+
+@click.command()
+@train_options
+@click.option(
+    "--output",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="Folder of the run: model, records, heat-maps, checkpoints.",
+)
+@click.option(
+    "--resume", is_flag=True, help="Go on with the run in --output, with the options it has."
+)
+@click.option("--debug", is_flag=True, help="Show tracebacks.")
+@click.pass_context
+def train(
+    context: click.Context, output: Path, resume: bool, debug: bool, **given: Any
+) -> None:
+    """Train or fine-tune a language model with the entropy penalty.
+
+    Every option has a default that works: entropy-reg train --output RUN trains a small GPT-2 on
+    Python's own standard library. Ctrl-C leaves a checkpoint; --resume goes on from it.
+    """
+    folder = RunFolder(output)
+    if resume:
+        options = _options_to_resume(context, folder, given)
+    else:
+        options = TrainOptions(**given)
+        options.check()
+        folder.begin()
+    from entropy_regularization.cli.training import run_training
+
+    run_training(options, folder, resume=resume)
+    click.echo(f"finished: {folder.path}")
+    click.echo(f"its page: entropy-reg report {folder.path}")
+
+
+def _options_to_resume(
+    context: click.Context, folder: RunFolder, given: dict[str, Any]
+) -> TrainOptions:
+    """Return the options of the run; refuse one that contradicts them."""
+    saved = folder.reopen()
+    known = {name: value for name, value in saved.items() if name in given}
+    for name, value in given.items():
+        typed = context.get_parameter_source(name) == ParameterSource.COMMANDLINE
+        if typed and name in known and known[name] != value:
+            option = "--" + name.replace("_", "-")
+            raise UsageProblem(
+                f"{option} {value} was given, but the run in {folder.path} was started with "
+                f"{known[name]}; leave it out, or start a new run."
+            )
+    return TrainOptions(**known)
