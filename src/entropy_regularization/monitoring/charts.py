@@ -18,8 +18,14 @@ SIZE = (4.4, 2.5)  # inches; at the width of a phone its 9 pt text is still read
 
 # Stand-ins that nothing else is drawn in, replaced by CSS variables in the SVG text: one picture
 # serves light, dark and paper.
-_QUIET, _RULE, _SHADE = "#040506", "#070809", "#0a0b0c"
-_VARIABLES = {_QUIET: "var(--quiet)", _RULE: "var(--rule)", _SHADE: "var(--shade)"}
+FIRST, SECOND = "#010203", "#020304"
+_QUIET, _RULE = "#040506", "#070809"
+_VARIABLES = {
+    FIRST: "var(--first)",
+    SECOND: "var(--second)",
+    _QUIET: "var(--quiet)",
+    _RULE: "var(--rule)",
+}
 
 
 @dataclass(frozen=True)
@@ -29,7 +35,7 @@ class Curve:
     Attributes:
         x: for instance steps.
         y: same length; NaN leaves a gap.
-        colour: of matplotlib.
+        colour: of matplotlib; FIRST and SECOND are those of the page for two runs.
         dashed: draw dashes.
         width: of the line, points.
     """
@@ -98,6 +104,11 @@ def draw_shares(steps: Sequence[float], shares: Mapping[str, Sequence[float]]) -
     axes.margins(x=0)
     axes.yaxis.set_major_formatter(lambda y, _: f"{100 * y:.0f} %")
     return _finish(figure, axes)
+
+
+def variable_of(colour: str) -> str:
+    """Return what a colour is called in the style sheet of the page."""
+    return _VARIABLES[colour]
 
 
 def _finish(figure: "Figure", axes: "Axes") -> str:

@@ -80,7 +80,8 @@ class TransformersRecorder:
             if RECORDER in part.__dict__:
                 self._outer[id(part)] = part.__dict__[RECORDER]
             part.__dict__[RECORDER] = self
-            if isinstance(part, PreTrainedModel):
+            # The hooks of a pass that has begun must not change: torch walks over them on errors.
+            if isinstance(part, PreTrainedModel) and (call is None or part is not call[0]):
                 self._hooks += [
                     part.register_forward_pre_hook(self._enter, with_kwargs=True),
                     part.register_forward_hook(self._leave, always_call=True),

@@ -1,0 +1,365 @@
+"""From tensors to kernel launches: views, tile sizes, grids."""
+
+import contextlib
+import math
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from jaxtyping import Int
+from torch import Tensor
+
+from entropy_regularization.attention.masking import Structure
+from entropy_regularization.attention.triton.backward import (
+    key_gradient_kernel,
+    query_gradient_kernel,
+    row_constants_kernel,
+)
+from entropy_regularization.attention.triton.bias_gradient import bias_gradient_kernel
+from entropy_regularization.attention.triton.forward import forward_kernel
+from entropy_regularization.attention.triton.tiles import Tiles, choose_tiles
+
+LOG2_E = 1.0 / math.log(2.0)
+
+View = tuple[Any, ...]  # a tensor and its strides, in elements
+
+
+class Problem(NamedTuple):
+    """The inputs of one attention call, validated."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    structure: Structure
+    scale: float
+    bias: Tensor | None
+    softcap: float | None
+    sinks: Tensor | None
+    dropout: float
+    seed: Tensor | None
+
+    @property
+    def wide(self) -> torch.dtype:
+        """The dtype of scores and sums; float64 only under the interpreter."""
+        return torch.promote_types(self.query.dtype, torch.float32)
+
+
+class Upstream(NamedTuple):
+    """Gradients that arrive; None where nothing was differentiated."""
+
+    output: Tensor | None
+    entropy: Tensor | None
+    log_normalizer: Tensor | None
+
+
+def view(tensor: Tensor) -> View:
+    """Return the tensor with its strides, as the kernels take it."""
+    return (tensor, *tensor.stride())
+
+
+def rows_like(query: Tensor, width: int) -> Tensor:
+    """Allocate ``[batch, heads, queries, width]`` in the layout of the query.
+
+    Models hold queries as ``[batch, queries, heads, dim]``; an output in the same layout saves
+    them a copy.
+    """
+    batch, heads, rows, _ = query.shape
+    if query.stride(1) < query.stride(2):
+        return query.new_empty(batch, rows, heads, width).transpose(1, 2)
+    return query.new_empty(batch, heads, rows, width)
+
+
+def masks_of(structure: Structure, batch: int, sizes: tuple[int, int, int, int]) -> tuple[Any, ...]:
+    """Return the views (allowed, key_padding, document); broadcast dimensions have stride 0."""
+    allowed, padding, document = structure.allowed, structure.key_padding, structure.document
+    return (
+        None if allowed is None else view(allowed.expand(sizes).view(torch.uint8)),
+        None if padding is None else view(padding.expand(batch, -1).view(torch.uint8)),
+        None if document is None else view(document.expand(batch, -1)),
+    )
+
+
+def common_arguments(problem: Problem) -> dict[str, Any]:
+    """Return what every kernel that computes scores takes."""
+    query, key, value = problem.query, problem.key, problem.value
+    batch, heads, n_queries, dim = query.shape
+    n_keys, value_dim = key.shape[2], value.shape[-1]
+    sizes = (batch, heads, n_queries, n_keys)
+    masks = masks_of(problem.structure, batch, sizes)
+    dropout = None
+    if problem.seed is not None:
+        dropout = (problem.seed, problem.dropout, 1.0 / (1.0 - problem.dropout))
+    cap = problem.softcap
+    return {
+        "query": view(query),
+        "key": view(key),
+        "value": view(value),
+        "masks": masks,
+        "bias": None if problem.bias is None else view(problem.bias.expand(sizes)),
+        "dropout": dropout,
+        "factor": problem.scale * LOG2_E if cap is None else problem.scale / cap,
+        "cap_log2": None if cap is None else cap * LOG2_E,
+        "left": problem.structure.left,
+        "right": problem.structure.right,
+        "group": heads // max(key.shape[1], 1),
+        "n_queries": n_queries,
+        "n_keys": n_keys,
+        "DIM": dim,
+        "VALUE_DIM": value_dim,
+        "PADDED": padded(dim),
+        "VALUE_PADDED": padded(value_dim),
+        "MASKED": any(mask is not None for mask in masks),
+        "WIDE": tl.float64 if problem.wide == torch.float64 else tl.float32,
+    }
+
+
+def padded(dim: int) -> int:
+    """Round a head dimension up to what matrix instructions take."""
+    return max(16, 1 << (dim - 1).bit_length())
+
+
+def visible_ranges(
+    structure: Structure, batch: int, n_queries: int, n_keys: int, tiles: Tiles
+) -> tuple[Int[Tensor, "batch row_tiles 2"] | None, Int[Tensor, "batch key_tiles 2"] | None]:
+    """Bound the keys that each tile of rows sees, and the rows that see each tile of keys.
+
+    Padding and documents decide, a tile at a time; both are half-open ranges of positions. None
+    without padding and documents. Stays on the device: no value is read.
+    """
+    padding, document = structure.key_padding, structure.document
+    if padding is None and document is None:
+        return None, None
+    row_tiles, key_tiles = -(-n_queries // tiles.rows), -(-n_keys // tiles.keys)
+    given = document if document is not None else padding
+    assert given is not None
+    seen = torch.ones(1, row_tiles, key_tiles, dtype=torch.bool, device=given.device)
+    if padding is not None:
+        seen = seen & _tiles_of(padding, tiles.keys, False).any(-1)[:, None]
+    if document is not None:
+        ids = document.to(torch.int64)
+        lowest, highest = torch.iinfo(ids.dtype).min, torch.iinfo(ids.dtype).max
+        rows = ids[:, n_keys - n_queries :]
+        row_least = _tiles_of(rows, tiles.rows, highest).amin(-1)[:, :, None]
+        row_most = _tiles_of(rows, tiles.rows, lowest).amax(-1)[:, :, None]
+        key_least = _tiles_of(ids, tiles.keys, highest).amin(-1)[:, None]
+        key_most = _tiles_of(ids, tiles.keys, lowest).amax(-1)[:, None]
+        seen = seen & (row_least <= key_most) & (key_least <= row_most)
+    seen = seen.expand(batch, -1, -1)
+    return _bounds(seen, tiles.keys), _bounds(seen.transpose(1, 2), tiles.rows)
+
+
+def _tiles_of(positions: Tensor, length: int, fill: int) -> Tensor:
+    """Cut ``[batch, positions]`` into ``[batch, tiles, length]``."""
+    batch, n = positions.shape
+    tiles = -(-n // length)
+    padded_positions = torch.nn.functional.pad(positions, (0, tiles * length - n), value=fill)
+    return padded_positions.view(batch, tiles, length)
+
+
+def _bounds(seen: Tensor, length: int) -> Tensor:
+    """Return (start, stop) of the True entries of the last dimension, times ``length``."""
+    n = seen.shape[-1]
+    index = torch.arange(n, dtype=torch.int32, device=seen.device)
+    if n == 0:
+        return torch.zeros(*seen.shape[:-1], 2, dtype=torch.int32, device=seen.device)
+    stop = torch.where(seen, index + 1, 0).amax(-1)
+    start = torch.where(seen, index, n).amin(-1).minimum(stop)
+    return torch.stack((start, stop), -1).mul(length).contiguous()
+
+
+def start_kernel(kernel: Any, programs: int, tiles: Tiles, arguments: dict[str, Any]) -> None:
+    """Launch ``programs`` programs of a kernel on the device of its first tensor."""
+    if programs == 0:
+        return
+    device = arguments["query"][0].device if "query" in arguments else arguments["output"][0].device
+    on_device = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+    with on_device:
+        kernel[(programs,)](
+            **arguments,
+            num_warps=tiles.warps,
+            num_stages=tiles.stages,
+            enable_fp_fusion=True,
+        )
+
+
+def forward(problem: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return output, entropy, log-normalizer and largest score of every row."""
+    query, key, value = problem.query, problem.key, problem.value
+    batch, heads, n_queries, dim = query.shape
+    output = rows_like(query, value.shape[-1])
+    entropy, log_normalizer, max_score = (
+        query.new_empty(batch, heads, n_queries, dtype=problem.wide) for _ in range(3)
+    )
+    tiles = choose_tiles("forward", max(dim, value.shape[-1]), query.dtype)
+    ranges, _ = visible_ranges(problem.structure, batch, n_queries, key.shape[2], tiles)
+    blocks = triton.cdiv(n_queries, tiles.rows)
+    arguments = common_arguments(problem) | {
+        "output": view(output),
+        "p_entropy": entropy,
+        "p_log_normalizer": log_normalizer,
+        "p_max_score": max_score,
+        "p_sinks": None if problem.sinks is None else problem.sinks.contiguous(),
+        "p_ranges": ranges,
+        "heads": heads,
+        "n_blocks": blocks,
+        "ROWS": tiles.rows,
+        "KEYS": tiles.keys,
+    }
+    start_kernel(forward_kernel, blocks * batch * heads, tiles, arguments)
+    return output, entropy, log_normalizer, max_score
+
+
+class RowConstants(NamedTuple):
+    """What dS needs of its row, each ``[batch, heads, queries]``."""
+
+    delta: Tensor
+    log2_normalizer: Tensor
+    entropy_slope: Tensor | None
+
+
+def row_constants(
+    problem: Problem, saved: tuple[Tensor, Tensor, Tensor], upstream: Upstream
+) -> RowConstants:
+    """Collect the terms of dS that belong to a row (see backward.row_constants_kernel)."""
+    output, entropy, log_normalizer = saved
+    delta, log2_normalizer = torch.empty_like(entropy), torch.empty_like(entropy)
+    slope = None if upstream.entropy is None else torch.empty_like(entropy)
+    tiles = choose_tiles("row_constants", output.shape[-1], output.dtype)
+    batch, heads, n_queries, value_dim = output.shape
+    blocks = triton.cdiv(n_queries, tiles.rows)
+    arguments = {
+        "output": view(output),
+        "d_output": None if upstream.output is None else view(upstream.output),
+        "p_entropy": entropy,
+        "p_log_normalizer": log_normalizer,
+        "p_d_entropy": None if upstream.entropy is None else upstream.entropy.contiguous(),
+        "p_d_normalizer": (
+            None if upstream.log_normalizer is None else upstream.log_normalizer.contiguous()
+        ),
+        "p_sinks": None if problem.sinks is None else problem.sinks.contiguous(),
+        "p_delta": delta,
+        "p_log2_normalizer": log2_normalizer,
+        "p_entropy_slope": slope,
+        "heads": heads,
+        "n_queries": n_queries,
+        "n_blocks": blocks,
+        "VALUE_DIM": value_dim,
+        "VALUE_PADDED": padded(value_dim),
+        "ROWS": tiles.rows,
+        "WIDE": tl.float64 if problem.wide == torch.float64 else tl.float32,
+    }
+    start_kernel(row_constants_kernel, blocks * batch * heads, tiles, arguments)
+    return RowConstants(delta, log2_normalizer, slope)
+
+
+def backward(
+    problem: Problem,
+    saved: tuple[Tensor, Tensor, Tensor],
+    upstream: Upstream,
+    wanted: tuple[bool, bool, bool, bool, bool],
+) -> list[Tensor | None]:
+    """Return the gradients of query, key, value, bias and sinks, None where not wanted.
+
+    Args:
+        problem: the inputs of the forward pass.
+        saved: its output, entropy and log-normalizer.
+        upstream: their gradients.
+        wanted: which of (query, key, value, bias, sinks) need a gradient.
+    """
+    constants = row_constants(problem, saved, upstream)
+    d_output = upstream.output
+    if d_output is None:  # one zero, seen everywhere
+        d_output = problem.query.new_zeros(1, 1, 1, 1).expand(saved[0].shape)
+    arguments = common_arguments(problem) | {
+        "d_output": view(d_output),
+        "constants": tuple(constants),
+    }
+    d_query, d_bias, d_sinks = None, None, None
+    d_key, d_value = None, None
+    if wanted[0]:
+        d_query = query_gradient(problem, arguments)
+    if wanted[1] or wanted[2]:
+        d_key, d_value = key_gradients(problem, arguments)
+    if wanted[3] and problem.bias is not None:
+        d_bias = bias_gradient(problem, problem.bias, arguments)
+    if wanted[4] and problem.sinks is not None:
+        d_sinks = sinks_gradient(problem.sinks, saved[2], constants, upstream)
+    return [d_query, d_key if wanted[1] else None, d_value if wanted[2] else None, d_bias, d_sinks]
+
+
+def query_gradient(problem: Problem, arguments: dict[str, Any]) -> Tensor:
+    """Return dQ."""
+    query, key, value = problem.query, problem.key, problem.value
+    batch, heads, n_queries, dim = query.shape
+    d_query = torch.empty_like(query)
+    tiles = choose_tiles("query_gradient", max(dim, value.shape[-1]), query.dtype)
+    ranges, _ = visible_ranges(problem.structure, batch, n_queries, key.shape[2], tiles)
+    blocks = triton.cdiv(n_queries, tiles.rows)
+    own = {
+        "d_query": view(d_query),
+        "p_ranges": ranges,
+        "scale": problem.scale,
+        "heads": heads,
+        "n_blocks": blocks,
+        "ROWS": tiles.rows,
+        "KEYS": tiles.keys,
+    }
+    start_kernel(query_gradient_kernel, blocks * batch * heads, tiles, arguments | own)
+    return d_query
+
+
+def key_gradients(problem: Problem, arguments: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """Return dK and dV."""
+    query, key, value = problem.query, problem.key, problem.value
+    batch, kv_heads, n_keys, dim = key.shape
+    d_key, d_value = torch.empty_like(key), torch.empty_like(value)
+    tiles = choose_tiles("key_gradients", max(dim, value.shape[-1]), query.dtype)
+    _, ranges = visible_ranges(problem.structure, batch, query.shape[2], n_keys, tiles)
+    blocks = triton.cdiv(n_keys, tiles.keys)
+    own = {
+        "d_key": view(d_key),
+        "d_value": view(d_value),
+        "p_ranges": ranges,
+        "scale": problem.scale,
+        "kv_heads": kv_heads,
+        "n_blocks": blocks,
+        "ROWS": tiles.rows,
+        "KEYS": tiles.keys,
+    }
+    start_kernel(key_gradient_kernel, blocks * batch * kv_heads, tiles, arguments | own)
+    return d_key, d_value
+
+
+def bias_gradient(problem: Problem, bias: Tensor, arguments: dict[str, Any]) -> Tensor:
+    """Return dbias, in the shape of the bias."""
+    query, value = problem.query, problem.value
+    batch, heads, n_queries, dim = query.shape
+    n_keys = problem.key.shape[2]
+    d_bias = torch.empty_like(bias)
+    tiles = choose_tiles("bias_gradient", max(dim, value.shape[-1]), query.dtype)
+    counts = (batch, heads, triton.cdiv(n_queries, tiles.rows), triton.cdiv(n_keys, tiles.keys))
+    owned = [1 if size == 1 else n for size, n in zip(bias.shape, counts, strict=True)]
+    visited = [n if size == 1 else 1 for size, n in zip(bias.shape, counts, strict=True)]
+    own = {
+        "d_bias": view(d_bias),
+        "heads": heads,
+        "owned": tuple(owned[1:]),
+        "visited": tuple(visited),
+        "ROWS": tiles.rows,
+        "KEYS": tiles.keys,
+        "SUM_ROWS": bias.shape[2] == 1,
+        "SUM_KEYS": bias.shape[3] == 1,
+    }
+    if d_bias.numel():
+        start_kernel(bias_gradient_kernel, math.prod(owned), tiles, arguments | own)
+    return d_bias
+
+
+def sinks_gradient(
+    sinks: Tensor, log_normalizer: Tensor, constants: RowConstants, upstream: Upstream
+) -> Tensor:
+    """Return dsinks: ``dlse/dsink`` is the sink's share of a row, ``dp_j/dsink`` minus that p_j."""
+    share = (sinks.to(log_normalizer.dtype)[None, :, None] - log_normalizer).exp()
+    inner = constants.delta if upstream.entropy is None else constants.delta - upstream.entropy
+    return (share * -inner).sum((0, 2)).to(sinks.dtype)

@@ -1,0 +1,159 @@
+"""torch.library operators around the kernels, with their fake tensors and gradients.
+
+They make ``torch.compile(fullgraph=True)``, CUDA graphs and checkpointing see one opaque call.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from entropy_regularization.attention.masking import Structure
+from entropy_regularization.attention.triton import launch
+from entropy_regularization.attention.triton.launch import Problem, Upstream
+
+
+@torch.library.custom_op("entropy_regularization::triton_forward", mutates_args=())
+def triton_forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    allowed: Tensor | None,
+    key_padding: Tensor | None,
+    document: Tensor | None,
+    bias: Tensor | None,
+    sinks: Tensor | None,
+    seed: Tensor | None,
+    left: int | None,
+    right: int | None,
+    scale: float,
+    softcap: float | None,
+    dropout: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return output, entropy, log-normalizer and largest score (see launch.forward)."""
+    structure = Structure(left, right, allowed, key_padding, document)
+    return launch.forward(
+        Problem(query, key, value, structure, scale, bias, softcap, sinks, dropout, seed)
+    )
+
+
+@triton_forward.register_fake
+def _(query: Tensor, key: Tensor, value: Tensor, *options: Any) -> tuple[Tensor, ...]:
+    wide = torch.promote_types(query.dtype, torch.float32)
+    output = launch.rows_like(query, value.shape[-1])
+    return output, *(query.new_empty(query.shape[:3], dtype=wide) for _ in range(3))
+
+
+@torch.library.custom_op("entropy_regularization::triton_backward", mutates_args=())
+def triton_backward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    allowed: Tensor | None,
+    key_padding: Tensor | None,
+    document: Tensor | None,
+    bias: Tensor | None,
+    sinks: Tensor | None,
+    seed: Tensor | None,
+    left: int | None,
+    right: int | None,
+    scale: float,
+    softcap: float | None,
+    dropout: float,
+    output: Tensor,
+    entropy: Tensor,
+    log_normalizer: Tensor,
+    output_gradient: Tensor | None,
+    entropy_gradient: Tensor | None,
+    normalizer_gradient: Tensor | None,
+    wanted: list[bool],
+) -> list[Tensor]:
+    """Return the wanted gradients of query, key, value, bias and sinks, in that order."""
+    structure = Structure(left, right, allowed, key_padding, document)
+    gradients = launch.backward(
+        Problem(query, key, value, structure, scale, bias, softcap, sinks, dropout, seed),
+        (output, entropy, log_normalizer),
+        Upstream(output_gradient, entropy_gradient, normalizer_gradient),
+        (wanted[0], wanted[1], wanted[2], wanted[3], wanted[4]),
+    )
+    return [gradient for gradient in gradients if gradient is not None]
+
+
+@triton_backward.register_fake
+def _(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> list[Tensor]:
+    bias, sinks, wanted = rest[3], rest[4], rest[-1]
+    found = [
+        torch.empty_like(tensor)
+        for tensor, want in zip((query, key, value, bias), wanted, strict=False)
+        if want and tensor is not None
+    ]
+    if wanted[4] and sinks is not None:
+        found.append(sinks.new_empty(sinks.shape))
+    return found
+
+
+def _refuse_double_backward(ctx: Any, *gradients: Any) -> None:
+    raise NotImplementedError(
+        "attention_with_entropy was differentiated twice, but its fused backward has no gradient "
+        "of its own; use implementation='reference' for second derivatives."
+    )
+
+
+triton_backward.register_autograd(_refuse_double_backward)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.save_for_backward(*inputs[:9], *output[:3])
+    ctx.options = inputs[9:]
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
+    places = (0, 1, 2, 6, 7)  # query, key, value, bias, sinks
+    *tensors, output, entropy, log_normalizer = ctx.saved_tensors
+    gradients: list[Tensor | None] = [None] * (len(tensors) + len(ctx.options))
+    wanted = [ctx.needs_input_grad[place] for place in places]
+    if any(gradient is not None for gradient in upstream[:3]):
+        found = iter(
+            triton_backward(
+                *tensors, *ctx.options, output, entropy, log_normalizer, *upstream[:3], wanted
+            )
+        )
+        for place, want in zip(places, wanted, strict=True):
+            if want:
+                gradients[place] = next(found)
+    return tuple(gradients)
+
+
+triton_forward.register_autograd(_differentiate, setup_context=_save)
+
+
+def triton_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    structure: Structure,
+    *,
+    scale: float,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    dropout: float = 0.0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return output, entropy, log-normalizer and largest score of every row, by fused kernels.
+
+    Inputs are those of attention_with_entropy, known to fit together and to be supported
+    (support.unsupported_reason). The dropout mask is drawn from a seed that comes from torch's
+    default generator of the device, so ``torch.manual_seed`` reproduces it, checkpointing draws it
+    again and CUDA graphs draw a new one at every replay.
+    """
+    seed = None
+    if dropout > 0.0:
+        seed = torch.randint(2**62, (1,), dtype=torch.int64, device=query.device)
+    output, entropy, log_normalizer, max_score = triton_forward(
+        query, key, value,
+        structure.allowed, structure.key_padding, structure.document,
+        bias, sinks, seed,
+        structure.left, structure.right, scale, softcap, dropout,
+    )  # fmt: skip
+    return output, entropy, log_normalizer, max_score.detach()

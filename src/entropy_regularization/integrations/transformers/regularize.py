@@ -1,0 +1,301 @@
+"""regularize: add the penalty to the loss that a transformers model returns."""
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from entropy_regularization.integrations.transformers.accumulation import share_of_step
+from entropy_regularization.integrations.transformers.recorder import find_pretrained
+from entropy_regularization.recording.recorder import Layers, make_recorder
+from entropy_regularization.recording.recording import EntropyRecording
+from entropy_regularization.regularization import EntropyRegularization
+from entropy_regularization.thresholds import HeadThresholds, as_tensor
+
+THRESHOLDS = "entropy_thresholds"  # the submodule of the model that holds learnable thresholds
+
+logger = logging.getLogger("entropy_regularization.integrations.transformers")
+
+
+def regularize(
+    model: nn.Module,
+    regularization: EntropyRegularization | None = None,
+    *,
+    thresholds: object = None,
+    layers: Layers = None,
+    allow_partial: bool = False,
+) -> "Regularized":
+    """Make the loss that a model returns in training include the entropy penalty.
+
+    Any training loop that calls ``backward`` on the model's loss then trains with the penalty:
+    transformers.Trainer, TRL, Accelerate, one's own. Only documented hooks are used; the model's
+    class, forward and configuration stay as they are. In evaluation mode, and when the model is
+    given no labels, nothing is added and the model runs its own attention.
+
+    Learnable thresholds become a submodule ``entropy_thresholds`` of the model, so that they are
+    optimised (without weight decay by Trainer, see HeadThresholds), moved, sharded, saved by
+    ``save_pretrained`` and restored by ``Trainer(...).train(resume_from_checkpoint=...)`` with it.
+    ``from_pretrained`` builds a model that does not know them yet (and says that a key is not
+    used), so attach them again:
+
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        regularize(model, regularization, thresholds=load_thresholds(folder))
+
+    When Trainer normalises the loss over the tokens of all accumulated micro-batches and ranks
+    (``num_items_in_batch``), the penalty of a micro-batch is weighted with its share of these
+    tokens, so that the weights of a step add up to 1.
+
+    Args:
+        model: a transformers model, wrapped (PEFT, DistributedDataParallel) or not.
+        regularization: settings; EntropyRegularization() unless given.
+        thresholds: HeadThresholds to learn; or a number, ``[heads]`` or ``[layers, heads]``, which
+            stay fixed. None takes those of the regularization, and if it has none, learnable
+            ones that start at 0.5, one per head of every attention call.
+        layers: which layers to penalise: indices in the order of the calls or name patterns, see
+            record_entropy; all unless given.
+        allow_partial: accept that some attention modules cannot be seen, see record_entropy.
+
+    Returns:
+        A handle: the last loss, penalty and recording, and ``remove()``.
+
+    Raises:
+        TypeError: if the model holds no transformers model, or regularization is something else.
+        ValueError: if the model is regularized already, its attention cannot be recorded, its
+            configuration does not tell its heads, or thresholds do not fit.
+    """
+    found = find_pretrained(model) if isinstance(model, nn.Module) else None
+    if found is None:
+        raise TypeError(
+            f"model is a {type(model).__name__} without a transformers model inside; for any other "
+            "model add regularization(recording) to the loss, see record_entropy."
+        )
+    if regularization is None:
+        regularization = EntropyRegularization()
+    if not isinstance(regularization, EntropyRegularization):
+        raise TypeError(
+            f"regularization is a {type(regularization).__name__}; pass an EntropyRegularization."
+        )
+    if handle_of(found) is not None:
+        raise ValueError(
+            f"{type(found).__name__} is regularized already; call remove() on what regularize "
+            "returned before."
+        )
+    chosen = thresholds if thresholds is not None else regularization.thresholds
+    if chosen is None:
+        chosen = HeadThresholds(*_layers_and_heads(found, layers))
+    if not isinstance(chosen, HeadThresholds) and as_tensor(chosen, "thresholds").requires_grad:
+        raise ValueError(
+            "thresholds is a tensor that requires a gradient, which no optimizer of the model "
+            "would find; pass HeadThresholds(layers, heads, initial=tensor)."
+        )
+    return Regularized(found, regularization, chosen, layers=layers, allow_partial=allow_partial)
+
+
+def handle_of(model: nn.Module) -> "Regularized | None":
+    """Return the handle of a model that is regularized, or None."""
+    for part in model.modules():
+        for hook in part._forward_hooks.values():
+            owner = getattr(hook, "__self__", None)
+            if isinstance(owner, Regularized):
+                return owner
+    return None
+
+
+class Regularized:
+    """What regularize returns: the hooks on the model, and what they saw last.
+
+    Attributes:
+        model: the transformers model inside whatever was given.
+        regularization: settings.
+        thresholds: HeadThresholds, or fixed numbers.
+        loss: the model's own loss in the last training pass, detached; None before the first.
+        penalty: the penalty of that pass, before any weight, detached.
+        added: what was added to the loss: the penalty times the weight of the micro-batch,
+            detached.
+        recording: the entropies of that pass, detached.
+        unadded: the penalty with its gradient, if the model returned no loss to add it to (loss
+            functions outside the model); add it yourself. None otherwise.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        regularization: EntropyRegularization,
+        thresholds: object,
+        *,
+        layers: Layers,
+        allow_partial: bool,
+    ) -> None:
+        self.model = model
+        self.regularization = regularization
+        self.thresholds = thresholds
+        self.loss: Tensor | None = None
+        self.penalty: Tensor | None = None
+        self.added: Tensor | None = None
+        self.recording: EntropyRecording | None = None
+        self.unadded: Tensor | None = None
+        self._listening = False
+        self._warned = False
+        self._recorder = make_recorder(model, layers=layers, allow_partial=allow_partial)
+        if isinstance(thresholds, HeadThresholds):
+            parameter = next(model.parameters())
+            model.add_module(THRESHOLDS, thresholds.to(parameter.device))
+        self._hooks = [
+            model.register_forward_pre_hook(self._before, with_kwargs=True),
+            model.register_forward_hook(self._after, with_kwargs=True, always_call=True),
+        ]
+
+    def remove(self) -> None:
+        """Give the model back as it was, without hooks and thresholds."""
+        while self._hooks:
+            self._hooks.pop().remove()
+        if isinstance(self.thresholds, HeadThresholds) and hasattr(self.model, THRESHOLDS):
+            delattr(self.model, THRESHOLDS)
+
+    def _before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.unadded = None
+        if model.training and torch.is_grad_enabled():
+            self._recorder.start((model, args, kwargs))
+            self._listening = True
+
+    def _after(
+        self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> Any:
+        if not self._listening:
+            return None
+        self._listening = False
+        if output is None:  # always_call: forward has raised
+            self._recorder.abort()
+            return None
+        recording = self._recorder.stop()
+        penalty = self._penalty(recording)
+        self.penalty, self.recording = penalty.detach(), recording.detach()
+        loss = _loss_of(output, kwargs)
+        if loss is None:
+            self.loss, self.added, self.unadded = None, None, penalty
+            self._warn_once()
+            return None
+        added = penalty.to(loss.device) * share_of_step(model, kwargs)
+        self.loss, self.added = loss.detach(), added.detach()
+        return _with_loss(output, loss + added.to(loss.dtype))
+
+    def _penalty(self, recording: EntropyRecording) -> Tensor:
+        if isinstance(self.thresholds, HeadThresholds):
+            calls, heads = len(recording), max((layer.heads for layer in recording), default=0)
+            if (calls, heads) != (self.thresholds.layers, self.thresholds.heads):
+                raise ValueError(
+                    f"{type(self.model).__name__} made {calls} attention calls of up to {heads} "
+                    f"heads, but thresholds are for {self.thresholds.layers} layers of "
+                    f"{self.thresholds.heads}; pass thresholds=HeadThresholds({calls}, {heads}) to "
+                    "regularize."
+                )
+        return self.regularization(recording, self.thresholds)
+
+    def _warn_once(self) -> None:
+        if not self._warned:
+            self._warned = True
+            logger.warning(
+                "%s returned no loss in a training pass, so the entropy penalty was not added; add "
+                "the handle's `unadded` to your loss, or use EntropyRegularizedTrainer.",
+                type(self.model).__name__,
+            )
+
+
+def load_thresholds(name_or_path: str | Path, **hub_options: Any) -> HeadThresholds:
+    """Read the thresholds that were saved with a model.
+
+    Args:
+        name_or_path: a folder that ``save_pretrained`` or Trainer wrote, or a name on the hub.
+        **hub_options: ``revision``, ``token``, ``cache_dir`` and so on, for the hub.
+
+    Returns:
+        The thresholds, learnable; pass them to regularize.
+
+    Raises:
+        ValueError: if there are none.
+    """
+    place = str(name_or_path)
+    index = _find_file(place, "model.safetensors.index.json", hub_options)
+    names = ["model.safetensors"]
+    if index is not None:
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    for name in names:
+        path = _find_file(place, name, hub_options)
+        values = None if path is None else _read_thresholds(path)
+        if values is not None:
+            thresholds = HeadThresholds(*values.shape)
+            with torch.no_grad():  # what was learned may lie outside [0, 1]
+                thresholds.fraction_bias.copy_(values)
+            return thresholds
+    raise ValueError(
+        f"{place} holds no entropy thresholds in model.safetensors; pass a folder that a "
+        "regularized model was saved to."
+    )
+
+
+def _find_file(place: str, name: str, hub_options: dict[str, Any]) -> Path | None:
+    if Path(place).is_dir():
+        path = Path(place, name)
+        return path if path.is_file() else None
+    try:
+        return Path(hf_hub_download(place, name, **hub_options))
+    except EntryNotFoundError:
+        return None
+
+
+def _read_thresholds(path: Path) -> Tensor | None:
+    with safe_open(path, framework="pt") as weights:
+        for key in weights.keys():  # noqa: SIM118 - not a dict
+            if f".{key}".endswith(f".{THRESHOLDS}.fraction_bias"):
+                values: Tensor = weights.get_tensor(key)
+                return values
+    return None
+
+
+def _layers_and_heads(model: PreTrainedModel, layers: Layers) -> tuple[int, int]:
+    """Return how many attention calls the configuration promises, and the most heads of one."""
+    config = model.config.get_text_config()
+    heads = getattr(config, "num_attention_heads", None)
+    if isinstance(heads, list | tuple):
+        heads = max(heads)
+    calls = getattr(config, "num_hidden_layers", None)
+    if getattr(config, "is_encoder_decoder", False):
+        encoder = getattr(config, "encoder_layers", None) or calls
+        decoder = getattr(config, "decoder_layers", None) or getattr(
+            config, "num_decoder_layers", None
+        )
+        # one call a layer of the encoder, self and cross of the decoder
+        calls = encoder + 2 * decoder if encoder and decoder else None
+    if not isinstance(heads, int) or not isinstance(calls, int) or isinstance(layers, str):
+        wanted = "how many attention calls it makes"
+        raise ValueError(
+            f"the configuration of {type(model).__name__} does not tell {wanted} and of how many "
+            "heads; pass thresholds=HeadThresholds(calls, heads)."
+        )
+    return (calls if layers is None else len(layers)), heads
+
+
+def _loss_of(output: Any, kwargs: dict[str, Any]) -> Tensor | None:
+    """Return the loss in a model's output, if it is there."""
+    if isinstance(output, dict):
+        loss = output.get("loss")
+    elif isinstance(output, tuple) and output and kwargs.get("labels") is not None:
+        loss = output[0]
+    else:
+        return None
+    usable = isinstance(loss, Tensor) and loss.numel() == 1
+    return loss if usable else None
+
+
+def _with_loss(output: Any, loss: Tensor) -> Any:
+    if isinstance(output, dict):
+        output["loss"] = loss
+        return output
+    return (loss, *output[1:])

@@ -1,0 +1,310 @@
+"""regularize(model): the same numbers as the published module on eager matrices, and no matrix."""
+
+import copy
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import (
+    AutoModelForCausalLM,
+    BartConfig,
+    BartForConditionalGeneration,
+    GPT2Config,
+    LlamaConfig,
+    PreTrainedModel,
+    Qwen2Config,
+)
+
+from entropy_regularization import EntropyRegularization, HeadThresholds
+from entropy_regularization.integrations.transformers.accumulation import share_of_step
+from entropy_regularization.integrations.transformers.regularize import (
+    handle_of,
+    load_thresholds,
+    regularize,
+)
+from entropy_regularization.recording.recorder import record_entropy
+from entropy_regularization.thresholds import without_weight_decay
+
+SHAPE = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 32}
+NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+CONFIGS = {
+    "gpt2": GPT2Config(
+        n_embd=16, n_layer=2, n_head=4, vocab_size=32, n_positions=128, **NO_DROPOUT
+    ),
+    "llama": LlamaConfig(**SHAPE, intermediate_size=24, num_key_value_heads=2),
+    "qwen2": Qwen2Config(**SHAPE, intermediate_size=24, num_key_value_heads=2),
+}
+SETTINGS = {"loss_coeff": 0.01, "tolerance_margin_factor": 0.05}
+
+
+def build(family: str, attention: str = "sdpa") -> PreTrainedModel:
+    torch.manual_seed(0)
+    config = copy.deepcopy(CONFIGS[family])
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
+    with torch.no_grad():  # freshly drawn weights attend uniformly, which would prove nothing
+        for name, parameter in model.named_parameters():
+            if parameter.dim() == 2 and "embed" not in name and "wte" not in name:
+                parameter.mul_(12.0)
+    return model.train()
+
+
+def batch_of(n: int = 13, batch: int = 3) -> dict[str, torch.Tensor]:
+    torch.manual_seed(1)
+    ids = torch.randint(0, 32, (batch, n))
+    return {"input_ids": ids, "labels": ids}
+
+
+def gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_near(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> None:
+    assert found.keys() == wanted.keys()
+    for name, gradient in wanted.items():
+        difference = (found[name] - gradient).abs().max()
+        assert difference <= 1e-5 * gradient.abs().max() + 1e-9, name
+
+
+def published(family: str, batch: dict, regularization: EntropyRegularization):
+    """Return loss, penalty and gradients by eager attention and compute_loss on its matrices."""
+    model = build(family, "eager")
+    thresholds = torch.full((4,), 0.5, requires_grad=True)
+    output = model(**batch, output_attentions=True)
+    penalty = regularization.compute_loss(output.attentions, thresholds, 4, 2)
+    loss = output.loss + penalty
+    loss.backward()
+    return loss.detach(), penalty.detach(), gradients(model), thresholds.grad
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("padded", [False, True])
+def test_equals_compute_loss_on_eager_matrices(family: str, padded: bool) -> None:
+    batch = batch_of()
+    if padded:
+        batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+        batch["attention_mask"][1, 9:] = 0
+    regularization = EntropyRegularization(**SETTINGS)
+    wanted, penalty, wanted_gradients, threshold_gradient = published(family, batch, regularization)
+    assert penalty > 0.02 * wanted  # else the comparison below would not see it
+    model = build(family)
+    seen = regularize(model, regularization)
+    loss = model(**batch).loss
+    loss.backward()
+    torch.testing.assert_close(loss.detach(), wanted, rtol=1e-5, atol=0)
+    torch.testing.assert_close(seen.penalty, penalty, rtol=1e-5, atol=0)
+    torch.testing.assert_close(seen.loss + seen.added, loss.detach())
+    found = gradients(model)
+    per_layer = found.pop("entropy_thresholds.fraction_bias")
+    torch.testing.assert_close(per_layer.sum(0), threshold_gradient, rtol=1e-4, atol=1e-7)
+    assert_near(found, wanted_gradients)
+
+
+def test_comparison_notices_a_missing_penalty() -> None:
+    batch, regularization = batch_of(), EntropyRegularization(**SETTINGS)
+    _, _, wanted, _ = published("gpt2", batch, regularization)
+    model = build("gpt2")
+    model(**batch).loss.backward()
+    with pytest.raises(AssertionError):
+        assert_near(gradients(model), wanted)
+
+
+class WatchShapes(TorchDispatchMode):
+    """Collect the shapes of all tensors that any operation makes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: set[tuple[int, ...]] = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        self.shapes |= {tuple(x.shape) for x in tree_leaves(result) if isinstance(x, torch.Tensor)}
+        return result
+
+    def square(self, n: int) -> set[tuple[int, ...]]:
+        return {shape for shape in self.shapes if len(shape) >= 2 and shape[-2:] == (n, n)}
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("padded", [False, True])
+def test_no_square_matrix_is_ever_built(family: str, padded: bool) -> None:
+    n = 101  # no other size of the model
+    batch = batch_of(n, 2)
+    if padded:
+        batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+        batch["attention_mask"][1, 90:] = 0
+    model = build(family)
+    regularize(model, EntropyRegularization.calibrated())
+    with WatchShapes() as watch:
+        model(**batch).loss.backward()
+    assert len(watch.shapes) > 10
+    assert not watch.square(n)
+
+
+def test_the_watch_sees_eager_matrices() -> None:
+    with WatchShapes() as watch:
+        build("gpt2", "eager")(**batch_of(101, 2)).loss.backward()
+    assert watch.square(101)
+
+
+def test_evaluation_and_no_labels_stay_the_models_own() -> None:
+    batch, model = batch_of(), build("gpt2")
+    plain = model.eval()(**batch)
+    seen = regularize(model)
+    output = model(**batch)
+    assert torch.equal(output.loss, plain.loss)
+    assert torch.equal(output.logits, plain.logits)
+    assert seen.penalty is None
+    assert model.config._attn_implementation == "sdpa"
+    with torch.no_grad():
+        model.train()(**batch)
+    assert seen.penalty is None
+
+
+def test_no_loss_is_said_once_and_leaves_the_penalty(caplog: pytest.LogCaptureFixture) -> None:
+    model = build("gpt2")
+    seen = regularize(model, EntropyRegularization.calibrated(thresholds=0.2))
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            model(batch_of()["input_ids"])
+    assert caplog.text.count("returned no loss in a training pass") == 1
+    seen.unadded.backward()
+    assert model.transformer.h[0].attn.c_attn.weight.grad.abs().max() > 0
+    model(**batch_of())
+    assert seen.unadded is None
+
+
+def test_tuple_output() -> None:
+    batch, model = batch_of(), build("gpt2")
+    wanted = model(**batch).loss
+    seen = regularize(model, EntropyRegularization.calibrated(thresholds=0.2))
+    loss = model(**batch, return_dict=False)[0]
+    assert seen.penalty > 0
+    torch.testing.assert_close(loss, wanted + seen.penalty)
+
+
+def test_checkpointing_gives_the_same_gradients() -> None:
+    found = []
+    for checkpointing in (False, True):
+        model = build("gpt2")
+        regularize(model, EntropyRegularization.calibrated(thresholds=0.2))
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        for _ in range(2):  # the second pass starts while the first one's attention is still set
+            model(**batch_of()).loss.backward()
+        found.append(gradients(model))
+    assert_near(found[1], found[0])
+
+
+def test_thresholds_are_saved_and_restored(tmp_path: Path) -> None:
+    model = build("gpt2")
+    regularize(model, EntropyRegularization(**SETTINGS))
+    optimizer = torch.optim.AdamW(without_weight_decay(model, 1.0), lr=0.1)
+    model(**batch_of()).loss.backward()
+    optimizer.step()
+    learned = model.entropy_thresholds().detach().clone()
+    assert (learned != 0.5).all()
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path).train()
+    regularize(loaded, EntropyRegularization(**SETTINGS), thresholds=load_thresholds(tmp_path))
+    assert torch.equal(loaded.entropy_thresholds(), learned)
+    torch.testing.assert_close(loaded(**batch_of()).loss, model(**batch_of()).loss)
+    model.save_pretrained(tmp_path / "sharded", max_shard_size="8KB")
+    assert torch.equal(load_thresholds(tmp_path / "sharded")(), learned)
+    build("gpt2").save_pretrained(tmp_path / "plain")
+    with pytest.raises(ValueError, match="holds no entropy thresholds in model"):
+        load_thresholds(tmp_path / "plain")
+
+
+def test_remove_leaves_the_model_as_it_was() -> None:
+    model = build("gpt2")
+    keys, wanted = set(model.state_dict()), model(**batch_of()).loss
+    seen = regularize(model)
+    assert handle_of(model) is seen
+    model(**batch_of())
+    seen.remove()
+    assert set(model.state_dict()) == keys
+    assert handle_of(model) is None
+    assert torch.equal(model(**batch_of()).loss, wanted)
+
+
+def test_copies_are_apart() -> None:
+    model = build("gpt2")
+    seen = regularize(model, EntropyRegularization.calibrated(thresholds=HeadThresholds(2, 4, 0.2)))
+    clone = copy.deepcopy(model)
+    clone(**batch_of()).loss.backward()
+    assert seen.penalty is None
+    assert handle_of(clone).penalty > 0
+    assert clone.entropy_thresholds.fraction_bias.grad.abs().sum() > 0
+    assert model.entropy_thresholds.fraction_bias.grad is None
+
+
+def test_an_exception_inside_forward_leaves_the_model_usable() -> None:
+    model = build("gpt2")
+    seen = regularize(model, EntropyRegularization.calibrated())
+    with pytest.raises(IndexError):
+        model(torch.full((1, 3), 999), labels=torch.zeros(1, 3).long())
+    assert model.config._attn_implementation == "sdpa"
+    model(**batch_of()).loss.backward()
+    assert seen.penalty is not None
+
+
+def test_inside_a_recording() -> None:
+    model = build("gpt2")
+    seen = regularize(model, EntropyRegularization.calibrated())
+    with record_entropy(model) as recording:
+        model(**batch_of())
+    assert len(recording) == len(seen.recording) == 2
+    torch.testing.assert_close(recording[0].entropy.detach(), seen.recording[0].entropy)
+
+
+def test_half_precision_model() -> None:
+    model = build("gpt2").bfloat16()
+    seen = regularize(model, EntropyRegularization.calibrated(thresholds=0.1))
+    output = model(**batch_of())
+    output.loss.backward()
+    assert output.loss.isfinite()
+    assert seen.recording[0].entropy.dtype == torch.float32
+    assert model.transformer.h[0].attn.c_attn.weight.grad.isfinite().all()
+
+
+def test_encoder_decoder_counts_its_calls() -> None:
+    torch.manual_seed(0)
+    sizes = {"d_model": 16, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16, "vocab_size": 32}
+    layers = {"encoder_layers": 2, "decoder_layers": 1}
+    heads = {"encoder_attention_heads": 4, "decoder_attention_heads": 4}
+    config = BartConfig(**sizes, **layers, **heads, decoder_start_token_id=2, pad_token_id=1)
+    model = BartForConditionalGeneration(config).train()
+    seen = regularize(model, EntropyRegularization.calibrated())
+    model(input_ids=batch_of()["input_ids"], labels=batch_of(7)["labels"]).loss.backward()
+    assert [layer.kind for layer in seen.recording].count("cross") == 1
+    assert seen.thresholds().shape == (4, 4)
+
+
+def test_refusals() -> None:
+    with pytest.raises(TypeError, match="model is a Linear without a transformers model inside"):
+        regularize(torch.nn.Linear(2, 2))
+    model = build("gpt2")
+    with pytest.raises(TypeError, match="regularization is a float; pass an EntropyRegularization"):
+        regularize(model, 0.1)
+    with pytest.raises(ValueError, match="thresholds is a tensor that requires a gradient"):
+        regularize(model, thresholds=torch.full((4,), 0.5, requires_grad=True))
+    regularize(model, thresholds=HeadThresholds(3, 4))
+    with pytest.raises(ValueError, match=r"made 2 attention calls .*HeadThresholds\(2, 4\)"):
+        model(**batch_of())
+    with pytest.raises(ValueError, match="GPT2LMHeadModel is regularized already; call remove"):
+        regularize(model)
+    with pytest.raises(ValueError, match="num_items_in_batch was given but neither labels nor"):
+        share_of_step(model, {"num_items_in_batch": 5})
+
+
+def test_share_of_step() -> None:
+    labels = torch.tensor([[5, 5, 5, -100], [5, 5, -100, -100]])
+    model = build("llama")
+    assert share_of_step(model, {"labels": labels}) == 1.0
+    inputs = {"labels": labels, "num_items_in_batch": torch.tensor(12)}
+    assert share_of_step(model, inputs) == 0.25  # the first label of a row is no target
+    assert share_of_step(model, {**inputs, "shift_labels": labels}) == 5 / 12
+    assert share_of_step(build("gpt2"), inputs) == 5 / 12  # Trainer counts every label of GPT-2

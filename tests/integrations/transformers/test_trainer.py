@@ -1,0 +1,292 @@
+"""EntropyRegularizedTrainer: accumulation, ranks, resuming, logs; plain Trainer with regularize."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, Trainer
+from transformers import TrainingArguments as Arguments
+
+from entropy_regularization import EntropyRegularization, HeadThresholds
+from entropy_regularization.integrations.transformers.callback import EntropyCallback
+from entropy_regularization.integrations.transformers.regularize import regularize
+from entropy_regularization.integrations.transformers.trainer import EntropyRegularizedTrainer
+
+N = 12
+CALIBRATED = EntropyRegularization.calibrated(0.5, 0.02)
+
+
+def build(family: str = "llama", dropout: float = 0.0):
+    torch.manual_seed(0)
+    if family == "gpt2":
+        rates = {"resid_pdrop": dropout, "embd_pdrop": dropout, "attn_pdrop": dropout}
+        config = GPT2Config(n_embd=16, n_layer=2, n_head=4, vocab_size=32, n_positions=32, **rates)
+        return GPT2LMHeadModel(config)
+    config = LlamaConfig(
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=24,
+        vocab_size=32,
+    )
+    return LlamaForCausalLM(config)
+
+
+def data(rows: int = 32) -> list[dict[str, torch.Tensor]]:
+    ids = torch.randint(0, 32, (rows, N), generator=torch.Generator().manual_seed(1))
+    return [{"input_ids": row, "labels": row} for row in ids]
+
+
+def arguments(folder: Path, batch: int = 8, accumulation: int = 1, **options) -> Arguments:
+    defaults = {
+        "max_steps": 4,
+        "learning_rate": 0.02,
+        "weight_decay": 0.0,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": [],
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "optim": "sgd",
+        "max_grad_norm": 1e9,
+    }
+    return Arguments(
+        output_dir=str(folder),
+        per_device_train_batch_size=batch,
+        gradient_accumulation_steps=accumulation,
+        **{**defaults, **options},
+    )
+
+
+def lines(trainer: Trainer, key: str) -> list[float]:
+    return [line[key] for line in trainer.state.log_history if key in line]
+
+
+def weights(model: torch.nn.Module) -> torch.Tensor:
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+@pytest.mark.parametrize("road", ["trainer", "regularize", "label smoothing", "loss function"])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_accumulation_changes_nothing(tmp_path: Path, road: str, family: str) -> None:
+    found = []
+    for batch, accumulation in ((8, 1), (2, 4)):
+        model, options, extra = build(family), {}, {}
+        if road == "label smoothing":
+            options["label_smoothing_factor"] = 0.1
+        if road == "loss function":
+            extra["compute_loss_func"] = mean_loss
+        args = arguments(tmp_path, batch, accumulation, **options)
+        if road == "regularize":
+            regularize(model, CALIBRATED)
+            trainer = Trainer(model=model, args=args, train_dataset=data())
+        else:
+            trainer = EntropyRegularizedTrainer(
+                model=model, args=args, train_dataset=data(), regularization=CALIBRATED, **extra
+            )
+        trainer.train()
+        found.append((weights(model), lines(trainer, "loss"), lines(trainer, "penalty")))
+    (one, one_loss, one_penalty), (four, four_loss, four_penalty) = found
+    torch.testing.assert_close(four, one, rtol=1e-4, atol=1e-6)
+    assert four_loss == pytest.approx(one_loss, rel=1e-5)
+    if road != "regularize":
+        assert len(one_penalty) == 4
+        assert min(one_penalty) > 0.02
+        assert four_penalty == pytest.approx(one_penalty, rel=1e-4)
+    plain = build(family)
+    assert (weights(plain) - one[: weights(plain).numel()]).abs().max() > 1e-3  # it did train
+
+
+def mean_loss(outputs, labels, num_items_in_batch):
+    logits, targets = outputs.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+    total = torch.nn.functional.cross_entropy(logits, targets, reduction="sum")
+    return total / num_items_in_batch
+
+
+def test_logs_and_evaluation(tmp_path: Path) -> None:
+    model = build()
+    args = arguments(tmp_path, eval_strategy="steps", eval_steps=2)
+    trainer = EntropyRegularizedTrainer(
+        model=model,
+        args=args,
+        train_dataset=data(),
+        eval_dataset=data(8),
+        regularization=EntropyRegularization.calibrated(3.0, 0.0),
+    )
+    first = trainer.evaluate()["eval_loss"]
+    own = build().eval()
+    batch = {key: torch.stack([row[key] for row in data(8)]) for key in ("input_ids", "labels")}
+    assert first == pytest.approx(own(**batch).loss.item(), rel=1e-5)
+    trainer.train()
+    for line in (line for line in trainer.state.log_history if "loss" in line):
+        assert line["penalty"] > 0.1
+        assert line["loss"] == pytest.approx(line["model_loss"] + line["penalty"])
+        assert 0 < line["entropy/mean"] < torch.tensor(float(N)).log()
+        assert 0 < line["entropy/utilisation"] <= 1
+    assert lines(trainer, "penalty")[-1] < lines(trainer, "penalty")[0]
+
+
+def test_first_step_is_the_published_sum(tmp_path: Path) -> None:
+    """With the published keywords, the first logged penalty is compute_loss on eager matrices."""
+    args = arguments(tmp_path, batch=32, max_steps=1)
+    settings = {"loss_coeff": 1e-3, "tolerance_margin_factor": 0.05, "context_size": 64}
+    trainer = EntropyRegularizedTrainer(model=build(), args=args, train_dataset=data(), **settings)
+    trainer.train()
+    eager = build()
+    eager.set_attn_implementation("eager")
+    batch = {key: torch.stack([row[key] for row in data()]) for key in ("input_ids", "labels")}
+    output = eager(**batch, output_attentions=True)
+    wanted = EntropyRegularization(**settings).compute_loss(output.attentions, [0.5] * 4, 4, 2)
+    assert lines(trainer, "penalty") == pytest.approx([wanted.item()], rel=1e-4)
+    assert lines(trainer, "model_loss") == pytest.approx([output.loss.item()], rel=1e-4)
+
+
+@pytest.mark.parametrize("trainer_class", [EntropyRegularizedTrainer, Trainer])
+def test_thresholds_are_trained_without_weight_decay(tmp_path: Path, trainer_class: type) -> None:
+    model = build()
+    regularize(model, CALIBRATED)
+    args = arguments(tmp_path, weight_decay=0.5, optim="adamw_torch")
+    trainer = trainer_class(model=model, args=args, train_dataset=data())
+    trainer.create_optimizer()
+    parameter = model.entropy_thresholds.fraction_bias
+    groups = [
+        group
+        for group in trainer.optimizer.param_groups
+        if any(p is parameter for p in group["params"])
+    ]
+    assert [group["weight_decay"] for group in groups] == [0.0]
+    trainer.train()
+    assert (parameter != 0.5).all()
+
+
+def test_resuming_equals_not_stopping(tmp_path: Path) -> None:
+    def train(folder: Path, resume: str | None = None) -> tuple[torch.nn.Module, Trainer]:
+        model = build()
+        options = {"save_strategy": "steps", "save_steps": 2, "optim": "adamw_torch"}
+        args = arguments(folder, max_steps=4, **options)
+        trainer = EntropyRegularizedTrainer(
+            model=model, args=args, train_dataset=data(), regularization=CALIBRATED
+        )
+        trainer.train(resume_from_checkpoint=resume)
+        return model, trainer
+
+    whole, _ = train(tmp_path)
+    checkpoint = tmp_path / "checkpoint-2"
+    resumed, trainer = train(tmp_path / "again", str(checkpoint))
+    assert torch.equal(resumed.entropy_thresholds(), whole.entropy_thresholds())
+    assert torch.equal(weights(resumed), weights(whole))
+    state = trainer.optimizer.state[resumed.entropy_thresholds.fraction_bias]
+    assert state["step"] == 4  # the optimizer's moments went on, not anew
+
+
+def test_gradient_checkpointing_changes_nothing(tmp_path: Path) -> None:
+    found = []
+    for checkpointing in (False, True):
+        model = build()
+        args = arguments(
+            tmp_path,
+            gradient_checkpointing=checkpointing,
+            gradient_checkpointing_kwargs={"use_reentrant": False},
+        )
+        trainer = EntropyRegularizedTrainer(
+            model=model, args=args, train_dataset=data(), regularization=CALIBRATED
+        )
+        trainer.train()
+        found.append(weights(model))
+    torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-7)
+
+
+def test_bfloat16_autocast(tmp_path: Path) -> None:
+    args = arguments(tmp_path, bf16=True)
+    trainer = EntropyRegularizedTrainer(
+        model=build(), args=args, train_dataset=data(), regularization=CALIBRATED
+    )
+    trainer.train()
+    assert min(lines(trainer, "penalty")) > 0.02
+
+
+RANKS = """
+import json, sys, torch
+sys.path.insert(0, sys.argv[1])
+from test_trainer import CALIBRATED, arguments, build, data, lines, weights
+from entropy_regularization.integrations.transformers.trainer import EntropyRegularizedTrainer
+model = build()
+args = arguments(sys.argv[2], 4, 2, ddp_backend="gloo", **json.loads(sys.argv[3]))
+trainer = EntropyRegularizedTrainer(
+    model=model, args=args, train_dataset=data(), regularization=CALIBRATED)
+trainer.train()
+if trainer.is_world_process_zero():
+    result = {key: lines(trainer, key) for key in ("loss", "penalty")}
+    torch.save({**result, "weights": weights(model)}, sys.argv[4])
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [{}, {"average_tokens_across_devices": False}])
+def test_two_ranks_equal_one(tmp_path: Path, options: dict) -> None:
+    model = build()
+    trainer = EntropyRegularizedTrainer(
+        model=model,
+        args=arguments(tmp_path, 16),
+        train_dataset=data(64),
+        regularization=CALIBRATED,
+    )
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    script, result = tmp_path / "rank.py", tmp_path / "result.pt"
+    script.write_text(RANKS.replace("data()", "data(64)"))
+    here = str(Path(__file__).parent)
+    command = [sys.executable, str(script), here, str(tmp_path), json.dumps(options), str(result)]
+    base = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+    ranks = []
+    for rank in ("0", "1"):
+        environment = {**os.environ, **base, "RANK": rank, "LOCAL_RANK": rank}
+        ranks.append(subprocess.Popen(command, env={**environment, "OMP_NUM_THREADS": "1"}))
+    trainer.train()
+    assert [rank.wait(timeout=200) for rank in ranks] == [0, 0]
+    found = torch.load(result)
+    torch.testing.assert_close(found["weights"], weights(model), rtol=1e-4, atol=1e-6)
+    assert found["penalty"] == pytest.approx(lines(trainer, "penalty"), rel=1e-4)
+    assert found["loss"] == pytest.approx(lines(trainer, "loss"), rel=1e-4)
+
+
+def test_callback_watches_without_changing_anything(tmp_path: Path) -> None:
+    found = []
+    for callbacks in ([], [EntropyCallback()]):
+        model = build("gpt2")
+        args = arguments(tmp_path, 4, 2, logging_steps=2)
+        trainer = Trainer(model=model, args=args, train_dataset=data(), callbacks=callbacks)
+        trainer.train()
+        found.append(weights(model))
+    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-6)
+    (callback,) = callbacks
+    assert [step for step, _ in callback.history] == [2, 4]
+    statistics = callback.history[0][1]
+    assert len(statistics.entropy) == 2
+    assert len(statistics.entropy[0]) == 4
+    logged = lines(trainer, "entropy/mean")
+    assert logged == [numbers.metrics()["entropy/mean"] for _, numbers in callback.history]
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_refusals(tmp_path: Path) -> None:
+    common = {"args": arguments(tmp_path), "train_dataset": data()}
+    with pytest.raises(
+        ValueError, match="loss_coeff and regularization were given; set loss_coeff"
+    ):
+        EntropyRegularizedTrainer(
+            model=build(), loss_coeff=1.0, regularization=CALIBRATED, **common
+        )
+    model = build()
+    regularize(model)
+    with pytest.raises(ValueError, match="the model is regularized already; leave the settings"):
+        EntropyRegularizedTrainer(model=model, thresholds=HeadThresholds(2, 4), **common)
+    with pytest.raises(ValueError, match="tolerance_margin_factor is -1; pass a finite number"):
+        EntropyRegularizedTrainer(model=build(), tolerance_margin_factor=-1, **common)

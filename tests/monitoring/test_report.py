@@ -1,0 +1,237 @@
+"""The page: complete, escaped, without a network, for finished and unfinished runs."""
+
+import json
+import math
+import re
+import sys
+from html.parser import HTMLParser
+
+import pytest
+from runs import make_run
+
+from entropy_regularization.monitoring.records import RecordError, RecordWriter
+from entropy_regularization.monitoring.report import write_report
+from entropy_regularization.monitoring.run import read_run
+from entropy_regularization.monitoring.statistics import HeadStatistics
+from entropy_regularization.monitoring.tables import change_maps, digits, duration, percent
+
+VOID = {"meta", "br", "link", "img", "hr", "input"}
+
+
+class Page(HTMLParser):
+    """Check that tags nest, and collect text, names, attributes and table rows."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.text, self.names, self.attributes = [], [], []
+        self.rows: list[list[str]] = []
+        self.feed(text)
+        assert self.open == []
+        assert len(self.names) == len(set(self.names))
+
+    def handle_starttag(self, tag, attrs):
+        self.attributes += attrs
+        self.names += [value for name, value in attrs if name == "id"]
+        if tag not in VOID:
+            self.open.append(tag)
+        if tag == "tr":
+            self.rows.append([])
+
+    def handle_startendtag(self, tag, attrs):
+        self.attributes += attrs
+        self.names += [value for name, value in attrs if name == "id"]
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if not data.strip() or "style" in self.open:
+            return
+        self.text.append(" ".join(data.split()))
+        if self.open[-1] in ("td", "th"):
+            self.rows[-1].append(self.text[-1])
+
+    def row(self, label):
+        """Return the cells of the first table row with this heading."""
+        return next(row[1:] for row in self.rows if row and row[0] == label)
+
+
+def page_of(folder, **options):
+    path = write_report(folder, **options)
+    text = path.read_text(encoding="utf-8")
+    return Page(text), text
+
+
+def test_a_finished_run_with_a_baseline(tmp_path):
+    run = make_run(tmp_path / "demo", layers=2, heads=3)
+    make_run(run / "baseline", layers=2, heads=3, penalty=False)
+    page, text = page_of(run)
+    assert (run / "report.html").read_text(encoding="utf-8") == text
+    assert page.row("held-out perplexity") == ["9,897", "44.7", "9,897", "44.7"]
+    first, last = read_run(run).first, read_run(run).last
+    mean = [digits(x.statistics.metrics()["entropy/mean"]) for x in (first, last)]
+    assert page.row("mean entropy [nats]")[:2] == mean
+    share = [percent(x.statistics.metrics()["entropy/in_band"]) for x in (first, last)]
+    assert page.row("row entropies in the band")[:2] == share
+    classes = last.statistics.classify()
+    assert page.row("heads well-behaved")[1] == str(classes.well_behaved)
+    assert page.row("tokens trained on") == ["245,760", "245,760"]
+    assert page.row("duration of training") == ["27 s", "27 s"]
+    assert page.row("penalty, first and last step")[2:] == ["–", "–"]  # noqa: RUF001
+    for heading in ("with penalty", "without penalty", "finished", "Thresholds", "gpt2-tiny"):
+        assert heading in page.text
+    assert "Without penalty: 0.5 for every head, not learned." in page.text
+    assert text.count("<svg ") == 8  # loss, penalty, band; layers twice, mean; classes twice
+
+
+def test_the_page_is_complete_without_a_network(tmp_path):
+    page, text = page_of(make_run(tmp_path / "demo"))
+    assert not re.search(r"https?://|@import|<script|<link|<img|<iframe", text)
+    assert not [v for k, v in page.attributes if k in ("src", "href") and not v.startswith("#")]
+    assert len(text) < 200_000
+
+
+def test_a_page_of_a_thousand_heads_stays_small(tmp_path):
+    _, text = page_of(make_run(tmp_path / "big", layers=32, heads=32, steps=5))
+    assert len(text) < 1_000_000
+    assert "map dense" in text
+
+
+def test_every_head_is_in_the_maps(tmp_path):
+    run = make_run(tmp_path / "demo", layers=3, heads=2)
+    page, _ = page_of(run)
+    wanted = [[f"{x:.2f}" for x in layer] for layer in read_run(run).last.statistics.entropy]
+    maps = [row for row in page.rows if len(row) == 3 and row[0] in "012"]
+    assert [row[1:] for row in maps[3:6]] == wanted
+
+
+def test_an_unfinished_run_says_so(tmp_path):
+    run = make_run(tmp_path / "demo", finished=False, steps=7)
+    page, _ = page_of(run)
+    assert "not finished: as of step 7" in page.text
+    assert "latest" in page.text
+    assert "after" not in page.text
+    # the loss of a training step is no held-out loss
+    assert page.row("held-out loss [nats per token]") == ["9.2", "–"]  # noqa: RUF001
+
+
+def test_a_run_killed_in_the_middle_of_its_second_record(tmp_path):
+    run = make_run(tmp_path / "demo", steps=1, finished=False)
+    records = run / "records.jsonl"
+    records.write_bytes(records.read_bytes()[:-10])
+    page, text = page_of(run)
+    assert any("cut off when the run was killed" in line for line in page.text)
+    assert "<h2>Training</h2>" not in text
+    assert "Entropy of every head" in page.text
+
+
+def test_layers_of_different_widths_and_unknown_numbers(tmp_path):
+    run = tmp_path / "ragged"
+    run.mkdir()
+    table = [[1.0, math.nan], [2.0]]
+    statistics = HeadStatistics(["a", "b"], table, [[4.0, 4.0], [4.0]], [[0.2, math.nan], [0.9]])
+    with RecordWriter(run / "records.jsonl") as writer:
+        for step in (1, 2, 3):
+            writer.write("train", step, statistics, loss=math.nan)
+    page, _ = page_of(run)
+    assert page.row("heads collapsed") == ["1", "1"]
+    assert page.row("heads overloaded") == ["1", "1"]
+    assert "There is no config.json in the folder." in page.text
+    assert "Thresholds" not in page.text
+
+
+def test_everything_typed_by_a_person_is_escaped(tmp_path):
+    evil = "<script>alert(1)</script>\"'&"
+    config = {"model": evil, evil: [evil], "versions": {evil: evil}, "empty": None}
+    run = make_run(tmp_path / "a<b>&c", config=config, layers=1, heads=1, steps=2)
+    page, text = page_of(run)
+    assert "<script" not in text
+    assert page.row("model") == [evil]
+    assert page.row("empty") == ["null"]
+
+
+def test_another_run_can_be_set_beside(tmp_path):
+    run = make_run(tmp_path / "one", layers=1, heads=2, steps=3)
+    other = make_run(tmp_path / "two", layers=2, heads=1, steps=5, seed=1)
+    page, _ = page_of(run, compare=other, output=tmp_path / "page.html")
+    assert not (run / "report.html").exists()
+    assert {"this run", "two"} <= set(page.text)
+    assert page.row("tokens trained on") == ["12,288", "20,480"]
+
+
+def test_the_page_is_written_again_to_the_same_bytes(tmp_path):
+    run = make_run(tmp_path / "demo", layers=1, heads=2, steps=3)
+    assert page_of(run)[1] == page_of(run)[1]
+
+
+def break_config(run):
+    (run / "config.json").write_text("{")
+
+
+def break_result(run):
+    (run / "result.json").write_text("[]")
+
+
+def empty_records(run):
+    (run / "records.jsonl").write_text("")
+
+
+def remove_records(run):
+    (run / "records.jsonl").unlink()
+
+
+@pytest.mark.parametrize(
+    ("harm", "error", "message"),
+    [
+        (break_config, RecordError, "config.json is not JSON; restore it"),
+        (break_result, RecordError, "result.json is not a JSON object; restore it"),
+        (empty_records, RecordError, "no complete record of a head yet; wait for"),
+        (remove_records, FileNotFoundError, "there are no records at .*; pass the folder"),
+    ],
+)
+def test_a_folder_that_is_no_run_is_one_sentence(tmp_path, harm, error, message):
+    run = make_run(tmp_path / "demo", layers=1, heads=1, steps=1)
+    harm(run)
+    with pytest.raises(error, match=message):
+        write_report(run)
+    assert not (run / "report.html").exists()
+
+
+@pytest.mark.parametrize(("package", "extra"), [("jinja2", "report"), ("matplotlib", "plots")])
+def test_a_missing_package_names_its_extra(tmp_path, monkeypatch, package, extra):
+    run = make_run(tmp_path / "demo", layers=1, heads=1, steps=1)
+    for name in [m for m in sys.modules if m.split(".")[0] == package]:
+        monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ModuleNotFoundError, match=rf"entropy-regularization\[{extra}\]"):
+        write_report(run)
+
+
+def test_the_difference_of_other_heads_is_not_drawn():
+    same = change_maps(["a"], [[1.0]], [[3.0]], end=4.0, when=("before", "after"))
+    other = change_maps(["a"], [[1.0]], [[3.0, 1.0]], end=4.0, when=("before", "after"))
+    assert [m.caption for m in same] == ["before", "after", "after minus before"]
+    assert same[2].rows == [("a", [("d31", "+2.00")])]
+    assert len(other) == 2
+
+
+def test_numbers_are_written_for_people():
+    assert [digits(x) for x in (12345.6, 44.7012, 0.003663, 0.0)] == [
+        "12,346",
+        "44.7",
+        "0.0037",
+        "0",
+    ]
+    assert percent(0.9034) == "90.3 %"
+    assert [duration(x) for x in (27.4, 95.0, 7260.0)] == ["27 s", "1 min 35 s", "2 h 01 min"]
+    assert {digits(math.nan), percent(math.nan), duration(math.nan)} == {"–"}  # noqa: RUF001
+
+
+def test_the_options_are_shown_by_name(tmp_path):
+    page, _ = page_of(make_run(tmp_path / "demo", layers=1, heads=1, steps=1))
+    assert page.row("penalty.tolerance") == ["0.1"]
+    assert page.row("torch") == ["2.13.0"]
+    assert (
+        json.loads((tmp_path / "demo" / "config.json").read_text())["penalty"]["tolerance"] == 0.1
+    )
