@@ -1,5 +1,126 @@
-"""entropy-reg demo: placeholder until the table below it exists."""
+"""entropy-reg demo: the same training with and without the penalty, side by side."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
 import click
+
+from entropy_regularization.cli.errors import RunProblem
+from entropy_regularization.cli.options import TrainOptions
+from entropy_regularization.cli.runs import RunFolder
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+STEPS = 300
+ARMS = (("without penalty", "none"), ("with penalty", "calibrated"))
+
+
 @click.command()
-def demo() -> None:
-    """Demo."""
+@click.option(
+    "--output",
+    default="runs/demo",
+    show_default=True,
+    type=click.Path(path_type=Path),
+    help="Folder of the run with the penalty; the one without lies in its folder baseline.",
+)
+@click.option(
+    "--steps", default=STEPS, show_default=True, type=click.IntRange(min=1), help="Steps per arm."
+)
+@click.option("--debug", is_flag=True, help="Show tracebacks.")
+def demo(output: Path, steps: int, debug: bool) -> None:
+    """Train a small GPT-2 twice on Python's own source, and show what the penalty did.
+
+    Both arms have the same seed, text and steps; one has the entropy penalty. Stopped halfway, it
+    goes on where it was; when it is finished, it shows its table again.
+    """
+    from rich.console import Console
+
+    console = Console(soft_wrap=True, highlight=False)
+    for name, penalty in ARMS:
+        _train_arm(name, penalty, folder_of(output, penalty), steps, console)
+    from entropy_regularization.monitoring.report import write_report
+
+    page = write_report(output)
+    console.print(table_of(output))
+    console.print(f"the page about it: {page}")
+
+
+def folder_of(output: Path, penalty: str) -> RunFolder:
+    """Return where an arm lies."""
+    return RunFolder(output / "baseline" if penalty == "none" else output)
+
+
+def options_of(penalty: str, steps: int) -> TrainOptions:
+    """Return the options of an arm: they differ in the penalty alone."""
+    return TrainOptions(penalty=penalty, steps=steps, tolerance=0.2, evaluation_blocks=96)
+
+
+def _train_arm(name: str, penalty: str, folder: RunFolder, steps: int, console: Any) -> None:
+    if folder.finished:
+        console.print(f"{name}: finished before, in {folder.path}")
+        return
+    options = options_of(penalty, steps)
+    resume = folder.config.is_file()
+    if resume:
+        options = TrainOptions(**folder.reopen())
+    else:
+        # The folder of the first arm lies in that of the second.
+        others = [p for p in folder.path.glob("*") if p.name != "baseline"]
+        if others:
+            folder.begin()  # says why not
+        folder.path.mkdir(parents=True, exist_ok=True)
+    console.print(f"\n{name}: {options.steps} steps, in {folder.path}")
+    from entropy_regularization.cli.training import run_training
+
+    run_training(options, folder, resume=resume)
+
+
+def table_of(output: Path) -> "Table":
+    """Return the table of both arms.
+
+    Raises:
+        RunProblem: if an arm is not finished.
+    """
+    from rich.table import Table
+
+    results = []
+    for _, penalty in ARMS:
+        folder = folder_of(output, penalty)
+        if not folder.finished:
+            raise RunProblem(f"{folder.path} is not finished; run entropy-reg demo again.")
+        results.append(json.loads(folder.result.read_text()))
+    table = Table(title="the same GPT-2, text and seed; after training on Python's own source")
+    table.add_column("")
+    for name, _ in ARMS:
+        table.add_column(name, justify="right")
+    for label, show in ROWS:
+        table.add_row(label, *(show(result) for result in results))
+    return table
+
+
+def _change(key: str, form: str) -> Any:
+    def show(result: dict[str, Any]) -> str:
+        return f"{result['before'][key]:{form}} -> {result['after'][key]:{form}}"
+
+    return show
+
+
+def _classes(result: dict[str, Any]) -> str:
+    def counts(when: str) -> str:
+        found = result[when]
+        return f"{found['collapsed']} / {found['well_behaved']} / {found['overloaded']}"
+
+    return f"{counts('before')} -> {counts('after')}"
+
+
+ROWS = (
+    ("held-out perplexity", _change("perplexity", ",.1f")),
+    ("row entropies in the band 0.5 ± 0.2", _change("in_starting_band", ".1%")),
+    ("mean entropy, nats", _change("mean_entropy", ".2f")),
+    ("mean share of the reachable entropy", _change("utilisation", ".1%")),
+    ("heads collapsed / well-behaved / overloaded", _classes),
+    ("penalty", lambda r: f"{r['penalty']['start']:.4f} -> {r['penalty']['end']:.4f}"),
+    ("tokens a second", lambda r: f"{r['tokens_per_second']:,.0f}"),
+)

@@ -170,6 +170,8 @@ class Run:
         self.band = (
             Band(self.thresholds, options.band) if self.regularized else self.starting_band
         )
+        if options.gradient_checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
         self.trainer = self._trainer(blocks)
         self.trainer.remove_callback(PrinterCallback)
 
@@ -198,8 +200,6 @@ class Run:
             bf16=options.precision == "bfloat16",
             fp16=options.precision == "float16",
             use_cpu=not torch.cuda.is_available(),
-            gradient_checkpointing=options.gradient_checkpointing,
-            gradient_checkpointing_kwargs={"use_reentrant": False},
             logging_steps=options.logging_steps,
             logging_first_step=True,
             logging_nan_inf_filter=False,
