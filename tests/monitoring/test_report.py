@@ -98,6 +98,15 @@ def test_a_page_of_a_thousand_heads_stays_small(tmp_path):
     assert "map dense" in text
 
 
+def test_every_class_has_a_style(tmp_path):
+    page, text = page_of(make_run(tmp_path / "demo"))
+    used = {name for key, value in page.attributes if key == "class" for name in value.split()}
+    style = text[text.index("<style>") : text.index("</style>")]
+    styled = set(re.findall(r"\.([a-z][a-z0-9]*)", style))
+    assert used <= styled
+    assert len([name for name in used if re.fullmatch(r"[sd]\d+", name)]) > 10
+
+
 def test_every_head_is_in_the_maps(tmp_path):
     run = make_run(tmp_path / "demo", layers=3, heads=2)
     page, _ = page_of(run)

@@ -217,7 +217,7 @@ def head_sums(recording: EntropyRecording, band: Band | None = None) -> HeadSums
             if band.context_size is None:
                 band = replace(band, context_size=calls[0].keys)
             heads = [call.heads for call in calls]
-            like = calls[0].entropy.detach()
+            like = calls[0].entropy
             thresholds = thresholds_of_layers(band.thresholds, heads, name="thresholds", like=like)
         pairs = zip(calls, thresholds, strict=True)
         return HeadSums(_add_by_name([(call.name, _sum_call(call, t, band)) for call, t in pairs]))
@@ -242,7 +242,7 @@ def flatten(numbers: PerHead) -> list[float]:
 def _sum_call(
     call: LayerEntropy, threshold: Tensor | None, band: Band | None
 ) -> Float[Tensor, "statistics 2 heads"]:
-    entropy = call.entropy.detach()
+    entropy = call.entropy
     counted = call.counted()
     comparable = counted & (call.allowed_keys > 1)  # with one key the entropy is 0 of at most 0
     maximum = call.maximum.expand_as(entropy)
