@@ -51,6 +51,9 @@ def regularize(
         model = AutoModelForCausalLM.from_pretrained(folder)
         regularize(model, regularization, thresholds=load_thresholds(folder))
 
+    Call it before the optimizer is made and before DistributedDataParallel or FSDP wraps the model.
+    PEFT saves its adapters alone: keep ``model.entropy_thresholds.state_dict()`` beside them.
+
     When Trainer normalises the loss over the tokens of all accumulated micro-batches and ranks
     (``num_items_in_batch``), the penalty of a micro-batch is weighted with its share of these
     tokens, so that the weights of a step add up to 1.
