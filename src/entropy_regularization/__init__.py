@@ -2,6 +2,7 @@
 
 from entropy_regularization.attention.api import AttentionOutput, attention_with_entropy
 from entropy_regularization.monitoring.monitor import EntropyMonitor
+from entropy_regularization.recording.recorder import record_entropy
 from entropy_regularization.recording.recording import EntropyRecording, LayerEntropy
 from entropy_regularization.regularization import EntropyRegularization
 from entropy_regularization.thresholds import HeadThresholds
@@ -16,4 +17,5 @@ __all__ = [
     "HeadThresholds",
     "LayerEntropy",
     "attention_with_entropy",
+    "record_entropy",
 ]

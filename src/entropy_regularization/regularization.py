@@ -1,7 +1,8 @@
 """EntropyRegularization: the published class, and the same object over a recording."""
 
-import functools
 import logging
+import math
+import struct
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -352,10 +353,10 @@ class EntropyRegularization:
             ) from error
 
 
-@functools.cache
 def _published_log(context_size: int) -> float:
     """Return log N rounded to float32, as the published module has it in any precision."""
-    return torch.tensor(float(context_size), dtype=torch.float32, device="cpu").log().item()
+    (rounded,) = struct.unpack("f", struct.pack("f", math.log(context_size)))
+    return float(rounded)
 
 
 def _hand_to(logger: Any, metrics: dict[str, float], step: int) -> None:

@@ -63,7 +63,13 @@ def make_run(
             loss = 9.2 - 5.4 * done + noise.gauss(0, 0.05)
             if step == 0:
                 writer.write(
-                    "evaluation", 0, statistics, when="before", loss=9.2, perplexity=math.exp(9.2)
+                    "evaluation",
+                    0,
+                    statistics,
+                    when="before",
+                    loss=9.2,
+                    perplexity=math.exp(9.2),
+                    in_starting_band=0.125,
                 )
                 continue
             writer.write(
@@ -80,7 +86,13 @@ def make_run(
             )
         if finished:
             writer.write(
-                "evaluation", steps, statistics, when="after", loss=3.8, perplexity=math.exp(3.8)
+                "evaluation",
+                steps,
+                statistics,
+                when="after",
+                loss=3.8,
+                perplexity=math.exp(3.8),
+                in_starting_band=0.625,
             )
     if finished:
         (folder / "result.json").write_text(json.dumps({"perplexity_after": math.exp(3.8)}))

@@ -1,6 +1,7 @@
 """Pictures: read back, cell by cell where it can be."""
 
 import math
+import re
 import struct
 import xml.etree.ElementTree as ElementTree
 
@@ -76,7 +77,9 @@ def test_charts_are_svg_that_takes_the_colours_of_the_page():
         assert "var(--rule)" in text
         assert "#040506" not in text
         assert "<style" not in text
-        names += [node.attrib["id"] for node in root.iter() if "id" in node.attrib]
+        here = [node.attrib["id"] for node in root.iter() if "id" in node.attrib]
+        assert set(here) == set(re.findall(r'(?:url\(#|href="#)([^)"]+)', text))
+        names += here
     assert len(names) == len(set(names)) > 0
 
 

@@ -74,6 +74,7 @@ def test_a_finished_run_with_a_baseline(tmp_path):
     assert page.row("mean entropy [nats]")[:2] == mean
     share = [percent(x.statistics.metrics()["entropy/in_band"]) for x in (first, last)]
     assert page.row("row entropies in the band")[:2] == share
+    assert page.row("row entropies in the first band")[:2] == ["12.5 %", "62.5 %"]
     classes = last.statistics.classify()
     assert page.row("heads well-behaved")[1] == str(classes.well_behaved)
     assert page.row("tokens trained on") == ["245,760", "245,760"]
@@ -96,6 +97,15 @@ def test_a_page_of_a_thousand_heads_stays_small(tmp_path):
     _, text = page_of(make_run(tmp_path / "big", layers=32, heads=32, steps=5))
     assert len(text) < 1_000_000
     assert "map dense" in text
+
+
+def test_every_class_has_a_style(tmp_path):
+    page, text = page_of(make_run(tmp_path / "demo"))
+    used = {name for key, value in page.attributes if key == "class" for name in value.split()}
+    style = text[text.index("<style>") : text.index("</style>")]
+    styled = set(re.findall(r"\.([a-z][a-z0-9]*)", style))
+    assert used <= styled
+    assert len([name for name in used if re.fullmatch(r"[sd]\d+", name)]) > 10
 
 
 def test_every_head_is_in_the_maps(tmp_path):
@@ -141,14 +151,31 @@ def test_layers_of_different_widths_and_unknown_numbers(tmp_path):
     assert "Thresholds" not in page.text
 
 
+def test_layers_that_the_last_look_lacks_are_unknown(tmp_path):
+    run = tmp_path / "dropout"
+    run.mkdir()
+    both = HeadStatistics(["a", "b"], *([[[1.0], [2.0]]] * 3))
+    swapped = HeadStatistics(["c", "b"], *([[[9.0], [0.5]]] * 3))
+    with RecordWriter(run / "records.jsonl") as writer:
+        writer.write("train", 1, both, loss=1.0)
+        writer.write("train", 2, swapped, loss=0.5)
+    last = read_run(run).last.statistics
+    assert last.layers == ["a", "b"]
+    assert math.isnan(last.entropy[0][0])
+    assert last.entropy[1] == [0.5]
+    page, _ = page_of(run)
+    assert ["0", "no row"] in page.rows
+
+
 def test_everything_typed_by_a_person_is_escaped(tmp_path):
     evil = "<script>alert(1)</script>\"'&"
-    config = {"model": evil, evil: [evil], "versions": {evil: evil}, "empty": None}
+    config = {"model": evil, evil: [evil], "versions": {"torch": evil}, "empty": None}
     run = make_run(tmp_path / "a<b>&c", config=config, layers=1, heads=1, steps=2)
     page, text = page_of(run)
     assert "<script" not in text
-    assert page.row("model") == [evil]
-    assert page.row("empty") == ["null"]
+    assert page.row("model") == page.row("torch") == [evil]
+    assert page.row(evil) == [json.dumps([evil])]
+    assert "empty" not in page.text  # an option left open
 
 
 def test_another_run_can_be_set_beside(tmp_path):
@@ -216,6 +243,32 @@ def test_the_difference_of_other_heads_is_not_drawn():
     assert len(other) == 2
 
 
+def test_changes_of_two_runs_share_their_colours(tmp_path):
+    run = make_run(tmp_path / "demo", layers=2, heads=2)
+    make_run(run / "baseline", layers=2, heads=2, penalty=False)
+    _, text = page_of(run)
+    section = text[text.index("<h2>Entropy of every head") : text.index("<h2>Collapsed")]
+    ends = re.findall(
+        r"<span>(-[\d.]+)</span><span class=\"ramp d\"></span><span>([\d.]+)<", section
+    )
+    assert len(ends) == 2
+    assert ends[0] == ends[1]
+    wanted = max(
+        abs(a - b)
+        for one in (read_run(run), read_run(run / "baseline"))
+        for left, right in zip(
+            one.first.statistics.entropy, one.last.statistics.entropy, strict=True
+        )
+        for a, b in zip(left, right, strict=True)
+    )
+    assert ends[0][1] == f"{wanted:.3g}"
+
+
+def test_nothing_changed_is_no_negative_zero():
+    (*_, change) = change_maps(["a"], [[1.001]], [[1.0]], end=1.0, when=("before", "after"))
+    assert change.rows[0][1][0][1] == "+0.00"
+
+
 def test_numbers_are_written_for_people():
     assert [digits(x) for x in (12345.6, 44.7012, 0.003663, 0.0)] == [
         "12,346",
@@ -229,8 +282,13 @@ def test_numbers_are_written_for_people():
 
 
 def test_the_options_are_shown_by_name(tmp_path):
-    page, _ = page_of(make_run(tmp_path / "demo", layers=1, heads=1, steps=1))
+    run = make_run(tmp_path / "demo", layers=1, heads=1, steps=1)
+    page, _ = page_of(run)
     assert page.row("penalty.tolerance") == ["0.1"]
+    make_run(run / "baseline", layers=1, heads=1, steps=1, penalty=False)
+    page, text = page_of(run)
+    assert page.row("penalty.kind") == ["calibrated", "none"]
+    assert text.count('<tr class="differs">') == 1
     assert page.row("torch") == ["2.13.0"]
     assert (
         json.loads((tmp_path / "demo" / "config.json").read_text())["penalty"]["tolerance"] == 0.1

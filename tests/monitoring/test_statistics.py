@@ -18,7 +18,8 @@ from entropy_regularization.monitoring.statistics import (
     head_statistics,
     head_sums,
 )
-from entropy_regularization.recording.recording import EntropyRecording
+from entropy_regularization.recording.recording import EntropyRecording, LayerEntropy
+from entropy_regularization.regularization import EntropyRegularization
 from entropy_regularization.thresholds import HeadThresholds
 
 
@@ -50,6 +51,32 @@ def test_context_maximum_counts_every_row_against_one_logarithm():
         inside = (share - 0.3).abs() <= 0.2
         wanted = [float(inside[:, h][rows[:, h]].float().mean()) for h in range(2)]
         assert head_statistics(recording, band).in_band[0] == pytest.approx(wanted)
+
+
+@pytest.mark.parametrize(
+    "regularization", [EntropyRegularization, EntropyRegularization.calibrated]
+)
+def test_the_band_of_a_regularization_is_where_it_penalises_nothing(regularization):
+    layer = recording_of(3, queries=7)[0]
+    chosen = regularization(1.0, 0.15)
+    assert Band.of(chosen) == Band.of(chosen, 0.5)
+    inside = head_statistics(EntropyRecording([layer]), Band.of(chosen)).in_band[0]
+    rows = layer.rows.nonzero().tolist()
+    for head, share in enumerate(inside):
+        free, counted = 0, 0
+        for sample, query in rows:
+            one = LayerEntropy(
+                "one",
+                "self",
+                layer.entropy[sample, head, query].view(1, 1, 1),
+                layer.allowed_keys[:, :, query : query + 1],
+                torch.ones(1, 1, dtype=torch.bool),
+                layer.keys,
+            )
+            if chosen.maximum == "context" or query > 0:
+                counted += 1
+                free += chosen(EntropyRecording([one]), thresholds=0.5).item() == 0
+        assert share == pytest.approx(free / counted)
 
 
 def test_without_a_band_there_is_no_share_and_no_threshold():

@@ -151,7 +151,7 @@ def _draw_map(axes: "Axes", table: PerHead, colours: str, low: float, high: floa
     for row, layer in enumerate(table):
         inks = colours_of(layer, low, high, colours)
         for column, (number, (_, ink)) in enumerate(zip(layer, inks, strict=True)):
-            text = "" if math.isnan(number) else style.format(number)
+            text = "" if math.isnan(number) else style.format(round(number, 2) + 0.0)
             axes.text(column, row, text, ha="center", va="center", fontsize=7.5, color=ink)
 
 

@@ -26,9 +26,11 @@ from entropy_regularization.monitoring.statistics import (
 from entropy_regularization.monitoring.tables import (
     change_maps,
     colour_rules,
+    comparable_band,
     digits,
     duration,
     headlines,
+    largest_change,
     looks,
     map_heads,
     percent,
@@ -95,7 +97,6 @@ def _read_runs(folder: Path, other: Path | None) -> dict[str, Run]:
 
 def _contents(runs: dict[str, Run]) -> dict[str, Any]:
     run = next(iter(runs.values()))
-    versions = run.config.get("versions")
     return {
         "name": run.folder.resolve().name,
         "runs": runs,
@@ -116,8 +117,8 @@ def _contents(runs: dict[str, Run]) -> dict[str, Any]:
         "class_colours": CLASS_COLOURS,
         "bounds": (f"{COLLAPSED_BELOW:.0%}", f"{OVERLOADED_ABOVE:.0%}"),
         "thresholds": _threshold_maps(runs),
-        "options": {label: _options(one.config) for label, one in runs.items()},
-        "versions": versions if isinstance(versions, dict) else {},
+        "options": _options(runs),
+        "environment": _environment(run.config),
         "colours": colour_rules(),
     }
 
@@ -131,7 +132,7 @@ def _cards(runs: dict[str, Run]) -> list[dict[str, Any]]:
 
     figures: list[tuple[str, Callable[[Run, Record], str]]] = [
         ("held-out perplexity", lambda run, record: digits(record["perplexity"])),
-        ("row entropies in the band", lambda run, record: percent(run.in_band(record))),
+        ("row entropies in the band", lambda run, record: percent(comparable_band(run, record))),
         ("well-behaved heads", lambda run, record: well_behaved(record)),
         (
             "mean entropy [nats]",
@@ -161,6 +162,11 @@ def _class_bars(runs: dict[str, Run]) -> list[tuple[str, HeadClasses]]:
 def _entropy_maps(runs: dict[str, Run]) -> list[tuple[str, list[Any]]]:
     tables = [record.statistics.entropy for run in runs.values() for record in looks(run)]
     end = largest([layer for table in tables for layer in table])
+    # one scale for the changes of all runs: else a small change beside a large one looks as large
+    reach = max(
+        largest_change(run.first.statistics.entropy, run.last.statistics.entropy)
+        for run in runs.values()
+    )
     return [
         (
             label,
@@ -169,6 +175,7 @@ def _entropy_maps(runs: dict[str, Run]) -> list[tuple[str, list[Any]]]:
                 run.first.statistics.entropy,
                 run.last.statistics.entropy,
                 end=end,
+                reach=reach,
                 when=("before", _when(run)),
             ),
         )
@@ -195,17 +202,35 @@ def _threshold_maps(runs: dict[str, Run]) -> list[tuple[str, list[Any], float | 
     return sections
 
 
-def _options(config: dict[str, Any]) -> list[tuple[str, str]]:
-    """Return the options of a run as (name, value), nested ones with a dot."""
-    options: list[tuple[str, str]] = []
-    for name, value in config.items():
-        if name == "versions":
+def _options(runs: dict[str, Run]) -> list[tuple[str, list[str], bool]]:
+    """Return (name, value in every run, whether they differ) of the options that are set."""
+    configs = [_flatten(run.config.get("options", run.config)) for run in runs.values()]
+    names = dict.fromkeys(name for config in configs for name in config)
+    rows = [(name, [config.get(name, "–") for config in configs]) for name in names]  # noqa: RUF001
+    return [(name, values, len(set(values)) > 1) for name, values in rows]
+
+
+def _environment(config: dict[str, Any]) -> dict[str, str]:
+    """Return what a run ran on: versions of libraries, the machine."""
+    parts = [config.get("versions"), config.get("machine")]
+    return {
+        name: text
+        for part in parts
+        if isinstance(part, dict)
+        for name, text in _flatten(part).items()
+    }
+
+
+def _flatten(config: object) -> dict[str, str]:
+    """Return options as text, nested ones with a dot; what is left open (null) is left out."""
+    options: dict[str, str] = {}
+    for name, value in config.items() if isinstance(config, dict) else ():
+        if name in ("versions", "machine") or value is None:
             continue
         if isinstance(value, dict):
-            options += [(f"{name}.{inner}", text) for inner, text in _options(value)]
+            options |= {f"{name}.{inner}": text for inner, text in _flatten(value).items()}
         else:
-            text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-            options.append((name, text))
+            options[name] = value if isinstance(value, str) else json.dumps(value)
     return options
 
 

@@ -4,12 +4,23 @@ import json
 import math
 import os
 import statistics
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from entropy_regularization.monitoring.records import Record, RecordError, Records, read_records
-from entropy_regularization.monitoring.statistics import PerHead, flatten, mean_of_heads
+from entropy_regularization.monitoring.records import (
+    STATISTICS,
+    Record,
+    RecordError,
+    Records,
+    read_records,
+)
+from entropy_regularization.monitoring.statistics import (
+    HeadStatistics,
+    PerHead,
+    flatten,
+    mean_of_heads,
+)
 
 
 @dataclass(frozen=True)
@@ -40,9 +51,14 @@ class Run:
 
     @property
     def last(self) -> Record:
-        """The latest look at the heads: the evaluation after training, if there is one."""
+        """The latest look at the heads: the evaluation after training, if there is one.
+
+        Its layers are those of the first look, in that order; a layer that it lacks (layer
+        dropout) has NaN.
+        """
         after, during = map(self.records.evaluation, ("after", "during"))
-        return after or during or self.records.lines[-1]
+        last = after or during or self.records.lines[-1]
+        return replace(last, statistics=_like(last.statistics, self.first.statistics))
 
     @property
     def steps(self) -> int:
@@ -98,6 +114,24 @@ def read_run(folder: str | os.PathLike[str]) -> Run:
         )
     config = _read_object(folder / "config.json")
     return Run(folder, config or {}, records, _read_object(folder / "result.json"))
+
+
+def _like(statistics: HeadStatistics, first: HeadStatistics) -> HeadStatistics:
+    if statistics.layers == first.layers:
+        return statistics
+
+    def reorder(table: PerHead | None) -> PerHead | None:
+        if table is None:
+            return None
+        by_name = dict(zip(statistics.layers, table, strict=True))
+        missing = {
+            name: [math.nan] * len(heads)
+            for name, heads in zip(first.layers, first.entropy, strict=True)
+        }
+        return [by_name.get(name, missing[name]) for name in first.layers]
+
+    tables = {key: reorder(getattr(statistics, key)) for key in STATISTICS}
+    return HeadStatistics(first.layers, **tables)  # type: ignore[arg-type]
 
 
 def _read_object(path: Path) -> dict[str, Any] | None:

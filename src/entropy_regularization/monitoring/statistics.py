@@ -3,8 +3,8 @@
 import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple, cast
 
 import torch
 from jaxtyping import Float
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from entropy_regularization.recording.recording import EntropyRecording, LayerEntropy
 from entropy_regularization.reduction import SumAndCount, sum_rows
+from entropy_regularization.regularization import EntropyRegularization
 from entropy_regularization.thresholds import thresholds_of_layers
 
 PerHead = list[list[float]]  # [layers][heads]; layers may differ in their number of heads
@@ -30,7 +31,7 @@ class Band:
         tolerance: :math:`\tau`, half the width of the band, a fraction of the maximum.
         maximum: "reachable" is ``log n_i``, the logarithm of the keys that row i may see, and
             leaves out rows that see fewer than two; "context" is ``log(context_size)``.
-        context_size: for maximum="context"; None takes the number of keys of each call.
+        context_size: for maximum="context"; None takes the number of keys of the first call.
     """
 
     thresholds: object
@@ -50,6 +51,23 @@ class Band:
             )
         if self.maximum not in ("reachable", "context"):
             raise ValueError(f"maximum is {self.maximum!r}; choose 'reachable' or 'context'.")
+
+    @classmethod
+    def of(cls, regularization: EntropyRegularization, thresholds: object = None) -> "Band":
+        """Return the band outside which a regularization penalises.
+
+        Args:
+            regularization: gives tolerance and maximum.
+            thresholds: None takes those of the regularization, 0.5 if it has none.
+        """
+        if thresholds is None:
+            thresholds = 0.5 if regularization.thresholds is None else regularization.thresholds
+        return cls(
+            thresholds,
+            regularization.tolerance_margin_factor,
+            cast(Literal["reachable", "context"], regularization.maximum),
+            regularization.context_size,
+        )
 
 
 class HeadClasses(NamedTuple):
@@ -196,8 +214,10 @@ def head_sums(recording: EntropyRecording, band: Band | None = None) -> HeadSums
     thresholds: Sequence[Tensor | None] = [None] * len(calls)
     with torch.no_grad():
         if band is not None:
+            if band.context_size is None:
+                band = replace(band, context_size=calls[0].keys)
             heads = [call.heads for call in calls]
-            like = calls[0].entropy.detach()
+            like = calls[0].entropy
             thresholds = thresholds_of_layers(band.thresholds, heads, name="thresholds", like=like)
         pairs = zip(calls, thresholds, strict=True)
         return HeadSums(_add_by_name([(call.name, _sum_call(call, t, band)) for call, t in pairs]))
@@ -222,7 +242,7 @@ def flatten(numbers: PerHead) -> list[float]:
 def _sum_call(
     call: LayerEntropy, threshold: Tensor | None, band: Band | None
 ) -> Float[Tensor, "statistics 2 heads"]:
-    entropy = call.entropy.detach()
+    entropy = call.entropy
     counted = call.counted()
     comparable = counted & (call.allowed_keys > 1)  # with one key the entropy is 0 of at most 0
     maximum = call.maximum.expand_as(entropy)
@@ -235,8 +255,7 @@ def _sum_call(
     if band is not None and threshold is not None:
         threshold = threshold.to(entropy)
         if band.maximum == "context":
-            size = band.context_size if band.context_size is not None else call.keys
-            utilisation, comparable = entropy / math.log(max(size, 2)), counted
+            utilisation, comparable = entropy / math.log(max(band.context_size or 0, 2)), counted
         inside = (utilisation - threshold[None, :, None]).abs() <= band.tolerance
         sums.append(sum_rows(inside.to(entropy.dtype), comparable))
         sums.append(SumAndCount(threshold, torch.ones_like(threshold)))

@@ -60,25 +60,48 @@ def map_heads(
                 cells[head] = ("none", "no row")
             else:
                 share = min(max((number - low) / ((end - low) or 1.0), 0.0), 1.0)
-                cells[head] = (f"{scale}{round(share * (LEVELS - 1))}", style.format(number))
+                cells[head] = (
+                    f"{scale}{round(share * (LEVELS - 1))}",
+                    style.format(round(number, 2) + 0.0),
+                )  # never -0.00
         rows.append((name, cells))
     small = heads <= ANNOTATED_UP_TO
     every = 1 if small else math.ceil(heads / 8)
     return HeadMap(caption, rows, heads, small, every, scale, (f"{low:.3g}", f"{end:.3g}"))
 
 
+def largest_change(before: PerHead, after: PerHead) -> float:
+    """Return the largest size of a change of a head; 1 where nothing changed."""
+    return largest([[abs(x) for x in layer] for layer in subtract(after, before)])
+
+
 def change_maps(
-    layers: Sequence[str], before: PerHead, after: PerHead, *, end: float, when: tuple[str, str]
+    layers: Sequence[str],
+    before: PerHead,
+    after: PerHead,
+    *,
+    end: float,
+    when: tuple[str, str],
+    reach: float | None = None,
 ) -> list[HeadMap]:
-    """Return maps before, after and of the difference; the first two share their colours."""
+    """Return maps before, after and of the difference.
+
+    Args:
+        layers: names.
+        before: one number per head.
+        after: the same later.
+        end: upper end of the colours of the first two.
+        reach: ends of the colours of the difference; None takes its largest size.
+        when: captions of the first two.
+    """
     maps = [
         map_heads(when[0], layers, before, end=end),
         map_heads(when[1], layers, after, end=end),
     ]
     if [len(layer) for layer in before] == [len(layer) for layer in after]:
-        change = subtract(after, before)
-        reach = largest([[abs(x) for x in layer] for layer in change])
+        reach = largest_change(before, after) if reach is None else reach
         caption = f"{when[1]} minus {when[0]}"
+        change = subtract(after, before)
         maps.append(map_heads(caption, layers, change, end=reach, diverging=True))
     return maps
 
@@ -127,6 +150,12 @@ def headlines(runs: Sequence[Run]) -> list[Headline]:
 def looks(run: Run) -> tuple[Record, Record]:
     """Return the first and the last look at the heads."""
     return run.first, run.last
+
+
+def comparable_band(run: Run, record: Record) -> float:
+    """Return the share in the band of the first thresholds if known: the same band in every run."""
+    first = record["in_starting_band"]
+    return run.in_band(record) if math.isnan(first) else first
 
 
 def digits(number: float) -> str:
@@ -185,6 +214,7 @@ _BEFORE_AND_AFTER: list[
         percent,
         lambda run: (run.in_band(run.first), run.in_band(run.last)),
     ),
+    ("row entropies in the first band", percent, _of_both(lambda r: r["in_starting_band"])),
 ]
 
 _WHOLE_RUN: list[tuple[str, Callable[[float], str], Callable[[Run], float]]] = [

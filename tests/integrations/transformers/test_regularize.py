@@ -18,14 +18,10 @@ from transformers import (
     Qwen2Config,
 )
 
-from entropy_regularization import EntropyRegularization, HeadThresholds
+from entropy_regularization import EntropyRegularization, HeadThresholds, record_entropy
+from entropy_regularization.integrations.transformers import load_thresholds, regularize
 from entropy_regularization.integrations.transformers.accumulation import share_of_step
-from entropy_regularization.integrations.transformers.regularize import (
-    handle_of,
-    load_thresholds,
-    regularize,
-)
-from entropy_regularization.recording.recorder import record_entropy
+from entropy_regularization.integrations.transformers.regularize import handle_of
 from entropy_regularization.thresholds import without_weight_decay
 
 SHAPE = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 32}
@@ -237,6 +233,8 @@ def test_copies_are_apart() -> None:
     clone(**batch_of()).loss.backward()
     assert seen.penalty is None
     assert handle_of(clone).penalty > 0
+    names = [layer.name for layer in handle_of(clone).recording]
+    assert names == ["transformer.h.0.attn", "transformer.h.1.attn"]
     assert clone.entropy_thresholds.fraction_bias.grad.abs().sum() > 0
     assert model.entropy_thresholds.fraction_bias.grad is None
 
@@ -258,6 +256,21 @@ def test_inside_a_recording() -> None:
         model(**batch_of())
     assert len(recording) == len(seen.recording) == 2
     torch.testing.assert_close(recording[0].entropy.detach(), seen.recording[0].entropy)
+
+
+def test_compiled_model_has_the_same_gradients_and_is_compiled_once() -> None:
+    model, compiled = build("llama"), build("llama")
+    for each in (model, compiled):
+        regularize(each, EntropyRegularization.calibrated(thresholds=0.2))
+    torch._dynamo.reset()
+    forward = torch.compile(compiled, backend="eager")
+    forward(**batch_of()).loss.backward()
+    for each in (model, compiled):
+        each.zero_grad()
+    model(**batch_of()).loss.backward()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        forward(**batch_of()).loss.backward()
+    assert_near(gradients(compiled), gradients(model))
 
 
 def test_half_precision_model() -> None:

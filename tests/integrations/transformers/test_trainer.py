@@ -7,15 +7,18 @@ import subprocess
 import sys
 from pathlib import Path
 
+import peft
 import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, Trainer
 from transformers import TrainingArguments as Arguments
 
 from entropy_regularization import EntropyRegularization, HeadThresholds
-from entropy_regularization.integrations.transformers.callback import EntropyCallback
-from entropy_regularization.integrations.transformers.regularize import regularize
-from entropy_regularization.integrations.transformers.trainer import EntropyRegularizedTrainer
+from entropy_regularization.integrations.transformers import (
+    EntropyCallback,
+    EntropyRegularizedTrainer,
+    regularize,
+)
 
 N = 12
 CALIBRATED = EntropyRegularization.calibrated(0.5, 0.02)
@@ -209,6 +212,24 @@ def test_bfloat16_autocast(tmp_path: Path) -> None:
     )
     trainer.train()
     assert min(lines(trainer, "penalty")) > 0.02
+
+
+@pytest.mark.parametrize("adapter", ["lora", "prompt tuning"])
+def test_adapters(tmp_path: Path, adapter: str) -> None:
+    if adapter == "lora":
+        config = peft.LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM")
+    else:
+        config = peft.PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM")
+    model = peft.get_peft_model(build(), config)
+    before = weights(model)
+    trainer = EntropyRegularizedTrainer(
+        model=model, args=arguments(tmp_path), train_dataset=data(), regularization=CALIBRATED
+    )
+    trainer.train()
+    assert min(lines(trainer, "penalty")) > 0.02
+    assert (weights(model)[: before.numel()] != before).any()
+    (thresholds,) = (p for name, p in model.named_parameters() if name.endswith("fraction_bias"))
+    assert (thresholds != 0.5).all()
 
 
 RANKS = """

@@ -56,14 +56,16 @@ class TransformersRecorder:
         self.layers = layers
         self.gradient = gradient
         self.allow_partial = allow_partial
-        self._names = {id(part): name for name, part in found.named_modules()}
+        self._names: dict[int, str] = {}
         self._recording = EntropyRecording()
         self._calls = 0
         self._forwards = 0
         self._padding: list[Tensor | None] = []
         self._grad_at_entry = False
         self._saved: list[tuple[Any, str]] = []
+        self._listening = False
         self._hooks: list[RemovableHandle] = []
+        self._kept: list[RemovableHandle] = []
         self._pending: RemovableHandle | None = None
         self._outer: dict[int, Any] = {}
 
@@ -76,19 +78,39 @@ class TransformersRecorder:
         self._recording = EntropyRecording()
         self._calls = self._forwards = 0
         self._switch()
+        # now, not when built: a copied or wrapped model has other modules and names
+        self._names = {id(part): name for name, part in self.model.named_modules()}
         for part in self.model.modules():
             if RECORDER in part.__dict__:
                 self._outer[id(part)] = part.__dict__[RECORDER]
             part.__dict__[RECORDER] = self
-            # The hooks of a pass that has begun must not change: torch walks over them on errors.
-            if isinstance(part, PreTrainedModel) and (call is None or part is not call[0]):
-                self._hooks += [
-                    part.register_forward_pre_hook(self._enter, with_kwargs=True),
-                    part.register_forward_hook(self._leave, always_call=True),
-                ]
+        self._listening = True
+        if call is None:
+            self._hooks = self._follow(self.model)
+        elif not self._kept:
+            # New hooks at every pass would have a compiled model compiled anew at every pass, and
+            # those of a module whose pass has begun must not change: torch walks over them.
+            self._kept = self._follow(*self.model.children())
         if call is not None and call[0] is self.model:
             self._enter(*call)
         return self._recording
+
+    def close(self) -> None:
+        """Remove the hooks that starting from forward pre-hooks has left for the next pass."""
+        while self._kept:
+            self._kept.pop().remove()
+
+    def _follow(self, *modules: nn.Module) -> list[RemovableHandle]:
+        """Hook every transformers model inside, to know the padding that it is given."""
+        parts = (part for module in modules for part in module.modules())
+        handles = []
+        for part in parts:
+            if isinstance(part, PreTrainedModel):
+                handles += [
+                    part.register_forward_pre_hook(self._enter, with_kwargs=True),
+                    part.register_forward_hook(self._leave, always_call=True),
+                ]
+        return handles
 
     def stop(self) -> EntropyRecording:
         """Leave the model as it was found; return the recording.
@@ -107,6 +129,7 @@ class TransformersRecorder:
 
     def abort(self) -> None:
         """Leave the model as it was found."""
+        self._listening = False
         for part in self.model.modules():
             part.__dict__.pop(RECORDER, None)
             if id(part) in self._outer:
@@ -166,6 +189,8 @@ class TransformersRecorder:
     # Padding queries: the 2-D attention_mask is an argument of the model, not of its attention.
 
     def _enter(self, part: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not self._listening:
+            return
         if part is self.model:
             self._forwards += 1
             self._grad_at_entry = torch.is_grad_enabled()
@@ -178,7 +203,7 @@ class TransformersRecorder:
         self._padding.append(mask if usable else None)
 
     def _leave(self, part: nn.Module, args: Any, output: Any) -> None:
-        if self._padding:  # empty if a hook before this one has stopped the recorder
+        if self._listening and self._padding:
             self._padding.pop()
 
     def _rows(self, entropy: Tensor) -> Tensor:

@@ -13,8 +13,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from entropy_regularization.integrations.transformers.accumulation import share_of_step
-from entropy_regularization.integrations.transformers.recorder import find_pretrained
-from entropy_regularization.recording.recorder import Layers, make_recorder
+from entropy_regularization.integrations.transformers.recorder import (
+    TransformersRecorder,
+    find_pretrained,
+)
+from entropy_regularization.recording.recorder import Layers
 from entropy_regularization.recording.recording import EntropyRecording
 from entropy_regularization.regularization import EntropyRegularization
 from entropy_regularization.thresholds import HeadThresholds, as_tensor
@@ -47,6 +50,9 @@ def regularize(
 
         model = AutoModelForCausalLM.from_pretrained(folder)
         regularize(model, regularization, thresholds=load_thresholds(folder))
+
+    Call it before the optimizer is made and before DistributedDataParallel or FSDP wraps the model.
+    PEFT saves its adapters alone: keep ``model.entropy_thresholds.state_dict()`` beside them.
 
     When Trainer normalises the loss over the tokens of all accumulated micro-batches and ranks
     (``num_items_in_batch``), the penalty of a micro-batch is weighted with its share of these
@@ -143,7 +149,7 @@ class Regularized:
         self.unadded: Tensor | None = None
         self._listening = False
         self._warned = False
-        self._recorder = make_recorder(model, layers=layers, allow_partial=allow_partial)
+        self._recorder = TransformersRecorder(model, layers=layers, allow_partial=allow_partial)
         if isinstance(thresholds, HeadThresholds):
             parameter = next(model.parameters())
             model.add_module(THRESHOLDS, thresholds.to(parameter.device))
@@ -156,15 +162,20 @@ class Regularized:
         """Give the model back as it was, without hooks and thresholds."""
         while self._hooks:
             self._hooks.pop().remove()
+        self._recorder.close()
         if isinstance(self.thresholds, HeadThresholds) and hasattr(self.model, THRESHOLDS):
             delattr(self.model, THRESHOLDS)
 
+    # Not compiled with the model: they switch its attention, which a graph cannot hold.
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.unadded = None
         if model.training and torch.is_grad_enabled():
             self._recorder.start((model, args, kwargs))
             self._listening = True
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _after(
         self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> Any:

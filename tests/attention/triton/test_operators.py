@@ -1,0 +1,240 @@
+"""Operators around the kernels: compilation, dropout, refusals; and the real compiler."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from cases import CASES, Case, gradients, worst_error
+from torch import Tensor
+from torch.library import opcheck
+
+from entropy_regularization import attention_with_entropy
+from entropy_regularization.attention.masking import Structure
+from entropy_regularization.attention.triton import launch, support
+from entropy_regularization.attention.triton.operators import triton_backward, triton_forward
+from entropy_regularization.attention.triton.support import is_interpreted
+from entropy_regularization.attention.triton.tiles import Tiles, choose_tiles
+
+if torch.cuda.is_available():
+    pytestmark = pytest.mark.gpu
+
+EVERYTHING = CASES[-1]
+ROOT = Path(__file__).parents[3]
+
+
+@pytest.fixture(autouse=True)
+def small_tiles(set_tiles: Any) -> None:
+    set_tiles(16, 16)
+
+
+def test_opcheck(device: str) -> None:
+    inputs, options = EVERYTHING.build(torch.float32, device)
+    query, key, value, bias, sinks = inputs
+    masks = options["allowed"], options["key_padding"], options["document"]
+    arguments = (query, key, value, *masks, bias, sinks, None, 6, 0, 0.3, 3.0, 0.0)
+    tests = ("test_schema", "test_autograd_registration", "test_faketensor")
+    if not is_interpreted():
+        tests += ("test_aot_dispatch_dynamic",)
+    opcheck(triton_forward, arguments, test_utils=tests)
+    with torch.no_grad():
+        output, entropy, normalizer, _ = triton_forward(*arguments)
+    upstream = (output, None, normalizer)
+    saved = (output, entropy, normalizer)
+    wanted = [True, False, True, True, True]
+    detached = [x.detach() if isinstance(x, Tensor) else x for x in arguments]
+    opcheck(
+        triton_backward,
+        (*detached, *saved, *upstream, wanted),
+        test_utils=("test_schema", "test_faketensor"),
+    )
+
+
+@pytest.mark.parametrize("case", [CASES[3], EVERYTHING], ids=lambda case: case.name)
+def test_compile_fullgraph(case: Case, device: str) -> None:
+    inputs, options = case.build(torch.float32, device)
+    compiled = torch.compile(
+        lambda *tensors: tuple(case.run(list(tensors), options, "triton")),
+        fullgraph=True,
+        backend="aot_eager" if is_interpreted() else "inductor",
+    )
+    expected = case.run(inputs, options, "reference")
+    got = type(expected)(*compiled(*inputs))
+    assert worst_error(list(got), list(expected)) <= 1e-5
+    assert worst_error(gradients(got, inputs), gradients(expected, inputs)) <= 1e-5
+
+
+def test_second_derivatives_are_refused(device: str) -> None:
+    inputs, _ = CASES[0].build(torch.float32, device)
+    got = attention_with_entropy(*inputs, implementation="triton")
+    (gradient,) = torch.autograd.grad(got.entropy.sum(), inputs[0], create_graph=True)
+    with pytest.raises(NotImplementedError, match="use implementation='reference'"):
+        torch.autograd.grad(gradient.sum(), inputs[0])
+
+
+class TestDropout:
+    """Dropout acts on the output alone, by a mask that is a function of the seed and the place."""
+
+    def run(
+        self, device: str, rate: float, seed: int = 0, dtype: torch.dtype = torch.float32
+    ) -> tuple[list[Tensor], Any]:
+        generator = torch.Generator().manual_seed(1)
+        inputs = [
+            torch.randn(1, 2, 21, 4, generator=generator).to(device, dtype).requires_grad_()
+            for _ in range(3)
+        ]
+        torch.manual_seed(seed)
+        return inputs, attention_with_entropy(
+            *inputs, dropout=rate, causal=True, implementation="triton"
+        )
+
+    def test_entropy_is_that_before_dropout(self, device: str) -> None:
+        assert torch.equal(self.run(device, 0.5)[1].entropy, self.run(device, 0.0)[1].entropy)
+
+    def test_seed_reproduces_the_output(self, device: str) -> None:
+        first, again, other = (self.run(device, 0.5, seed=seed)[1].output for seed in (3, 3, 4))
+        assert torch.equal(first, again)
+        assert not torch.equal(first, other)
+
+    def test_mask_does_not_depend_on_the_tiles(self, device: str, set_tiles: Any) -> None:
+        inputs, got = self.run(device, 0.5)
+        found = gradients(got, inputs)
+        set_tiles(32, 16)
+        other, expected = self.run(device, 0.5)
+        assert worst_error([got.output], [expected.output]) <= 1e-5
+        assert worst_error(found, gradients(expected, other)) <= 1e-5
+
+    def test_output_is_right_on_average(self, device: str) -> None:
+        """Many identical heads draw many different masks."""
+        generator = torch.Generator().manual_seed(1)
+        query, key, value = (torch.randn(1, 1, 5, 4, generator=generator) for _ in range(3))
+        inputs = [x.to(device).expand(20, 10, 5, 4) for x in (query, key, value)]
+        plain = attention_with_entropy(*(x[:1, :1] for x in inputs)).output
+        torch.manual_seed(0)
+        draws = attention_with_entropy(*inputs, dropout=0.3, implementation="triton").output
+        draws = draws.flatten(0, 1)
+        error = (draws.mean(0) - plain[0, 0]).abs() / (draws.std(0) / len(draws) ** 0.5)
+        assert error.max() < 5.0
+        assert draws.std(0).min() > 1e-3
+
+    @pytest.mark.skipif(not is_interpreted(), reason="float64 runs interpreted only")
+    def test_gradient_is_exact_for_the_drawn_mask(self, device: str) -> None:
+        def function(*inputs: Tensor) -> tuple[Tensor, Tensor]:
+            torch.manual_seed(5)
+            got = attention_with_entropy(*inputs, dropout=0.4, causal=True, implementation="triton")
+            return got.output, got.entropy
+
+        inputs = [
+            x[:, :, :7].detach().requires_grad_()
+            for x in self.run(device, 0.0, dtype=torch.float64)[0]
+        ]
+        assert torch.autograd.gradcheck(function, inputs, fast_mode=True)
+
+
+@pytest.mark.skipif(not is_interpreted(), reason="float64 runs interpreted only")
+@pytest.mark.parametrize("name", ["causal-left-padding", "bias-full", "sinks-window-padding"])
+def test_gradcheck(name: str, device: str) -> None:
+    case = next(case for case in CASES if case.name == name)
+    inputs, options = case.build(torch.float64, device)
+
+    def differentiable(*tensors: Tensor) -> tuple[Tensor, ...]:
+        got = case.run(list(tensors), options, "triton")
+        normalizer = got.log_normalizer
+        return got.output, got.entropy, normalizer.masked_fill(normalizer == -torch.inf, 0.0)
+
+    assert torch.autograd.gradcheck(differentiable, inputs, fast_mode=True)
+
+
+class TestSupport:
+    """What cannot run is refused with the reason."""
+
+    def reason(self, device: str = "cpu", dim: int = 8, value_dim: int = 8, **options: Any) -> Any:
+        dtype = options.pop("dtype", torch.float32)
+        query, key, value = (
+            torch.zeros(1, 1, 4, width, device=device, dtype=dtype)
+            for width in (dim, dim, value_dim)
+        )
+        return support.unsupported_reason(query, key, value, Structure(), scale=1.0, **options)
+
+    def test_without_cuda_and_without_interpreter(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(support, "is_interpreted", lambda: False)
+        assert "the inputs are on cpu; the kernels need a CUDA device" in self.reason()
+
+    def test_wide_heads(self, device: str) -> None:
+        assert self.reason(device) is None
+        assert self.reason(device, dim=256, value_dim=3) is None
+        assert self.reason(device, dim=257) == (
+            "query has head dimension 257; the kernels hold at most 256."
+        )
+        assert "value has head dimension 300" in self.reason(device, value_dim=300)
+
+    def test_float64_needs_the_interpreter(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        class OnCuda(torch.Tensor):
+            device = torch.device("cuda")
+
+        monkeypatch.setattr(support, "is_interpreted", lambda: False)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+        tensors = [torch.zeros(1, 1, 4, 8, dtype=torch.float64).as_subclass(OnCuda)] * 3
+        reason = support.unsupported_reason(*tensors, Structure(), scale=1.0)
+        assert reason == "query is float64; the kernels take float16, bfloat16 and float32."
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+        reason = support.unsupported_reason(*tensors, Structure(), scale=1.0)
+        assert reason == "the device has compute capability 7.5; the kernels need 8.0."
+
+
+class TestVisibleRanges:
+    """The ranges are a bound: no allowed pair lies outside, and far tiles are left out."""
+
+    def test_padding_and_documents(self) -> None:
+        document = torch.tensor([[0] * 32 + [1] * 32, [0] * 64])
+        padding = torch.ones(2, 64, dtype=torch.bool)
+        padding[1, :20] = False
+        structure = Structure(None, 0, None, padding, document)
+        keys, rows = launch.visible_ranges(structure, 2, 64, 64, Tiles(16, 16, 4, 1))
+        assert keys is not None
+        assert rows is not None
+        assert keys.tolist() == [
+            [[0, 32], [0, 32], [32, 64], [32, 64]],
+            [[16, 64]] * 4,
+        ]
+        assert rows.tolist() == [
+            [[0, 32], [0, 32], [32, 64], [32, 64]],
+            [[0, 0], [0, 64], [0, 64], [0, 64]],
+        ]
+
+    def test_nothing_to_bound(self) -> None:
+        assert launch.visible_ranges(Structure(3, 0), 2, 64, 64, Tiles(16, 16, 4, 1)) == (
+            None,
+            None,
+        )
+
+
+def test_every_head_dimension_has_tiles() -> None:
+    kernels = ("forward", "query_gradient", "key_gradients", "bias_gradient", "row_constants")
+    for kernel in kernels:
+        for width in range(1, 257):
+            for dtype in (torch.float16, torch.float32):
+                rows, keys, warps, stages = choose_tiles(kernel, width, dtype)
+                assert rows & (rows - 1) == 0
+                assert keys & (keys - 1) == 0
+                assert warps in (4, 8)
+                assert stages >= 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", ["causal", "everything"])
+def test_compiler_accepts_the_kernels(options: str, tmp_path: Path) -> None:
+    """Triton's real compiler, for a Hopper GPU that need not be there."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path / "cache")
+    command = [
+        sys.executable, str(ROOT / "benchmarks" / "kernel_resources.py"), "--dims", "64",
+        "--dtypes", "bfloat16", "--options", options, "--output", str(tmp_path / "used.json"),
+    ]  # fmt: skip
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    kernels = {line.split()[0] for line in done.stdout.splitlines() if line.startswith("kernel=")}
+    assert len(kernels) == (5 if options == "everything" else 4)
