@@ -137,6 +137,24 @@ def compile_kernel(
     }
 
 
+def compile_all(
+    dtypes: list[str], dims: list[int], options: str, capability: int
+) -> list[dict[str, Any]]:
+    """Compile every kernel for every dtype and head dimension."""
+    rows = []
+    for dtype in dtypes:
+        for dim in dims:
+            problem = build_problem(options, dim, getattr(torch, dtype))
+            for kernel, tiles, arguments in record_launches(problem):
+                used = compile_kernel(kernel, tiles, arguments, capability)
+                if used["shared_bytes"] > SHARED_LIMIT:
+                    raise SystemExit(f"{kernel.__name__} at dim {dim} needs {used}: too much")
+                row = {"kernel": kernel.__name__, "dim": dim, "dtype": dtype, **tiles._asdict()}
+                rows.append(row | used)
+                print(" ".join(f"{name}={value}" for name, value in rows[-1].items()), flush=True)
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--dims", type=int, nargs="+", default=[64, 128, 256])
@@ -147,17 +165,9 @@ def main() -> None:
     chosen = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET", "0") != "0":
         parser.error("TRITON_INTERPRET is set, which leaves nothing to compile; unset it.")
-    rows = []
-    for dtype in chosen.dtypes:
-        for dim in chosen.dims:
-            problem = build_problem(chosen.options, dim, getattr(torch, dtype))
-            for kernel, tiles, arguments in record_launches(problem):
-                used = compile_kernel(kernel, tiles, arguments, chosen.capability)
-                if used["shared_bytes"] > SHARED_LIMIT:
-                    raise SystemExit(f"{kernel.__name__} at dim {dim} needs {used}: too much")
-                row = {"kernel": kernel.__name__, "dim": dim, "dtype": dtype, **tiles._asdict()}
-                rows.append(row | used)
-                print(" ".join(f"{name}={value}" for name, value in rows[-1].items()), flush=True)
+    with tempfile.TemporaryDirectory() as cache:  # so that nothing was compiled before
+        os.environ["TRITON_CACHE_DIR"] = cache
+        rows = compile_all(chosen.dtypes, chosen.dims, chosen.options, chosen.capability)
     chosen.output.parent.mkdir(parents=True, exist_ok=True)
     versions = {"triton": triton.__version__, "torch": torch.__version__}
     result = {

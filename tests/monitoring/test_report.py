@@ -77,6 +77,8 @@ def test_a_finished_run_with_a_baseline(tmp_path):
     assert page.row("row entropies in the first band")[:2] == ["12.5 %", "62.5 %"]
     classes = last.statistics.classify()
     assert page.row("heads well-behaved")[1] == str(classes.well_behaved)
+    spoken = "{} collapsed, {} well-behaved, {} overloaded".format(*classes)
+    assert ("aria-label", spoken) in page.attributes
     assert page.row("tokens trained on") == ["245,760", "245,760"]
     assert page.row("duration of training") == ["27 s", "27 s"]
     assert page.row("penalty, first and last step")[2:] == ["–", "–"]  # noqa: RUF001

@@ -1,8 +1,6 @@
 """attention_with_entropy: scaled dot-product attention that also gives every row's entropy."""
 
 import functools
-import importlib
-import importlib.util
 import logging
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, get_args
@@ -13,6 +11,8 @@ from torch import Tensor
 from entropy_regularization.attention.masking import Structure, count_allowed_keys
 from entropy_regularization.attention.operators import blockwise_attention
 from entropy_regularization.attention.reference import reference_attention
+from entropy_regularization.attention.triton import triton_attention
+from entropy_regularization.attention.triton.support import unsupported_reason
 from entropy_regularization.attention.validation import (
     check_masks,
     check_scores,
@@ -157,16 +157,10 @@ def attend(
     return AttentionOutput(*rows, allowed_keys=counts)
 
 
-def _triton_attention(*arguments: Any, **options: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    triton = importlib.import_module("entropy_regularization.attention.triton")
-    rows: tuple[Tensor, Tensor, Tensor, Tensor] = triton.triton_attention(*arguments, **options)
-    return rows
-
-
 _IMPLEMENTATIONS: dict[str, Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]] = {
     "reference": reference_attention,
     "blockwise": blockwise_attention,
-    "triton": _triton_attention,
+    "triton": triton_attention,
 }
 
 
@@ -187,7 +181,7 @@ def choose_implementation(
         return asked
     if asked == "auto" and query.device.type != "cuda":
         return "blockwise"
-    reason = _why_not_triton(query, key, value, structure, scale, options)
+    reason = unsupported_reason(query, key, value, structure, scale=scale, **options)
     if reason is None:
         return "triton"
     if asked == "triton":
@@ -195,25 +189,6 @@ def choose_implementation(
     if not torch.compiler.is_compiling():
         _say_once(f"attention on {query.device.type} runs blockwise, not triton: {reason}")
     return "blockwise"
-
-
-def _why_not_triton(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    structure: Structure,
-    scale: float,
-    options: dict[str, Any],
-) -> str | None:
-    if importlib.util.find_spec("triton") is None:
-        return "the package triton is not installed; it comes with torch for CUDA."
-    if importlib.util.find_spec("entropy_regularization.attention.triton") is None:
-        return "this version of entropy_regularization has no triton kernels."
-    support = importlib.import_module("entropy_regularization.attention.triton.support")
-    reason: str | None = support.unsupported_reason(
-        query, key, value, structure, scale=scale, **options
-    )
-    return reason
 
 
 @functools.cache

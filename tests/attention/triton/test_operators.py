@@ -163,6 +163,10 @@ class TestSupport:
         monkeypatch.setattr(support, "is_interpreted", lambda: False)
         assert "the inputs are on cpu; the kernels need a CUDA device" in self.reason()
 
+    def test_without_triton(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(support, "is_installed", lambda: False)
+        assert "the package triton is not installed" in self.reason()
+
     def test_wide_heads(self, device: str) -> None:
         assert self.reason(device) is None
         assert self.reason(device, dim=256, value_dim=3) is None
@@ -176,11 +180,11 @@ class TestSupport:
             device = torch.device("cuda")
 
         monkeypatch.setattr(support, "is_interpreted", lambda: False)
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+        monkeypatch.setattr(support, "compute_capability", lambda index: (9, 0))
         tensors = [torch.zeros(1, 1, 4, 8, dtype=torch.float64).as_subclass(OnCuda)] * 3
         reason = support.unsupported_reason(*tensors, Structure(), scale=1.0)
         assert reason == "query is float64; the kernels take float16, bfloat16 and float32."
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+        monkeypatch.setattr(support, "compute_capability", lambda index: (7, 5))
         reason = support.unsupported_reason(*tensors, Structure(), scale=1.0)
         assert reason == "the device has compute capability 7.5; the kernels need 8.0."
 
@@ -229,7 +233,6 @@ def test_every_head_dimension_has_tiles() -> None:
 def test_compiler_accepts_the_kernels(options: str, tmp_path: Path) -> None:
     """Triton's real compiler, for a Hopper GPU that need not be there."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment["TRITON_CACHE_DIR"] = str(tmp_path / "cache")
     command = [
         sys.executable, str(ROOT / "benchmarks" / "kernel_resources.py"), "--dims", "64",
         "--dtypes", "bfloat16", "--options", options, "--output", str(tmp_path / "used.json"),

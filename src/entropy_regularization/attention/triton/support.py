@@ -1,6 +1,7 @@
 """What the kernels cannot do, in one sentence each."""
 
 import importlib
+import importlib.util
 
 import torch
 from torch import Tensor
@@ -38,16 +39,19 @@ def unsupported_reason(
     Returns:
         One sentence, or None if they can run.
     """
+    if not is_installed():
+        return "the package triton is not installed; it comes with torch for CUDA."
     interpreted = is_interpreted()
     if query.device.type != "cuda" and not interpreted:
         return (
             f"the inputs are on {query.device.type}; the kernels need a CUDA device "
             "(or Triton's interpreter: set TRITON_INTERPRET=1 before starting Python)."
         )
-    if query.device.type == "cuda" and not interpreted and not torch.version.hip:
-        major, minor = torch.cuda.get_device_capability(query.device)
-        if major < 8:
-            return f"the device has compute capability {major}.{minor}; the kernels need 8.0."
+    if query.device.type == "cuda" and not interpreted:
+        capability = compute_capability(query.device.index)
+        if capability < (8, 0):
+            version = ".".join(map(str, capability))
+            return f"the device has compute capability {version}; the kernels need 8.0."
     for name, tensor in (("query", query), ("bias", bias), ("sinks", sinks)):
         if tensor is not None and tensor.dtype == torch.float64 and not interpreted:
             return f"{name} is float64; the kernels take float16, bfloat16 and float32."
@@ -62,7 +66,20 @@ def unsupported_reason(
     return None
 
 
+# Facts of the process, which torch.compile takes as constants instead of tracing into Triton.
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def is_installed() -> bool:
+    """Tell whether Triton is there."""
+    return importlib.util.find_spec("triton") is not None
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def is_interpreted() -> bool:
     """Tell whether Triton runs kernels by its interpreter in this process."""
-    runtime = importlib.import_module("triton").knobs.runtime
-    return bool(runtime.interpret)
+    return bool(importlib.import_module("triton").knobs.runtime.interpret)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def compute_capability(index: int | None) -> tuple[int, int]:
+    """Return the compute capability of a CUDA device; None is the current one."""
+    return torch.cuda.get_device_capability(index)

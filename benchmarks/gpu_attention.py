@@ -1,0 +1,304 @@
+"""Attention with entropy on a GPU against what else one could run: time, memory, and the floor.
+
+    python benchmarks/gpu_attention.py                    # 1k..32k tokens, head dims 64 and 128
+    python benchmarks/gpu_attention.py --dry-run          # the plan and its floors; needs no GPU
+
+Arms, all causal, bfloat16: ours (output and entropy); SDPA's flash and cuDNN backends and
+FlexAttention (no entropy at all); FlexAttention with values widened to [V, K], which gives
+``E[s] = scale q . (P K)`` and so the entropy; eager attention with the published formula. The arms
+take turns, so that clock changes hit all of them. Backward passes carry a gradient of the entropy
+where there is one. No time is reported for an arm whose results are wrong.
+
+The floor is the larger of FLOPs over the rate of a large matrix product and bytes over the rate of
+a large copy, both measured on the same device.
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+from entropy_regularization import attention_with_entropy
+
+RESULTS = Path(__file__).parent / "results" / "gpu_attention.json"
+ARMS = ("ours", "sdpa_flash", "sdpa_cudnn", "flex", "flex_widened", "eager_published")
+EAGER_LIMIT = 8192  # tokens; beyond this its matrices do not fit
+NOMINAL = {"flops_per_second": 8e14, "bytes_per_second": 4e12}  # for the plan of a dry run
+
+
+class Shape(NamedTuple):
+    """One problem: as many tokens in all at every length."""
+
+    batch: int
+    heads: int
+    tokens: int
+    dim: int
+
+
+def plan(tokens: list[int], dims: list[int], total: int) -> list[Shape]:
+    """List the problems: ``total`` tokens of width 2048 at every length and head dimension."""
+    return [Shape(max(1, total // n), 2048 // dim, n, dim) for dim in dims for n in tokens]
+
+
+def floor_seconds(shape: Shape, rates: dict[str, float], backward: bool) -> float:
+    """Return the least time the device could take, for fused causal attention.
+
+    Forward: two products over half a matrix, 2 FLOPs each; backward: five more. Bytes: forward
+    reads three tensors and writes one and two numbers a row; backward reads five, writes three.
+    """
+    batch, heads, n, dim = shape
+    products = 7 if backward else 2
+    flops = products * 2 * batch * heads * n * (n + 1) / 2 * dim
+    tensors = 4 + (8 if backward else 0)
+    moved = batch * heads * n * (tensors * dim * 2 + (16 if backward else 8))
+    return max(flops / rates["flops_per_second"], moved / rates["bytes_per_second"])
+
+
+def causal(batch: Any, head: Any, row: Any, key: Any) -> Any:
+    return row >= key
+
+
+def attention_of(arm: str, shape: Shape) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    """Return query, key, value -> (output, entropy or None)."""
+    scale = shape.dim**-0.5
+
+    def ours(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor | None]:
+        found = attention_with_entropy(query, key, value, causal=True, implementation="triton")
+        return found.output, found.entropy
+
+    def sdpa(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor | None]:
+        backend = SDPBackend.FLASH_ATTENTION if arm == "sdpa_flash" else SDPBackend.CUDNN_ATTENTION
+        with sdpa_kernel(backend):
+            return torch.nn.functional.scaled_dot_product_attention(
+                query, key, value, is_causal=True
+            ), None
+
+    def eager(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor | None]:
+        future = torch.ones(shape.tokens, shape.tokens, dtype=torch.bool, device=query.device)
+        score = (query @ key.mT * scale).masked_fill(future.triu(1), -torch.inf)
+        weight = score.softmax(-1, dtype=torch.float32)
+        entropy = -torch.nansum(weight * torch.log(weight + 1e-9), -1)
+        return weight.to(value.dtype) @ value, entropy
+
+    if arm == "ours":
+        return ours
+    if arm == "eager_published":
+        return eager
+    if arm.startswith("sdpa"):
+        return sdpa
+    compiled = torch.compile(flex_attention, dynamic=False)
+    block_mask = create_block_mask(causal, None, None, shape.tokens, shape.tokens, device="cuda")
+
+    def flex(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor | None]:
+        if arm == "flex":
+            return compiled(query, key, value, block_mask=block_mask), None
+        wide, lse = compiled(
+            query, key, torch.cat((value, key), -1), block_mask=block_mask, return_lse=True
+        )
+        output, mean_key = wide.split(shape.dim, -1)
+        return output, lse - scale * (query.float() * mean_key.float()).sum(-1)
+
+    return flex
+
+
+def step_of(arm: str, shape: Shape, backward: bool, inputs: list[Tensor]) -> Callable[[], Any]:
+    """Return a function that runs one forward pass, and one backward pass if asked."""
+    function = attention_of(arm, shape)
+    upstream = torch.randn_like(inputs[0])
+    slope = torch.randn(shape[:3], device=inputs[0].device)
+
+    def step() -> Any:
+        with torch.set_grad_enabled(backward):
+            output, entropy = function(*inputs)
+        if not backward:
+            return output, entropy
+        outputs, gradients = [output], [upstream]
+        if entropy is not None:
+            outputs.append(entropy)
+            gradients.append(slope.to(entropy.dtype))
+        return torch.autograd.grad(outputs, inputs, gradients)
+
+    return step
+
+
+def milliseconds(step: Callable[[], Any]) -> float:
+    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    step()
+    stop.record()
+    stop.synchronize()
+    return start.elapsed_time(stop)
+
+
+def peak_bytes(step: Callable[[], Any]) -> int:
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    step()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def measure_rates() -> dict[str, float]:
+    """Measure what the device does: FLOPs of a large product, bytes of a large copy, a second."""
+    n = 8192
+    left, right = (torch.randn(n, n, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    source = torch.empty(2**30, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    for _ in range(3):
+        left @ right
+        target.copy_(source)
+    product = min(milliseconds(lambda: left @ right) for _ in range(20))
+    copy = min(milliseconds(lambda: target.copy_(source)) for _ in range(20))
+    return {"flops_per_second": 2e3 * n**3 / product, "bytes_per_second": 2e3 * 2**30 / copy}
+
+
+def refuse_wrong_results(results: dict[str, Any], backward: bool) -> None:
+    """Stop where an arm's output (or its entropy) is not what flash (or eager) says."""
+    if backward:
+        return
+    expected = results.get("sdpa_flash") or results["ours"]
+    for arm, (output, _) in results.items():
+        error = (output.float() - expected[0].float()).abs().max().item()
+        if error > 0.05:
+            raise SystemExit(f"{arm} is off by {error:.2g}, so no time is reported.")
+    entropies = {arm: entropy for arm, (_, entropy) in results.items() if entropy is not None}
+    for arm, entropy in entropies.items():
+        error = (entropy - entropies["ours"]).abs().max().item()
+        if error > 0.1:
+            raise SystemExit(f"the entropy of {arm} is off by {error:.2g} nats.")
+
+
+def measure(shape: Shape, backward: bool, arms: list[str], turns: int) -> dict[str, Any]:
+    """Let the arms take turns on one problem."""
+    torch.manual_seed(0)
+    inputs = [
+        torch.randn(
+            shape.batch, shape.heads, shape.tokens, shape.dim,
+            device="cuda", dtype=torch.bfloat16, requires_grad=True,
+        )
+        for _ in range(3)
+    ]  # fmt: skip
+    rows: dict[str, Any] = {}
+    steps, results = {}, {}
+    for arm in arms:
+        if arm == "eager_published" and shape.tokens > EAGER_LIMIT:
+            rows[arm] = {"skipped": f"its matrices are too large beyond {EAGER_LIMIT} tokens"}
+            continue
+        step = step_of(arm, shape, backward, inputs)
+        start = time.perf_counter()
+        try:
+            results[arm] = step()
+        except torch.OutOfMemoryError:
+            rows[arm] = {"skipped": "out of memory"}
+            continue
+        torch.cuda.synchronize()
+        rows[arm] = {"first_call_seconds": time.perf_counter() - start}
+        steps[arm] = step
+    refuse_wrong_results(results, backward)
+    del results
+    for arm, step in steps.items():
+        rows[arm]["peak_bytes"] = peak_bytes(step)
+    taken: dict[str, list[float]] = {arm: [] for arm in steps}
+    for _ in range(turns):
+        for arm, step in steps.items():
+            taken[arm].append(milliseconds(step))
+    plain = taken.get("sdpa_flash")
+    for arm, times in taken.items():
+        rows[arm]["milliseconds_median"] = statistics.median(times)
+        rows[arm]["milliseconds_min"] = min(times)
+        if plain is not None:
+            ratios = (mine / other for mine, other in zip(times, plain, strict=True))
+            rows[arm]["ratio_to_sdpa_flash"] = statistics.median(ratios)
+    return rows
+
+
+def environment() -> dict[str, Any]:
+    import triton
+
+    cuda = torch.cuda.is_available()
+    return {
+        "device": torch.cuda.get_device_name() if cuda else None,
+        "capability": torch.cuda.get_device_capability() if cuda else None,
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version() if cuda else None,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+    }
+
+
+def run(shapes: list[Shape], arms: list[str], turns: int, seconds: float, output: Path) -> None:
+    """Measure every problem until the time is up; write what there is after each."""
+    begin = time.perf_counter()
+    rates = measure_rates()
+    result: dict[str, Any] = {"environment": environment(), "rates": rates, "problems": []}
+    result["not_reached"] = [shape._asdict() for shape in shapes]
+    output.parent.mkdir(parents=True, exist_ok=True)
+    for shape in shapes:
+        if time.perf_counter() - begin > seconds:
+            break
+        for backward in (False, True):
+            floor = 1e3 * floor_seconds(shape, rates, backward)
+            rows = measure(shape, backward, arms, turns)
+            result["problems"].append(
+                {
+                    **shape._asdict(),
+                    "backward": backward,
+                    "floor_milliseconds": floor,
+                    "arms": rows,
+                }
+            )
+            for arm, row in rows.items():
+                print(describe(shape, backward, arm, floor, row), flush=True)
+        result["not_reached"].pop(0)
+        output.write_text(json.dumps(result, indent=1) + "\n")
+    print(f"written: {output}")
+
+
+def describe(shape: Shape, backward: bool, arm: str, floor: float, row: dict[str, Any]) -> str:
+    place = f"{shape.tokens:6d} x {shape.dim:3d} {'both' if backward else 'fwd ':4s} {arm:16s}"
+    if "skipped" in row:
+        return f"{place} {row['skipped']}"
+    ratio = row.get("ratio_to_sdpa_flash", float("nan"))
+    return (
+        f"{place} {row['milliseconds_median']:8.3f} ms  {ratio:5.2f} x flash"
+        f"  floor {floor:7.3f} ms  {row['peak_bytes'] / 1e9:6.2f} GB"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    lengths = [1024, 2048, 4096, 8192, 16384, 32768]
+    parser.add_argument("--tokens", type=int, nargs="+", default=lengths)
+    parser.add_argument("--dims", type=int, nargs="+", default=[64, 128])
+    parser.add_argument("--total", type=int, default=16384, help="tokens in a batch")
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
+    parser.add_argument("--turns", type=int, default=20)
+    parser.add_argument("--seconds", type=float, default=3600.0, help="start no problem after this")
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("--dry-run", action="store_true", help="print the plan and its floors")
+    chosen = parser.parse_args()
+    shapes = plan(chosen.tokens, chosen.dims, chosen.total)
+    if chosen.dry_run:
+        for shape in shapes:
+            floors = [1e3 * floor_seconds(shape, NOMINAL, both) for both in (False, True)]
+            print(f"{shape}: floor at nominal rates {floors[0]:.3f} ms, both ways {floors[1]:.3f}")
+        print(f"arms: {', '.join(chosen.arms)}; {chosen.turns} turns; to {chosen.output}")
+        return
+    if not torch.cuda.is_available():
+        parser.error("there is no CUDA device; --dry-run prints the plan without one.")
+    run(shapes, chosen.arms, chosen.turns, chosen.seconds, chosen.output)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,184 @@
+"""One training step on a GPU: plain sdpa, ours with the penalty, the published module on eager.
+
+    python benchmarks/gpu_training_step.py                  # GPT-2 small at 1024, 4096; 1B at 8192
+    python benchmarks/gpu_training_step.py --largest        # also the largest context each fits
+    python benchmarks/gpu_training_step.py --dry-run        # the plan; needs no GPU
+
+Random weights in bfloat16. The 1B model has the shape of Llama 3.2 1B (16 layers, width 2048, 32
+query and 8 key heads) and runs with non-reentrant checkpointing. Each arm runs in a process of its
+own, so that peak memory is its own.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from gpu_attention import environment, milliseconds
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+from entropy_regularization import EntropyRegularization, HeadThresholds, record_entropy
+
+RESULTS = Path(__file__).parent / "results" / "gpu_training_step.json"
+ARMS = ("sdpa", "ours", "published")
+PROBLEMS = [("gpt2-small", 1024), ("gpt2-small", 4096), ("llama-1b", 8192)]
+OUT_OF_MEMORY = 3  # exit code of a worker
+
+
+def build_model(name: str, tokens: int, arm: str, tiny: bool = False) -> Any:
+    """Make a model with random weights; ``tiny`` keeps the architecture and shrinks it."""
+    attention = "eager" if arm == "published" else "sdpa"
+    if name == "gpt2-small":
+        small = {"n_layer": 2, "n_embd": 24, "n_head": 2, "vocab_size": 100} if tiny else {}
+        config: Any = GPT2Config(
+            n_positions=tokens, attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0,
+            attn_implementation=attention, **small,
+        )  # fmt: skip
+        return GPT2LMHeadModel(config).to(torch.bfloat16).train()
+    size = (
+        {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "vocab_size": 100}
+        | {"num_attention_heads": 4, "num_key_value_heads": 2}
+        if tiny
+        else {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16}
+        | {"num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256}
+    )
+    config = LlamaConfig(
+        **size, max_position_embeddings=tokens, tie_word_embeddings=True,
+        attn_implementation=attention,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).to(torch.bfloat16).train()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    return model
+
+
+def step_of(model: Any, arm: str, tokens: int) -> Callable[[], float]:
+    """Return a function that runs forward, penalty and backward once."""
+    device = next(model.parameters()).device
+    layers, heads = model.config.num_hidden_layers, model.config.num_attention_heads
+    ids = torch.randint(
+        100 if model.config.vocab_size <= 100 else 10000, (1, tokens), device=device
+    )
+    regularization = EntropyRegularization(loss_coeff=1e-5, tolerance_margin_factor=0.05)
+    thresholds = HeadThresholds(layers, heads).to(device)
+
+    def step() -> float:
+        model.zero_grad(set_to_none=True)
+        thresholds.zero_grad(set_to_none=True)
+        if arm == "ours":
+            with record_entropy(model) as recording:
+                output = model(input_ids=ids, labels=ids, use_cache=False)
+            loss = output.loss + regularization(recording, thresholds=thresholds())
+        elif arm == "published":
+            output = model(input_ids=ids, labels=ids, use_cache=False, output_attentions=True)
+            loss = output.loss + regularization.compute_loss(
+                output.attentions, thresholds(), heads, layers
+            )
+        else:
+            loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+        loss.backward()
+        return float(loss.item())
+
+    return step
+
+
+def work(name: str, tokens: int, arm: str, turns: int) -> dict[str, float]:
+    """Measure one arm in this process."""
+    torch.manual_seed(0)
+    model = build_model(name, tokens, arm).to("cuda")
+    step = step_of(model, arm, tokens)
+    loss = step()
+    step()
+    torch.cuda.synchronize()
+    held = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    times = [milliseconds(step) for _ in range(turns)]
+    return {
+        "loss": loss,
+        "milliseconds_median": statistics.median(times),
+        "milliseconds_min": min(times),
+        "peak_bytes": torch.cuda.max_memory_allocated(),
+        "peak_bytes_above_weights": torch.cuda.max_memory_allocated() - held,
+    }
+
+
+def run_arm(name: str, tokens: int, arm: str, turns: int, seconds: float) -> dict[str, Any]:
+    """Measure one arm in a fresh process; running out of memory is a result, anything else stops.
+
+    Raises:
+        SystemExit: if the process fails in any other way.
+    """
+    command = [sys.executable, __file__, "--worker", name, str(tokens), arm, str(turns)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=seconds)
+    except subprocess.TimeoutExpired:
+        return {"skipped": f"took more than {seconds:.0f} s"}
+    if done.returncode == OUT_OF_MEMORY:
+        return {"skipped": "out of memory"}
+    if done.returncode != 0:
+        raise SystemExit(f"{name} {tokens} {arm} failed:\n{done.stderr[-3000:]}")
+    row: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return row
+
+
+def largest_context(name: str, arm: str, seconds: float) -> int:
+    """Return the largest power of two of tokens whose step fits in memory."""
+    fits = 0
+    for tokens in (2**k for k in range(10, 21)):
+        if "skipped" in run_arm(name, tokens, arm, 1, seconds):
+            break
+        fits = tokens
+    return fits
+
+
+def worker(arguments: list[str]) -> None:
+    name, tokens, arm, turns = arguments
+    try:
+        print(json.dumps(work(name, int(tokens), arm, int(turns))))
+    except torch.OutOfMemoryError:
+        sys.exit(OUT_OF_MEMORY)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--turns", type=int, default=10)
+    parser.add_argument("--seconds", type=float, default=240.0, help="limit of one arm")
+    parser.add_argument("--largest", action="store_true", help="also search the largest context")
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("--dry-run", action="store_true", help="print the plan")
+    parser.add_argument("--worker", nargs=4, help=argparse.SUPPRESS)
+    chosen = parser.parse_args()
+    if chosen.worker:
+        worker(chosen.worker)
+        return
+    if chosen.dry_run:
+        for name, tokens in PROBLEMS:
+            print(f"{name} at {tokens} tokens: {', '.join(ARMS)}")
+        print(f"{chosen.turns} turns; largest context: {chosen.largest}; to {chosen.output}")
+        return
+    if not torch.cuda.is_available():
+        parser.error("there is no CUDA device; --dry-run prints the plan without one.")
+    result: dict[str, Any] = {"environment": environment(), "problems": [], "largest": {}}
+    chosen.output.parent.mkdir(parents=True, exist_ok=True)
+    for name, tokens in PROBLEMS:
+        arms = {}
+        for arm in ARMS:
+            arms[arm] = run_arm(name, tokens, arm, chosen.turns, chosen.seconds)
+            print(f"{name:10s} {tokens:6d} {arm:9s} {arms[arm]}", flush=True)
+        result["problems"].append({"model": name, "tokens": tokens, "arms": arms})
+        chosen.output.write_text(json.dumps(result, indent=1) + "\n")
+    if chosen.largest:
+        for name in ("gpt2-small", "llama-1b"):
+            found = {arm: largest_context(name, arm, chosen.seconds) for arm in ARMS}
+            result["largest"][name] = found
+            print(f"{name:10s} largest context {found}", flush=True)
+            chosen.output.write_text(json.dumps(result, indent=1) + "\n")
+    print(f"written: {chosen.output}")
+
+
+if __name__ == "__main__":
+    main()

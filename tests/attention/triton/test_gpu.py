@@ -1,0 +1,156 @@
+"""What only a GPU can show: real launches, long sequences, large tensors, graphs, accuracy."""
+
+from typing import Any
+
+import pytest
+import torch
+from cases import Case, gradients, worst_error
+from torch import Tensor
+
+from entropy_regularization import attention_with_entropy
+from entropy_regularization.attention.triton.support import is_interpreted
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(
+        not torch.cuda.is_available() or is_interpreted(), reason="needs a CUDA device"
+    ),
+]
+
+LARGE = [
+    Case("large-causal", (2, 4, 2, 1000, 1000, 64, 64), {"causal": True}),
+    Case("large-causal-128", (1, 4, 4, 777, 1111, 128, 128), {"causal": True}),
+    Case("large-odd-dims", (1, 2, 2, 300, 500, 80, 96), {"causal": True}),
+    Case("large-widest", (1, 2, 1, 300, 300, 256, 256), {"causal": True}),
+    Case("large-window", (1, 4, 2, 1500, 1500, 64, 64), {"window": (200, 30)}),
+    Case("large-padding", (3, 4, 4, 700, 700, 64, 64), {"causal": True}, padding=True),
+    Case("large-documents", (2, 4, 2, 900, 900, 64, 64), {"causal": True}, documents=True),
+    Case("large-bias", (3, 4, 4, 300, 400, 64, 64), {"causal": True}, bias=(1, 4, 300, 400)),
+    Case("large-alibi", (3, 4, 4, 300, 400, 64, 64), {"causal": True}, bias=(1, 4, 1, 400)),
+    Case("large-softcap-sinks", (2, 4, 2, 500, 500, 64, 64), {"softcap": 4.0}, sinks=True),
+    Case(
+        "large-everything",
+        (2, 4, 2, 411, 514, 72, 40),
+        {"causal": True, "window": (260, 2), "softcap": 3.0},
+        padding=True,
+        documents=True,
+        dense=(1, 4, 411, 514),
+        bias=(2, 1, 411, 514),
+        sinks=True,
+    ),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("case", LARGE, ids=lambda case: case.name)
+def test_error_is_at_most_that_of_naive_attention(case: Case, dtype: torch.dtype) -> None:
+    """Against float64: output, entropy and every gradient, plus one rounding of the result."""
+    inputs, options = case.build(dtype, "cuda")
+    exact = [tensor.detach().double().requires_grad_() for tensor in inputs]
+    truth = case.run(exact, options, "reference")
+    right = [truth.output, truth.entropy, *gradients(truth, exact)]
+    plain = case.run(inputs, options, "reference")  # float32 scores: stricter than a naive model
+    theirs = [plain.output, plain.entropy, *gradients(plain, inputs)]
+    got = case.run(inputs, options, "triton")
+    ours = [got.output, got.entropy, *gradients(got, inputs)]
+    for mine, other, true in zip(ours, theirs, right, strict=True):
+        scale = true.abs().max().item()
+        # weights and dS are rounded to the dtype before their products, in any fused attention
+        budget = 4 * torch.finfo(dtype).eps * scale + 1e-6
+        assert worst_error([mine], [true]) <= 2 * worst_error([other], [true]) + budget
+
+
+@pytest.mark.parametrize("tiles", [(16, 16, 4, 1), (32, 64, 4, 2), (64, 32, 8, 3), (64, 64, 4, 2)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_any_launch_configuration(
+    tiles: tuple[int, int, int, int], dtype: torch.dtype, set_tiles: Any
+) -> None:
+    set_tiles(*tiles)
+    inputs, options = LARGE[-1].build(dtype, "cuda")
+    expected = LARGE[-1].run(inputs, options, "reference")
+    got = LARGE[-1].run(inputs, options, "triton")
+    budget = 1e-4 if dtype == torch.float32 else 0.1
+    assert worst_error([got.entropy], [expected.entropy]) <= 1e-4
+    assert worst_error(gradients(got, inputs), gradients(expected, inputs)) <= budget
+
+
+@pytest.mark.parametrize("case", LARGE, ids=lambda case: case.name)
+def test_repeats_are_bit_identical(case: Case) -> None:
+    inputs, options = case.build(torch.bfloat16, "cuda")
+    first = case.run(inputs, options, "triton")
+    found = gradients(first, inputs)
+    for _ in range(5):
+        again = case.run(inputs, options, "triton")
+        assert all(torch.equal(one, two) for one, two in zip(first, again, strict=True))
+        assert all(map(torch.equal, found, gradients(again, inputs)))
+
+
+def test_cuda_graph_replays_with_new_numbers() -> None:
+    inputs = [
+        torch.randn(1, 4, 500, 64, device="cuda", dtype=torch.bfloat16).requires_grad_()
+        for _ in range(3)
+    ]
+
+    def step() -> list[Tensor]:
+        got = attention_with_entropy(*inputs, causal=True, implementation="triton")
+        total = got.output.float().square().sum() + got.entropy.square().sum()
+        return [got.output, got.entropy, *torch.autograd.grad(total, inputs)]
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    with torch.no_grad():
+        for tensor in inputs:
+            tensor.normal_()
+    graph.replay()
+    assert worst_error(captured, step()) == 0.0
+
+
+def test_offsets_beyond_two_to_the_31st_element() -> None:
+    """The last head of a tensor of 2.2e9 elements equals the same head alone."""
+    heads, rows, dim = 17, 1_000_000, 128
+    query = torch.zeros(1, heads, rows, dim, device="cuda", dtype=torch.bfloat16)
+    assert query.numel() > 2**31
+    query[:, -1, -300:].normal_()
+    key = query.detach()
+    got = attention_with_entropy(query, key, key, window=(100, 0), implementation="triton")
+    last = query[:, -1:, -1000:]
+    alone = attention_with_entropy(last, last, last, window=(100, 0), implementation="reference")
+    assert worst_error([got.entropy[:, -1, -300:]], [alone.entropy[:, 0, -300:]]) <= 1e-4
+    assert worst_error([got.output[:, -1, -300:]], [alone.output[:, 0, -300:]]) <= 0.05
+
+
+def test_memory_is_that_of_the_inputs() -> None:
+    inputs = [
+        torch.randn(1, 8, 16384, 64, device="cuda", dtype=torch.bfloat16).requires_grad_()
+        for _ in range(3)
+    ]
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    got = attention_with_entropy(*inputs, causal=True, implementation="triton")
+    torch.autograd.grad([got.output, got.entropy], inputs, [torch.ones_like(t) for t in got[:2]])
+    one = inputs[0].numel() * 2
+    # output, its gradient, three gradients; six float32 numbers and an int64 count a row
+    assert torch.cuda.max_memory_allocated() - before <= 5 * one + 8 * 16384 * 48 + 2**20
+
+
+def test_checkpointing_under_dropout_draws_the_same_mask() -> None:
+    from torch.utils.checkpoint import checkpoint
+
+    inputs = [torch.randn(1, 4, 300, 64, device="cuda").requires_grad_() for _ in range(3)]
+
+    def function(*tensors: Tensor) -> Tensor:
+        got = attention_with_entropy(*tensors, dropout=0.3, implementation="triton")
+        return got.output.square().sum() + got.entropy.square().sum()
+
+    torch.manual_seed(0)
+    expected = torch.autograd.grad(function(*inputs), inputs)
+    torch.manual_seed(0)
+    total = checkpoint(function, *inputs, use_reentrant=False)
+    assert worst_error(list(torch.autograd.grad(total, inputs)), list(expected)) == 0.0
