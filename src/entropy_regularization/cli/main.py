@@ -38,7 +38,7 @@ class Commands(click.Group):
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="entropy-regularization")
 def main() -> None:
-    """Measure and control the entropy of every attention head of a transformer.
+    r"""Measure and control the entropy of every attention head of a transformer.
 
     \b
     entropy-reg demo                 two small trainings side by side, and a page about them

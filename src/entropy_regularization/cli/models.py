@@ -110,8 +110,8 @@ def load_model(options: TrainOptions) -> tuple[PreTrainedModel, PreTrainedTokeni
     except OSError as error:
         reason = str(error).strip().split("\n")[0]
         raise UsageProblem(
-            f"--model {options.model} cannot be loaded: {reason} Pass a folder that save_pretrained "
-            f"wrote, a hub name, or one of {', '.join(SIZES)}."
+            f"--model {options.model} cannot be loaded: {reason} Pass a folder that "
+            f"save_pretrained wrote, a hub name, or one of {', '.join(SIZES)}."
         ) from None
     except (ValueError, KeyError) as error:
         reason = str(error).strip().split("\n")[0]

@@ -9,9 +9,7 @@ import click
 from entropy_regularization.cli.errors import UsageProblem
 
 
-def _option(
-    default: Any, text: str, kind: Any = None, flag: str | None = None
-) -> Any:
+def _option(default: Any, text: str, kind: Any = None, flag: str | None = None) -> Any:
     """Declare a field that is also an option."""
     return dataclasses.field(default=default, metadata={"help": text, "type": kind, "flag": flag})
 
@@ -28,8 +26,9 @@ class TrainOptions:
 
     model: str = _option(
         "gpt2-tiny",
-        "Local folder, hub name, or one of our own sizes, trained from scratch: gpt2-nano (2 layers, "
-        "width 64, 2 heads), gpt2-tiny (4, 128, 4), gpt2-mini (6, 256, 8), gpt2-small (12, 768, 12).",
+        "Local folder, hub name, or one of our own sizes, trained from scratch: gpt2-nano "
+        "(2 layers, width 64, 2 heads), gpt2-tiny (4, 128, 4), gpt2-mini (6, 256, 8), "
+        "gpt2-small (12, 768, 12).",
     )
     layers: int | None = _option(None, "Layers, in place of the size's.", POSITIVE)
     width: int | None = _option(None, "Width, in place of the size's.", POSITIVE)
@@ -129,6 +128,8 @@ def train_options(function: Callable[..., Any]) -> Callable[..., Any]:
         else:
             kind = field.metadata["type"] or str
             shown = field.default is not None
-            option = click.option(name, type=kind, default=field.default, show_default=shown, help=text)
+            option = click.option(
+                name, type=kind, default=field.default, show_default=shown, help=text
+            )
         function = option(function)
     return function

@@ -24,9 +24,7 @@ from entropy_regularization.cli.runs import RunFolder
 )
 @click.option("--debug", is_flag=True, help="Show tracebacks.")
 @click.pass_context
-def train(
-    context: click.Context, output: Path, resume: bool, debug: bool, **given: Any
-) -> None:
+def train(context: click.Context, /, output: Path, resume: bool, debug: bool, **given: Any) -> None:
     """Train or fine-tune a language model with the entropy penalty.
 
     Every option has a default that works: entropy-reg train --output RUN trains a small GPT-2 on

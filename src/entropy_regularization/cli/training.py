@@ -167,9 +167,7 @@ class Run:
             layers, heads, options.threshold, learnable=not options.fixed_thresholds
         )
         self.starting_band = Band(options.threshold, options.band)
-        self.band = (
-            Band(self.thresholds, options.band) if self.regularized else self.starting_band
-        )
+        self.band = Band(self.thresholds, options.band) if self.regularized else self.starting_band
         if options.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         self.trainer = self._trainer(blocks)
@@ -212,7 +210,7 @@ class Run:
             disable_tqdm=True,
             remove_unused_columns=False,
         )
-        common = {
+        common: dict[str, Any] = {
             "model": self.model,
             "args": arguments,
             "train_dataset": blocks,
@@ -354,7 +352,7 @@ class Run:
                 "before": before,
                 "after": after.numbers(),
                 "penalty": {"start": train[0]["penalty"], "end": train[-1]["penalty"]},
-                "tokens": train[-1]["tokens"],
+                "tokens": int(train[-1]["tokens"]),
                 "seconds": train[-1]["elapsed"],
                 "tokens_per_second": watch.mean_speed(),
             },
@@ -371,17 +369,34 @@ class Watch(TrainerCallback):
         self.monitor = EntropyMonitor(run.band)
         self.recorder: Recorder = make_recorder(run.model, gradient=False)
         self.listening = False
-        self.loss: torch.Tensor | None = None
-        self.hook = run.model.register_forward_hook(self._keep_loss)
+        self.parts: list[tuple[torch.Tensor, torch.Tensor]] = []  # (loss, penalty), micro-batches
+        self.scaled = False
+        self.hook = run.model.register_forward_hook(self._keep_loss, with_kwargs=True)
         lines = read_records(run.folder.records).train
         self.elapsed = lines[-1]["elapsed"] if lines else 0.0
         self.window_start, self.window_step = time.monotonic(), done
         self.trained = 0.0  # seconds of training in this process, evaluations left out
         self._previous: dict[int, Any] = {}
 
-    def _keep_loss(self, model: nn.Module, args: Any, output: Any) -> None:
-        if model.training and getattr(output, "loss", None) is not None:
-            self.loss = output.loss.detach()
+    def _keep_loss(self, model: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        """Keep the loss of a micro-batch: Trainer logs means that depend on where it resumed."""
+        loss = getattr(output, "loss", None)
+        if not model.training or loss is None:
+            return
+        # With num_items_in_batch the losses of a step add up to its loss, else they are averaged.
+        self.scaled = kwargs.get("num_items_in_batch") is not None
+        loss = loss.detach()
+        added = torch.zeros_like(loss)
+        handle = getattr(self.run.trainer, "regularized", None)
+        if handle is not None and handle.added is not None:
+            added = handle.added.to(loss)
+        self.parts.append((loss - added, added))
+
+    def _loss_of_step(self, ranks: int) -> tuple[float, float]:
+        """Return the model's own loss and the penalty of this step."""
+        own, added = (torch.stack(each).sum() for each in zip(*self.parts, strict=True))
+        factor = ranks if self.scaled else 1 / len(self.parts)
+        return own.item() * factor, added.item() * factor
 
     # A signal lets the step end, saves a checkpoint, and stops; a second one is not caught.
 
@@ -417,6 +432,7 @@ class Watch(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         """Listen to the heads in the steps that are recorded."""
+        self.parts.clear()
         step = state.global_step + 1
         if step == 1 or step % args.logging_steps == 0 or step == state.max_steps:
             self.recorder.start()
@@ -450,7 +466,8 @@ class Watch(TrainerCallback):
             control.should_training_stop = True
 
     def _check_finite(self, step: int) -> None:
-        if self.loss is not None and not bool(torch.isfinite(self.loss)):
+        loss = self.parts[-1][0] if self.parts else None
+        if loss is not None and not bool(torch.isfinite(loss)):
             checkpoint = self.run.folder.last_checkpoint()
             kept = (
                 "no checkpoint was written before it"
@@ -458,7 +475,7 @@ class Watch(TrainerCallback):
                 else f"the checkpoint of step {checkpoint[0]} is kept in {checkpoint[1]}"
             )
             raise RunProblem(
-                f"the loss became {self.loss.item()} at step {step}; {kept}. Start again with a "
+                f"the loss became {loss.item()} at step {step}; {kept}. Start again with a "
                 "lower --learning-rate or --loss-coeff."
             )
 
@@ -482,9 +499,10 @@ class Watch(TrainerCallback):
         per_step *= options.context_length
         statistics = self.monitor.summary()
         self.monitor.reset()
+        loss, penalty = self._loss_of_step(args.world_size)
         numbers = {
-            "loss": logs.get("model_loss", logs["loss"]),
-            "penalty": logs.get("penalty", 0.0),
+            "loss": loss,
+            "penalty": penalty,
             "learning_rate": logs.get("learning_rate", math.nan),
             "gradient_norm": float(logs.get("grad_norm", math.nan)),
             "tokens": state.global_step * per_step,

@@ -31,7 +31,9 @@ class Corpus(NamedTuple):
     held_out: list[Document]
 
 
-def load_corpus(source: str, *, text_column: str = "text", limit_bytes: int | None = None) -> Corpus:
+def load_corpus(
+    source: str, *, text_column: str = "text", limit_bytes: int | None = None
+) -> Corpus:
     """Read text and split it, by document, into train and held-out.
 
     The split depends only on the documents' names, so that it is the same on every machine. A
@@ -49,6 +51,7 @@ def load_corpus(source: str, *, text_column: str = "text", limit_bytes: int | No
     Raises:
         DataError: if nothing is there, or what is there is empty or not text.
     """
+    documents: Iterable[Document]
     if source == "stdlib":
         documents = _standard_library()
     elif source.startswith("hf:"):
@@ -144,7 +147,9 @@ def _read(path: Path) -> str:
     try:
         data = path.read_bytes()
     except OSError as error:
-        raise DataError(f"{path} cannot be read ({error.strerror}); pass a readable file.") from None
+        raise DataError(
+            f"{path} cannot be read ({error.strerror}); pass a readable file."
+        ) from None
     if b"\0" in data:
         raise DataError(f"{path} is a binary file; pass UTF-8 text.")
     try:

@@ -1,4 +1,4 @@
-"""record_entropy: a context in which a model's attention calls deposit the entropy of their rows."""
+"""record_entropy: a context in which attention calls deposit the entropy of their rows."""
 
 import importlib
 import sys

@@ -141,7 +141,8 @@ class EntropyRecording:
         if not kept:
             names = ", ".join(sorted({layer.name for layer in self.layers})) or "none"
             raise LookupError(
-                f"no recorded layer matches pattern {pattern!r} and kind {kind!r}; recorded: {names}."
+                f"no recorded layer matches pattern {pattern!r} and kind {kind!r}; there are: "
+                f"{names}."
             )
         return EntropyRecording(kept, list(self.missing))
 

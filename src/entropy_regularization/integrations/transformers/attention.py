@@ -86,9 +86,7 @@ def entropy_attention(
     return found.output.to(value.dtype).transpose(1, 2).contiguous(), None
 
 
-def _mask_of(
-    mask: Tensor | None, query: Tensor, key: Tensor
-) -> tuple[Structure, Tensor | None]:
+def _mask_of(mask: Tensor | None, query: Tensor, key: Tensor) -> tuple[Structure, Tensor | None]:
     """Return the structure and the additive bias that a mask stands for."""
     if mask is None:
         return Structure(), None

@@ -38,9 +38,7 @@ class StructuredMask(Tensor):
         make_dense: Callable[[], Tensor],
     ) -> "StructuredMask":
         """Make a tensor with a shape and no storage."""
-        mask: StructuredMask = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
-            cls, shape, dtype=dtype, device=device
-        )
+        mask: StructuredMask = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
         mask.structure = structure
         mask.make_dense = make_dense
         return mask
@@ -48,7 +46,7 @@ class StructuredMask(Tensor):
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         """Make the dense mask and compute with that."""
@@ -58,7 +56,7 @@ class StructuredMask(Tensor):
 
         return func(*tree_map(dense, args), **tree_map(dense, kwargs or {}))
 
-    def __repr__(self, **_: Any) -> str:
+    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         """Describe the mask without making it."""
         return f"StructuredMask({self.structure}, shape={tuple(self.shape)})"
 
@@ -146,7 +144,7 @@ def entropy_mask(
 
     Its arguments are those of ``masking_utils.eager_mask``, which is also what it falls back to.
     """
-    given = {
+    given: dict[str, Any] = {
         "batch_size": batch_size,
         "q_length": q_length,
         "kv_length": kv_length,

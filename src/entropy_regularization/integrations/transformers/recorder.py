@@ -275,4 +275,8 @@ def _kind(module: nn.Module, name: str) -> Literal["self", "cross"]:
     if getattr(module, "is_cross_attention", False):
         return "cross"
     last = name.rsplit(".", 1)[-1].lower()
-    return "cross" if any(word in name.lower().split(".")[-2:] or word in last for word in CROSS_NAMES) else "self"
+    return (
+        "cross"
+        if any(word in name.lower().split(".")[-2:] or word in last for word in CROSS_NAMES)
+        else "self"
+    )

@@ -81,7 +81,7 @@ class EntropyRegularizedTrainer(Trainer):
         self._monitor = EntropyMonitor()
         self._penalty_share: Tensor | None = None  # of the loss of this micro-batch
         self._penalty_sum: Tensor | None = None  # since the last log
-        self._last_logged_step = 0
+        self._first_step = 0  # optimizer steps done when penalty_sum began
 
     def compute_loss(
         self,
@@ -146,18 +146,21 @@ class EntropyRegularizedTrainer(Trainer):
         loss: Tensor = super().training_step(*args, **kwargs)
         if self._penalty_share is not None:
             part = loss.detach() * self._penalty_share.to(loss.device)
-            self._penalty_sum = part if self._penalty_sum is None else self._penalty_sum + part
+            if self._penalty_sum is None:
+                self._first_step = self.state.global_step  # after a resume, not 0
+                self._penalty_sum = part
+            else:
+                self._penalty_sum = self._penalty_sum + part
         return loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Log, with the penalty and the entropies beside the training loss."""
         if "loss" in logs and self._penalty_sum is not None:
-            steps = max(self.state.global_step - self._last_logged_step, 1)
+            steps = max(self.state.global_step - self._first_step, 1)
             total = self.accelerator.reduce(self._penalty_sum, reduction="mean")
             logs["penalty"] = (total / steps).item()
             logs["model_loss"] = logs["loss"] - logs["penalty"]
             logs.update(self._monitor.summary().metrics())
             self._monitor.reset()
             self._penalty_sum = None
-            self._last_logged_step = self.state.global_step
         super().log(logs, *args, **kwargs)

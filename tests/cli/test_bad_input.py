@@ -1,0 +1,116 @@
+"""Whatever is typed wrong gives one sentence and the right exit code, and loses nothing."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from entropy_regularization.cli.main import main
+
+
+def call(*arguments: str) -> tuple[int, str]:
+    done = CliRunner().invoke(main, list(arguments))
+    return done.exit_code, done.stderr
+
+
+@pytest.fixture
+def words(tmp_path: Path) -> Path:
+    path = tmp_path / "words.txt"
+    path.write_text("to be or not to be, that is the question. " * 200)
+    return path
+
+
+NANO = ("--model=gpt2-nano", "--vocabulary=300", "--steps=1")
+WRONG = [
+    (("--data=nowhere",), 2, "nowhere is no file, folder or glob"),
+    (("--data={empty}",), 2, "holds no text"),
+    (("--data={binary}",), 2, "is a binary file; pass UTF-8 text"),
+    (("--data={latin}",), 2, "is not UTF-8 text"),
+    (("--data={short}",), 2, "fewer than one context of 256"),
+    (("--data=hf:{binary}/none",), 2, "hf:"),
+    (("--model=gpt2-tinny",), 2, "did you mean gpt2-tiny?"),
+    (("--model={folder}",), 2, "a folder without a config.json"),
+    (("--heads=3", "--width=64"), 2, "3 heads do not divide a width of 64"),
+    (("--vocabulary=10",), 2, "a byte-level vocabulary of 10 cannot hold the 256 bytes"),
+    (("--steps=0",), 2, "0 is not in the range"),
+    (("--steps=-5",), 2, "-5 is not in the range"),
+    (("--learning-rate=-1",), 2, "-1.0 is not in the range"),
+    (("--learning-rate=1e9",), 2, "is not in the range"),
+    (("--batch-size=many",), 2, "'many' is not a valid integer"),
+    (("--tolerance=2",), 2, "2.0 is not in the range"),
+    (("--steps=5", "--epochs=2"), 2, "choose one"),
+    (("--precision=float16",), 2, "needs a GPU"),
+    (("--penalty=l1",), 2, "'l1' is not one of"),
+    (("--resume",), 2, "holds no run to resume"),
+    (("--nonsense",), 2, "No such option"),
+]
+
+
+@pytest.mark.parametrize(("options", "code", "sentence"), WRONG, ids=lambda value: str(value)[:40])
+def test_sentence(
+    options: tuple[str, ...], code: int, sentence: str, words: Path, tmp_path: Path
+) -> None:
+    places = {name: tmp_path / name for name in ("empty", "binary", "latin", "short", "folder")}
+    places["empty"].write_text("")
+    places["binary"].write_bytes(b"\x7fELF\0\1\2")
+    places["latin"].write_bytes("Grüße".encode("latin-1"))
+    places["short"].write_text("too short")
+    places["folder"].mkdir()
+    output = tmp_path / "run"
+    typed = [option.format(**places) for option in options]
+    given = {option.split("=")[0] for option in typed}
+    defaults = [o for o in (*NANO, f"--data={words}") if o.split("=")[0] not in given]
+    found, errors = call("train", f"--output={output}", *defaults, *typed)
+    assert found == code, errors
+    lines = errors.strip().splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith("entropy-reg: ")
+    assert sentence in lines[0]
+    assert not (output / "result.json").exists()
+
+
+def test_output_that_cannot_be_written(words: Path, tmp_path: Path) -> None:
+    blocked = tmp_path / "file"
+    blocked.write_text("kept")
+    found, errors = call("train", f"--output={blocked}/run", f"--data={words}", *NANO)
+    assert found == 1
+    assert "cannot be written" in errors
+    found, errors = call("train", f"--output={blocked}", f"--data={words}", *NANO)
+    assert found == 2
+    assert "holds no run; choose another --output" in errors
+    assert blocked.read_text() == "kept"
+
+
+def test_output_that_holds_something_else(words: Path, tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    found, errors = call("train", f"--output={tmp_path}", f"--data={words}", *NANO)
+    assert found == 2
+    assert "is there already and holds no run" in errors
+
+
+def test_report_of_something_else(tmp_path: Path) -> None:
+    found, errors = call("report", str(tmp_path / "nowhere"))
+    assert found == 1
+    assert len(errors.strip().splitlines()) == 1
+
+
+def test_help_lists_every_option_with_a_text() -> None:
+    done = CliRunner().invoke(main, ["train", "--help"])
+    assert done.exit_code == 0
+    for option in ("--loss-coeff", "--gradient-checkpointing", "--text-column", "--resume"):
+        assert option in done.stdout
+
+
+def test_module_and_version() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "entropy_regularization", "--version"],
+        capture_output=True,
+        text=True,
+        env=dict(os.environ),
+        timeout=60,
+    )
+    assert done.returncode == 0
+    assert "version" in done.stdout

@@ -1,0 +1,212 @@
+"""entropy-reg train: a run from start to end, stopped by signals and kills, and gone on with."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from entropy_regularization.integrations.transformers.regularize import load_thresholds
+from entropy_regularization.monitoring.records import read_records
+
+TINY = [
+    "--model=gpt2-nano", "--width=16", "--vocabulary=300", "--context-length=32",
+    "--batch-size=2", "--evaluation-blocks=4", "--logging-steps=2", "--checkpoint-steps=4",
+    "--tolerance=0.1", "--dropout=0.1",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of text: the source of a few standard modules, cut short."""
+    folder = tmp_path_factory.mktemp("text")
+    for module in (json, subprocess, signal, tempfile_module()):
+        source = Path(str(module.__file__))
+        (folder / f"{source.parent.name}-{source.name}").write_text(source.read_text()[:12_000])
+    return folder
+
+
+def tempfile_module():
+    import tempfile
+
+    return tempfile
+
+
+def command(text: Path, output: Path, *more: str) -> list[str]:
+    start = [sys.executable, "-m", "entropy_regularization", "train"]
+    return [*start, f"--data={text}", f"--output={output}", *TINY, *more]
+
+
+def run(arguments: list[str]) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(arguments, capture_output=True, text=True, env=environment, timeout=240)
+
+
+@pytest.fixture(scope="module")
+def whole(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of 16 steps that nothing interrupted."""
+    output = tmp_path_factory.mktemp("runs") / "whole"
+    done = run(command(text, output, "--steps=16"))
+    assert done.returncode == 0, done.stderr
+    assert "step 16/16" in done.stdout
+    assert "perplexity after training" in done.stdout
+    return output
+
+
+def test_folder_of_a_run(whole: Path) -> None:
+    for name in ("config.json", "records.jsonl", "result.json", "heatmaps.png", "model"):
+        assert (whole / name).exists(), name
+    config = json.loads((whole / "config.json").read_text())
+    assert config["options"]["width"] == 16
+    assert config["versions"]["torch"] == torch.__version__
+    records = read_records(whole)
+    assert [line.step for line in records.train] == [1, 2, 4, 6, 8, 10, 12, 14, 16]
+    before, after = records.evaluation("before"), records.evaluation("after")
+    assert before is not None
+    assert after is not None
+    assert after["perplexity"] < before["perplexity"]
+    line = records.train[-1]
+    assert line["penalty"] > 0
+    assert line["tokens"] == 16 * 2 * 32
+    assert len(line.statistics.entropy) == 2
+    assert all(0 < value < 4 for row in line.statistics.entropy for value in row)
+
+
+def test_model_and_tokenizer_load_again(whole: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(whole / "model")
+    model = AutoModelForCausalLM.from_pretrained(whole / "model")
+    words = "def main():\n    return 0\n"
+    ids = tokenizer(words, return_tensors="pt").input_ids
+    assert tokenizer.decode(ids[0]) == words
+    result = json.loads((whole / "result.json").read_text())
+    assert model(input_ids=ids, labels=ids).loss < result["before"]["loss"]
+    thresholds = load_thresholds(whole / "model")
+    last = read_records(whole).evaluation("after")
+    assert last is not None
+    expected = torch.tensor(last.statistics.threshold)
+    torch.testing.assert_close(thresholds(), expected, rtol=0, atol=1e-5)
+    assert not torch.allclose(expected, torch.full_like(expected, 0.5))  # they were learned
+
+
+def losses(folder: Path) -> list[tuple[int, float, float, str | None]]:
+    return [
+        (line.step, line["loss"], line["penalty"] if line.when is None else 0.0, line.when)
+        for line in read_records(folder).lines
+    ]
+
+
+def assert_same_curve(folder: Path, whole: Path) -> None:
+    for ours, theirs in zip(losses(folder), losses(whole), strict=True):
+        assert (ours[0], ours[3]) == (theirs[0], theirs[3])
+        assert abs(ours[1] - theirs[1]) <= 1e-6
+        assert abs(ours[2] - theirs[2]) <= 1e-6
+
+
+@pytest.mark.parametrize("until", [0, 8])
+def test_killed_run_goes_on_to_the_same_result(
+    until: int, text: Path, whole: Path, tmp_path: Path
+) -> None:
+    """Kill -9 before the first checkpoint, and in the middle."""
+    output = tmp_path / "killed"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(
+        command(text, output, "--steps=16"), stdout=subprocess.PIPE, text=True, env=environment
+    ) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.startswith(f"step {until + 2}/"):
+                os.kill(process.pid, signal.SIGKILL)
+                break
+    assert not (output / "result.json").exists()
+    if until:
+        torn = output / "checkpoints" / "checkpoint-12"  # a save that was cut off
+        torn.mkdir(exist_ok=True)
+        (torn / "complete").unlink(missing_ok=True)
+    done = run(command(text, output, "--resume"))
+    assert done.returncode == 0, done.stderr
+    assert (f"going on from step {until}" in done.stdout) == (until > 0)
+    assert_same_curve(output, whole)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signal_leaves_a_checkpoint(
+    number: signal.Signals, code: int, text: Path, whole: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "stopped"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(
+        command(text, output, "--steps=16"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        for line in process.stdout:
+            if line.startswith("step 6/"):
+                os.kill(process.pid, number)
+                break
+        process.stdout.read()
+        errors = process.stderr.read()
+        assert process.wait(timeout=120) == code
+    last = [line for line in errors.splitlines() if line.startswith("entropy-reg:")]
+    assert len(last) == 1
+    assert f"go on with: entropy-reg train --resume --output {output}" in last[0]
+
+    done = run(command(text, output, "--resume"))
+    assert done.returncode == 0, done.stderr
+    assert_same_curve(output, whole)
+
+
+def test_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(
+    text: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "diverged"
+    # Strong enough to overflow float32 after a few steps.
+    done = run(command(text, output, "--steps=400", "--learning-rate=10", "--weight-decay=1e6",
+                       "--checkpoint-steps=1", "--warmup=0.02"))  # fmt: skip
+    assert done.returncode == 1
+    sentence = done.stderr.strip().splitlines()[-1]
+    assert "the loss became" in sentence
+    assert "is kept in" in sentence
+    assert list((output / "checkpoints").glob("checkpoint-*/complete"))
+    assert not (output / "result.json").exists()
+
+
+def test_options_of_a_resumed_run_cannot_change(text: Path, whole: Path, tmp_path: Path) -> None:
+    output = tmp_path / "half"
+    output.mkdir()
+    (output / "config.json").write_text((whole / "config.json").read_text())
+    done = run(command(text, output, "--resume", "--seed=5"))
+    assert done.returncode == 2
+    assert "--seed 5 was given, but the run in" in done.stderr
+
+
+def test_finished_run_is_never_overwritten(text: Path, whole: Path) -> None:
+    kept = (whole / "records.jsonl").read_bytes()
+    for more in ([], ["--resume"]):
+        done = run(command(text, whole, *more))
+        assert done.returncode == 2
+        assert "holds a finished run" in done.stderr
+        assert done.stderr.count("\n") == 1
+    assert (whole / "records.jsonl").read_bytes() == kept
+
+
+def test_pretrained_model_without_penalty(text: Path, whole: Path, tmp_path: Path) -> None:
+    """Fine-tune from a local folder: its own tokenizer, no penalty, in bfloat16."""
+    output = tmp_path / "tuned"
+    start = [sys.executable, "-m", "entropy_regularization", "train"]
+    done = run([*start, f"--data={text}", f"--output={output}", f"--model={whole / 'model'}",
+                "--context-length=32", "--steps=3", "--batch-size=2", "--evaluation-blocks=2",
+                "--penalty=none", "--precision=bfloat16", "--accumulation=2",
+                "--gradient-checkpointing", "--evaluation-steps=1"])  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    records = read_records(output)
+    assert all(line["penalty"] == 0 for line in records.train)
+    assert [line.step for line in records.lines if line.when == "during"] == [1]

@@ -1,0 +1,83 @@
+"""Text sources, their split, tokenizers trained on the spot, blocks of tokens."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from entropy_regularization.data.text import DataError, Document, load_corpus, split
+from entropy_regularization.data.tokenization import END_OF_TEXT, TokenBlocks, train_tokenizer
+
+
+def test_standard_library_is_split_by_file() -> None:
+    corpus = load_corpus("stdlib")
+    train, held_out = ({d.name for d in part} for part in (corpus.train, corpus.held_out))
+    assert "json/decoder.py" in train | held_out
+    assert not train & held_out
+    assert len(held_out) > 10
+    assert sum(len(d.text) for d in corpus.train) > 5_000_000
+    assert load_corpus("stdlib") == corpus
+
+
+def test_folder_glob_and_file(tmp_path: Path) -> None:
+    for number in range(60):
+        (tmp_path / f"{number}.txt").write_text(f"text number {number}")
+    (tmp_path / "picture.png").write_bytes(b"\x89PNG\0")
+    folder = load_corpus(str(tmp_path))
+    assert len(folder.train) + len(folder.held_out) == 60
+    assert 0 < len(folder.held_out) < 15
+    some = load_corpus(str(tmp_path / "1*.txt"))
+    assert len(some.train) + len(some.held_out) >= 11
+    one = load_corpus(str(tmp_path / "7.txt"))
+    assert one.train[0].text + one.held_out[0].text == "text number 7"
+
+
+def test_single_document_is_cut_at_its_end() -> None:
+    corpus = split("one", [Document("a", "x" * 1000)])
+    assert len(corpus.train[0].text) == 950
+    assert len(corpus.held_out[0].text) == 50
+
+
+def test_hub_data_set_from_a_local_folder(tmp_path: Path) -> None:
+    pytest.importorskip("datasets")
+    lines = [json.dumps({"content": f"def f{n}(): return {n}"}) for n in range(80)]
+    (tmp_path / "train.jsonl").write_text("\n".join(lines))
+    corpus = load_corpus(f"hf:{tmp_path}", text_column="content")
+    assert len(corpus.train) + len(corpus.held_out) == 80
+    with pytest.raises(DataError, match="has no column 'text' but content"):
+        load_corpus(f"hf:{tmp_path}")
+
+
+def test_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(DataError, match=r"entropy-regularization\[datasets\]"):
+        load_corpus("hf:some/name")
+
+
+def test_tokenizer_is_lossless_and_loads_again(tmp_path: Path) -> None:
+    words = "def grüße(x):\n\treturn '東京' + x  # \N{SNOWMAN}\n"
+    tokenizer = train_tokenizer([Document("a", words * 20)], 300)
+    tokenizer.save_pretrained(tmp_path)
+    again = AutoTokenizer.from_pretrained(tmp_path)
+    ids = again(words).input_ids
+    assert again.decode(ids) == words
+    assert len(again) <= 300
+    assert again.eos_token == END_OF_TEXT
+    with pytest.raises(DataError, match="256 bytes"):
+        train_tokenizer([Document("a", words)], 100)
+
+
+def test_blocks_keep_every_token_in_order() -> None:
+    documents = [Document(str(n), f"document {n} ") for n in range(20)]
+    tokenizer = train_tokenizer(documents, 260)
+    blocks = TokenBlocks(tokenizer, documents, 8)
+    ids = []
+    for document in documents:
+        ids += [*tokenizer(document.text).input_ids, tokenizer.eos_token_id]
+    assert torch.equal(blocks.blocks.flatten(), torch.tensor(ids[: len(blocks) * 8]))
+    assert len(TokenBlocks(tokenizer, documents, 8, limit=3)) == 3
+    with pytest.raises(DataError, match="fewer than one context of 100000"):
+        TokenBlocks(tokenizer, documents, 100_000)
