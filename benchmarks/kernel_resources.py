@@ -5,7 +5,7 @@
 
 Triton brings NVIDIA's assembler, so this checks on any machine that the real compiler, not only the
 interpreter, accepts each kernel, and that its tiles fit the registers: a stack that is not empty
-means spilled registers.
+means spilled registers, which cost time where inner loops touch them.
 """
 
 import argparse
@@ -27,11 +27,12 @@ from triton.runtime.jit import mangle_type
 
 from entropy_regularization.attention.masking import Structure
 from entropy_regularization.attention.triton import launch
-from entropy_regularization.attention.triton.tiles import Tiles
+from entropy_regularization.attention.triton.tiles import Tiles, choose_tiles
 
 RESULTS = Path(__file__).parent / "results" / "kernel_resources.json"
 CUOBJDUMP = Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump"
-SHARED_LIMIT = 227 * 1024  # bytes a program may have on compute capability 9.0
+# bytes of shared memory that a program may have, by compute capability
+SHARED_LIMIT = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024}
 
 
 def build_problem(options: str, dim: int, dtype: torch.dtype) -> launch.Problem:
@@ -57,21 +58,28 @@ def build_problem(options: str, dim: int, dtype: torch.dtype) -> launch.Problem:
     return launch.Problem(query, key, value, structure, 0.1, bias, 30.0, sinks, 0.1, seed)
 
 
-def record_launches(problem: launch.Problem) -> list[tuple[Any, Tiles, dict[str, Any]]]:
+def record_launches(
+    problem: launch.Problem, capability: int
+) -> list[tuple[Any, Tiles, dict[str, Any]]]:
     """Return what would be launched by a forward and a backward pass."""
     launches: list[tuple[Any, Tiles, dict[str, Any]]] = []
 
     def record(kernel: Any, programs: int, tiles: Tiles, arguments: dict[str, Any]) -> None:
         launches.append((kernel, tiles, arguments))
 
-    launch.start_kernel, start = record, launch.start_kernel
+    def tiles_for(kernel: str, query: torch.Tensor, value: torch.Tensor) -> Tiles:
+        width = max(query.shape[-1], value.shape[-1])
+        return choose_tiles(kernel, width, query.dtype, SHARED_LIMIT[capability])
+
+    kept = launch.start_kernel, launch.tiles_for
+    launch.start_kernel, launch.tiles_for = record, tiles_for
     try:
         output, entropy, log_normalizer, _ = launch.forward(problem)
         upstream = launch.Upstream(output, entropy, None)
         saved = (output, entropy, log_normalizer)
         launch.backward(problem, saved, upstream, (True, True, True, True, False))
     finally:
-        launch.start_kernel = start
+        launch.start_kernel, launch.tiles_for = kept
     return launches
 
 
@@ -95,6 +103,33 @@ def specialise(argument: Any, path: tuple[int, ...], constants: Any, attributes:
         constants[path] = argument
     elif isinstance(argument, torch.Tensor) or (isinstance(argument, int) and argument % 16 == 0):
         attributes[path] = [["tt.divisibility", 16]]
+
+
+def dump(machine_code: bytes, what: str) -> str:
+    """Let NVIDIA's cuobjdump print something about a compiled kernel."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(machine_code)
+        file.flush()
+        command = [str(CUOBJDUMP), what, file.name]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def spills_in_inner_loops(assembly: str) -> int:
+    """Count loads and stores of spilled registers between a loop's head and its branch back."""
+    found = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.*?);", assembly)
+    code = [(int(address, 16), instruction) for address, instruction in found]
+    loops = []
+    for address, instruction in code:
+        branch = re.search(r"\bBRA\b.*?0x([0-9a-f]+)", instruction)
+        if branch and int(branch[1], 16) < address:
+            loops.append((int(branch[1], 16), address))
+    inner = [
+        loop
+        for loop in loops
+        if not any(loop[0] <= o[0] and o[1] <= loop[1] for o in loops if o != loop)
+    ]
+    spills = (address for address, text in code if re.search(r"\b(LDL|STL)\b", text))
+    return sum(any(head <= address <= tail for head, tail in inner) for address in spills)
 
 
 def compile_kernel(
@@ -122,16 +157,11 @@ def compile_kernel(
         },
     )
     seconds = time.perf_counter() - start
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        usage = subprocess.run(
-            [CUOBJDUMP, "-res-usage", file.name], check=True, capture_output=True, text=True
-        ).stdout
-    found = dict(re.findall(r"(REG|STACK):(\d+)", usage))
+    found = dict(re.findall(r"(REG|STACK):(\d+)", dump(compiled.asm["cubin"], "-res-usage")))
     return {
         "registers": int(found["REG"]),
         "stack_bytes": int(found["STACK"]),
+        "spills_in_inner_loops": spills_in_inner_loops(dump(compiled.asm["cubin"], "-sass")),
         "shared_bytes": compiled.metadata.shared,
         "compile_seconds": round(seconds, 1),
     }
@@ -145,9 +175,9 @@ def compile_all(
     for dtype in dtypes:
         for dim in dims:
             problem = build_problem(options, dim, getattr(torch, dtype))
-            for kernel, tiles, arguments in record_launches(problem):
+            for kernel, tiles, arguments in record_launches(problem, capability):
                 used = compile_kernel(kernel, tiles, arguments, capability)
-                if used["shared_bytes"] > SHARED_LIMIT:
+                if used["shared_bytes"] > SHARED_LIMIT[capability]:
                     raise SystemExit(f"{kernel.__name__} at dim {dim} needs {used}: too much")
                 row = {"kernel": kernel.__name__, "dim": dim, "dtype": dtype, **tiles._asdict()}
                 rows.append(row | used)
@@ -160,7 +190,7 @@ def main() -> None:
     parser.add_argument("--dims", type=int, nargs="+", default=[64, 128, 256])
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"])
     parser.add_argument("--options", choices=["causal", "everything"], default="causal")
-    parser.add_argument("--capability", type=int, default=90)
+    parser.add_argument("--capability", type=int, choices=SHARED_LIMIT, default=90)
     parser.add_argument("--output", type=Path, default=RESULTS)
     chosen = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET", "0") != "0":

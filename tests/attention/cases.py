@@ -59,7 +59,8 @@ class Case:
         self, inputs: list[Tensor], options: dict[str, Any], implementation: str
     ) -> AttentionOutput:
         """Call attention_with_entropy on what build returned."""
-        query, key, value, *rest = inputs
+        query, key, value = inputs[:3]
+        rest = list(inputs[3:])
         named = dict(options)
         if self.bias:
             named["bias"] = rest.pop(0)

@@ -1,5 +1,6 @@
 """Operators around the kernels: compilation, dropout, refusals; and the real compiler."""
 
+import itertools
 import os
 import subprocess
 import sys
@@ -220,8 +221,8 @@ def test_every_head_dimension_has_tiles() -> None:
     kernels = ("forward", "query_gradient", "key_gradients", "bias_gradient", "row_constants")
     for kernel in kernels:
         for width in range(1, 257):
-            for dtype in (torch.float16, torch.float32):
-                rows, keys, warps, stages = choose_tiles(kernel, width, dtype)
+            for dtype, shared in itertools.product((torch.float16, torch.float32), (1e5, 2e5)):
+                rows, keys, warps, stages = choose_tiles(kernel, width, dtype, int(shared))
                 assert rows & (rows - 1) == 0
                 assert keys & (keys - 1) == 0
                 assert warps in (4, 8)

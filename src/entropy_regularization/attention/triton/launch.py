@@ -119,6 +119,15 @@ def padded(dim: int) -> int:
     return max(16, 1 << (dim - 1).bit_length())
 
 
+def tiles_for(kernel: str, query: Tensor, value: Tensor) -> Tiles:
+    """Choose the tiles of a kernel for the head dimensions, precision and device of a problem."""
+    width = max(query.shape[-1], value.shape[-1])
+    if query.device.type != "cuda":
+        return choose_tiles(kernel, width, query.dtype)
+    shared = torch.cuda.get_device_properties(query.device).shared_memory_per_multiprocessor
+    return choose_tiles(kernel, width, query.dtype, shared)
+
+
 def visible_ranges(
     structure: Structure, batch: int, n_queries: int, n_keys: int, tiles: Tiles
 ) -> tuple[Int[Tensor, "batch row_tiles 2"] | None, Int[Tensor, "batch key_tiles 2"] | None]:
@@ -186,12 +195,12 @@ def start_kernel(kernel: Any, programs: int, tiles: Tiles, arguments: dict[str, 
 def forward(problem: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return output, entropy, log-normalizer and largest score of every row."""
     query, key, value = problem.query, problem.key, problem.value
-    batch, heads, n_queries, dim = query.shape
+    batch, heads, n_queries, _ = query.shape
     output = rows_like(query, value.shape[-1])
     entropy, log_normalizer, max_score = (
         query.new_empty(batch, heads, n_queries, dtype=problem.wide) for _ in range(3)
     )
-    tiles = choose_tiles("forward", max(dim, value.shape[-1]), query.dtype)
+    tiles = tiles_for("forward", query, value)
     ranges, _ = visible_ranges(problem.structure, batch, n_queries, key.shape[2], tiles)
     blocks = triton.cdiv(n_queries, tiles.rows)
     arguments = common_arguments(problem) | {
@@ -225,7 +234,7 @@ def row_constants(
     output, entropy, log_normalizer = saved
     delta, log2_normalizer = torch.empty_like(entropy), torch.empty_like(entropy)
     slope = None if upstream.entropy is None else torch.empty_like(entropy)
-    tiles = choose_tiles("row_constants", output.shape[-1], output.dtype)
+    tiles = tiles_for("row_constants", output, output)
     batch, heads, n_queries, value_dim = output.shape
     blocks = triton.cdiv(n_queries, tiles.rows)
     arguments = {
@@ -291,9 +300,9 @@ def backward(
 def query_gradient(problem: Problem, arguments: dict[str, Any]) -> Tensor:
     """Return dQ."""
     query, key, value = problem.query, problem.key, problem.value
-    batch, heads, n_queries, dim = query.shape
+    batch, heads, n_queries, _ = query.shape
     d_query = torch.empty_like(query)
-    tiles = choose_tiles("query_gradient", max(dim, value.shape[-1]), query.dtype)
+    tiles = tiles_for("query_gradient", query, value)
     ranges, _ = visible_ranges(problem.structure, batch, n_queries, key.shape[2], tiles)
     blocks = triton.cdiv(n_queries, tiles.rows)
     own = {
@@ -312,9 +321,9 @@ def query_gradient(problem: Problem, arguments: dict[str, Any]) -> Tensor:
 def key_gradients(problem: Problem, arguments: dict[str, Any]) -> tuple[Tensor, Tensor]:
     """Return dK and dV."""
     query, key, value = problem.query, problem.key, problem.value
-    batch, kv_heads, n_keys, dim = key.shape
+    batch, kv_heads, n_keys, _ = key.shape
     d_key, d_value = torch.empty_like(key), torch.empty_like(value)
-    tiles = choose_tiles("key_gradients", max(dim, value.shape[-1]), query.dtype)
+    tiles = tiles_for("key_gradients", query, value)
     _, ranges = visible_ranges(problem.structure, batch, query.shape[2], n_keys, tiles)
     blocks = triton.cdiv(n_keys, tiles.keys)
     own = {
@@ -334,10 +343,10 @@ def key_gradients(problem: Problem, arguments: dict[str, Any]) -> tuple[Tensor, 
 def bias_gradient(problem: Problem, bias: Tensor, arguments: dict[str, Any]) -> Tensor:
     """Return dbias, in the shape of the bias."""
     query, value = problem.query, problem.value
-    batch, heads, n_queries, dim = query.shape
+    batch, heads, n_queries, _ = query.shape
     n_keys = problem.key.shape[2]
     d_bias = torch.empty_like(bias)
-    tiles = choose_tiles("bias_gradient", max(dim, value.shape[-1]), query.dtype)
+    tiles = tiles_for("bias_gradient", query, value)
     counts = (batch, heads, triton.cdiv(n_queries, tiles.rows), triton.cdiv(n_keys, tiles.keys))
     owned = [1 if size == 1 else n for size, n in zip(bias.shape, counts, strict=True)]
     visited = [n if size == 1 else 1 for size, n in zip(bias.shape, counts, strict=True)]

@@ -14,20 +14,29 @@ class Tiles(NamedTuple):
     stages: int
 
 
-# kernel -> head dimension up to -> tiles. Chosen so that nothing, or little, spills from the
-# registers on Hopper (benchmarks/kernel_resources.py), not yet by measured time.
+# kernel -> head dimension up to -> tiles. Chosen so that inner loops spill no registers on Hopper
+# (benchmarks/kernel_resources.py), not yet by measured time. A group of four warps multiplies 64
+# rows of a tile at once: eight warps want 128 of them, or two groups compute the same.
 _HALF: dict[str, dict[int, Tiles]] = {
     "forward": {64: Tiles(128, 64, 8, 3), 128: Tiles(128, 64, 8, 2), 256: Tiles(128, 32, 8, 2)},
     "query_gradient": {
-        64: Tiles(128, 64, 8, 3), 128: Tiles(128, 64, 8, 2), 256: Tiles(64, 32, 8, 2),
+        64: Tiles(128, 64, 8, 3), 128: Tiles(128, 64, 8, 2), 256: Tiles(128, 32, 8, 1),
     },
     "key_gradients": {
-        64: Tiles(32, 128, 8, 3), 128: Tiles(32, 64, 8, 2), 256: Tiles(32, 32, 8, 1),
+        64: Tiles(32, 128, 8, 3), 128: Tiles(32, 128, 8, 2), 256: Tiles(32, 32, 8, 1),
     },
     "bias_gradient": {
-        64: Tiles(64, 64, 4, 1), 128: Tiles(64, 64, 8, 1), 256: Tiles(32, 32, 8, 1),
+        64: Tiles(64, 64, 4, 1), 128: Tiles(128, 64, 8, 1), 256: Tiles(32, 32, 8, 1),
     },
 }  # fmt: skip
+# The same for devices with about 100 KB of shared memory a program (compute capability 8.6, 8.9).
+_HALF_SMALL: dict[str, dict[int, Tiles]] = {
+    "forward": {64: Tiles(64, 64, 4, 2), 128: Tiles(64, 32, 4, 2), 256: Tiles(32, 32, 4, 1)},
+    "query_gradient": {64: Tiles(64, 32, 4, 2), 128: Tiles(64, 32, 4, 1), 256: Tiles(32, 32, 4, 1)},
+    "key_gradients": {64: Tiles(32, 64, 4, 2), 128: Tiles(32, 64, 4, 1), 256: Tiles(16, 32, 4, 1)},
+    "bias_gradient": {64: Tiles(64, 64, 4, 1), 128: Tiles(32, 32, 4, 1), 256: Tiles(32, 32, 4, 1)},
+}
+LARGE_SHARED_BYTES = 160 * 1024
 # float32 is multiplied without tensor cores ("ieee"), whose operands must fit in registers.
 _SINGLE: dict[str, dict[int, Tiles]] = {
     "forward": {64: Tiles(32, 32, 4, 2), 128: Tiles(32, 16, 4, 1), 256: Tiles(16, 16, 4, 1)},
@@ -37,9 +46,23 @@ _SINGLE: dict[str, dict[int, Tiles]] = {
 }
 
 
-def choose_tiles(kernel: str, width: int, dtype: torch.dtype) -> Tiles:
-    """Choose the tiles of a kernel for the wider of the two head dimensions."""
+def choose_tiles(
+    kernel: str, width: int, dtype: torch.dtype, shared_bytes: int = LARGE_SHARED_BYTES
+) -> Tiles:
+    """Choose the tiles of a kernel.
+
+    Args:
+        kernel: "forward", "row_constants", "query_gradient", "key_gradients" or "bias_gradient".
+        width: the wider of the two head dimensions, at most 256.
+        dtype: that of query, key and value.
+        shared_bytes: shared memory that a program may have on the device.
+
+    Returns:
+        The tiles.
+    """
     if kernel == "row_constants":
         return Tiles(32 if width > 128 else 64, 0, 4, 1)
-    table = _HALF if dtype.itemsize == 2 else _SINGLE
+    table = _HALF if shared_bytes >= LARGE_SHARED_BYTES else _HALF_SMALL
+    if dtype.itemsize > 2:
+        table = _SINGLE
     return next(tiles for limit, tiles in table[kernel].items() if width <= limit)
