@@ -22,4 +22,4 @@ class Stopped(click.ClickException):
 
     def __init__(self, message: str, exit_code: int) -> None:
         super().__init__(message)
-        self.exit_code = exit_code  # type: ignore[misc] - click declares it for the class
+        self.exit_code = exit_code  # type: ignore[misc]
