@@ -81,11 +81,12 @@ class Chunk(NamedTuple):
 
 
 class Blocks(NamedTuple):
-    """How the work is cut: rows in a block, and (batch, key head) pairs in a chunk."""
+    """How the work is cut: rows in a block, (batch, key head) pairs in a chunk, and keys at most."""
 
     rows: int
     batches: int
     heads: int
+    keys: int
 
 
 def choose_blocks(problem: Problem) -> Blocks:
@@ -98,11 +99,11 @@ def choose_blocks(problem: Problem) -> Blocks:
         n_keys = min(n_keys, left + right + rows)
     whole = batch * kv_heads * group * n_queries * n_keys
     if whole <= SCRATCH_ELEMENTS // 4:
-        return Blocks(max(n_queries, 1), max(batch, 1), max(kv_heads, 1))
+        return Blocks(max(n_queries, 1), max(batch, 1), max(kv_heads, 1), n_keys)
     units = max(2, SCRATCH_ELEMENTS // max(group * rows * n_keys, 1))
     if units >= kv_heads:
-        return Blocks(rows, min(max(units // kv_heads, 1), batch), kv_heads)
-    return Blocks(rows, 1, units)
+        return Blocks(rows, min(max(units // kv_heads, 1), batch), kv_heads, n_keys)
+    return Blocks(rows, 1, units, n_keys)
 
 
 def chunks_of(problem: Problem, blocks: Blocks) -> Iterator[Chunk]:
@@ -116,10 +117,18 @@ def chunks_of(problem: Problem, blocks: Blocks) -> Iterator[Chunk]:
 
 
 class Scratch:
-    """Buffers that every block of rows reuses."""
+    """Buffers that every block of rows reuses.
 
-    def __init__(self, like: Tensor, dtype: torch.dtype) -> None:
-        self._like, self._dtype = like, dtype
+    A buffer of scores is made once for the largest block: causal blocks see more and more keys, and
+    a new buffer for each costs more page faults than the softmax costs time.
+    """
+
+    def __init__(self, problem: Problem, blocks: Blocks) -> None:
+        self._like, self._dtype = problem.query, problem.wide
+        units = min(blocks.batches * blocks.heads, problem.key.shape[0] * problem.key.shape[1])
+        self._scores = units * problem.group * blocks.rows * blocks.keys
+        widest = max(problem.key.shape[-1], problem.value.shape[-1])
+        self._room = {"output": 0, "product": units * blocks.keys * widest}
         self._buffers: dict[str, Tensor] = {}
         self._edges: dict[tuple[int, ...], list[tuple[slice, Tensor]]] = {}
 
@@ -145,12 +154,11 @@ class Scratch:
 
     def take(self, name: str, *shape: int) -> Tensor:
         """Return a contiguous, uninitialised tensor that lives until the name is taken again."""
-        size = 1
-        for length in shape:
-            size *= length
+        size = math.prod(shape)
         buffer = self._buffers.get(name)
         if buffer is None or buffer.numel() < size:
-            buffer = self._like.new_empty(size, dtype=self._dtype)
+            room = max(size, self._room.get(name, self._scores))
+            buffer = self._like.new_empty(room, dtype=self._dtype)
             self._buffers[name] = buffer
         return buffer[:size].view(shape)
 
@@ -258,7 +266,7 @@ def forward(
     output = problem.query.new_empty(*row_shape, problem.value.shape[-1])
     statistics = problem.query.new_empty(*row_shape, 3, dtype=problem.wide)
     blocks = choose_blocks(problem)
-    scratch = Scratch(problem.query, problem.wide)
+    scratch = Scratch(problem, blocks)
     for chunk in chunks_of(problem, blocks):
         view = ChunkView(problem, chunk, scratch)
         targets = view.cut(output), view.cut(statistics)
@@ -391,7 +399,7 @@ def backward(
         d_bias = torch.zeros_like(problem.bias, dtype=problem.wide)
     if wanted[0] or wanted[1] or wanted[2] or wanted[3]:
         blocks = choose_blocks(problem)
-        scratch = Scratch(problem.query, problem.wide)
+        scratch = Scratch(problem, blocks)
         gradients = Gradients(d_query, d_key, d_value, d_bias, None)
         for chunk in chunks_of(problem, blocks):
             _backward_chunk(
