@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 STEPS = 300
+BASELINE = "baseline"  # folder of the arm without penalty, in that of the arm with it
 ARMS = (("without penalty", "none"), ("with penalty", "calibrated"))
 
 
@@ -38,6 +39,9 @@ def demo(output: Path, steps: int, debug: bool) -> None:
     from rich.console import Console
 
     console = Console(soft_wrap=True, highlight=False)
+    regularized = folder_of(output, "calibrated")
+    if not regularized.finished and not regularized.config.is_file():
+        regularized.begin(beside=(BASELINE,))  # refuse before the first arm is trained, not after
     for name, penalty in ARMS:
         _train_arm(name, penalty, folder_of(output, penalty), steps, console)
     from entropy_regularization.monitoring.report import write_report
@@ -49,7 +53,7 @@ def demo(output: Path, steps: int, debug: bool) -> None:
 
 def folder_of(output: Path, penalty: str) -> RunFolder:
     """Return where an arm lies."""
-    return RunFolder(output / "baseline" if penalty == "none" else output)
+    return RunFolder(output / BASELINE if penalty == "none" else output)
 
 
 def options_of(penalty: str, steps: int) -> TrainOptions:
@@ -66,11 +70,7 @@ def _train_arm(name: str, penalty: str, folder: RunFolder, steps: int, console: 
     if resume:
         options = TrainOptions(**folder.reopen())
     else:
-        # The folder of the first arm lies in that of the second.
-        others = [p for p in folder.path.glob("*") if p.name != "baseline"]
-        if others:
-            folder.begin()  # says why not
-        folder.path.mkdir(parents=True, exist_ok=True)
+        folder.begin(beside=(BASELINE,))
     console.print(f"\n{name}: {options.steps} steps, in {folder.path}")
     from entropy_regularization.cli.training import run_training
 
