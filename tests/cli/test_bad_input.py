@@ -109,6 +109,14 @@ def test_help_lists_every_option_with_a_text() -> None:
         assert option in done.stdout
 
 
+def test_help_does_not_wait_for_torch() -> None:
+    program = "import sys, entropy_regularization.cli.main; print('torch' in sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert done.stdout == "False\n"
+
+
 def test_module_and_version() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "entropy_regularization", "--version"],

@@ -31,9 +31,9 @@ ARMS = (("without penalty", "none"), ("with penalty", "calibrated"))
 )
 @click.option("--debug", is_flag=True, help="Show tracebacks.")
 def demo(output: Path, steps: int, debug: bool) -> None:
-    """Train a small GPT-2 twice on Python's own source, and show what the penalty did.
+    """Train a small GPT-2 without and with the penalty.
 
-    Both arms have the same seed, text and steps; one has the entropy penalty. Stopped halfway, it
+    Both arms have the same seed, steps and text (Python's own source). Stopped halfway, it
     goes on where it was; when it is finished, it shows its table again.
     """
     from rich.console import Console
@@ -91,7 +91,11 @@ def table_of(output: Path) -> "Table":
         if not folder.finished:
             raise RunProblem(f"{folder.path} is not finished; run entropy-reg demo again.")
         results.append(json.loads(folder.result.read_text()))
-    table = Table(title="the same GPT-2, text and seed; after training on Python's own source")
+    options = options_of("calibrated", STEPS)
+    table = Table(
+        title="the same GPT-2, text and seed, before -> after training",
+        caption=f"band: {options.threshold} ± {options.band} of the entropy that a row can reach",
+    )
     table.add_column("")
     for name, _ in ARMS:
         table.add_column(name, justify="right")
@@ -107,20 +111,14 @@ def _change(key: str, form: str) -> Any:
     return show
 
 
-def _classes(result: dict[str, Any]) -> str:
-    def counts(when: str) -> str:
-        found = result[when]
-        return f"{found['collapsed']} / {found['well_behaved']} / {found['overloaded']}"
-
-    return f"{counts('before')} -> {counts('after')}"
-
-
 ROWS = (
     ("held-out perplexity", _change("perplexity", ",.1f")),
-    ("row entropies in the band 0.5 ± 0.2", _change("in_starting_band", ".1%")),
-    ("mean entropy, nats", _change("mean_entropy", ".2f")),
-    ("mean share of the reachable entropy", _change("utilisation", ".1%")),
-    ("heads collapsed / well-behaved / overloaded", _classes),
+    ("row entropies in the band", _change("in_starting_band", ".1%")),
+    ("mean entropy [nats]", _change("mean_entropy", ".2f")),
+    ("share of reachable entropy", _change("utilisation", ".1%")),
+    ("heads collapsed", _change("collapsed", "d")),
+    ("heads well-behaved", _change("well_behaved", "d")),
+    ("heads overloaded", _change("overloaded", "d")),
     ("penalty", lambda r: f"{r['penalty']['start']:.4f} -> {r['penalty']['end']:.4f}"),
-    ("tokens a second", lambda r: f"{r['tokens_per_second']:,.0f}"),
+    ("training speed [tokens/s]", lambda r: f"{r['tokens_per_second']:,.0f}"),
 )

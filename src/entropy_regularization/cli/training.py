@@ -1,7 +1,7 @@
 """The training behind entropy-reg train: Trainer, records, checkpoints, result."""
 
-import math
 import os
+import statistics
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -181,7 +181,7 @@ class Run:
                 raise self._stopped(watch.signals.number)
             self._evaluate(writer, self.trainer.state.global_step, "after")
         if self.trainer.is_world_process_zero():
-            self._finish(watch.mean_speed())
+            self._finish()
 
     def _records(self, step: int | None) -> RecordWriter:
         """Open the records, with what comes after the checkpoint taken out."""
@@ -240,7 +240,7 @@ class Run:
             EXIT_CODES[number],
         )
 
-    def _finish(self, speed: float) -> None:
+    def _finish(self) -> None:
         """Write the model, the heat-maps, and last the result, which says that all is there."""
         self.model.save_pretrained(self.folder.model)
         self.tokenizer.save_pretrained(self.folder.model)
@@ -269,6 +269,6 @@ class Run:
                 "penalty": {"start": train[0]["penalty"], "end": train[-1]["penalty"]},
                 "tokens": int(train[-1]["tokens"]),
                 "seconds": train[-1]["elapsed"],
-                "tokens_per_second": train[-1]["tokens_per_second"] if math.isnan(speed) else speed,
+                "tokens_per_second": statistics.median(line["tokens_per_second"] for line in train),
             },
         )

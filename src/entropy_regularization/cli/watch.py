@@ -75,7 +75,6 @@ class Watch(TrainerCallback):
         self._summed = False  # whether the losses of micro-batches add up to that of the step
         self._hook = model.register_forward_hook(self._keep_loss, with_kwargs=True)
         self._window = (time.monotonic(), 0)  # when the speed was last written, and at which step
-        self._trained, self._steps = 0.0, 0  # seconds and steps of this process
 
     def say(self, sentence: str) -> None:
         """Print a sentence above the bar."""
@@ -86,11 +85,6 @@ class Watch(TrainerCallback):
         if self.progress is not None:
             self.progress.close()
         self._hook.remove()
-
-    def mean_speed(self) -> float:
-        """Tokens a second over the steps of this process, evaluations left out."""
-        tokens = self._steps * self.tokens_per_step
-        return tokens / self._trained if self._trained > 0 else math.nan
 
     # what is listened to
 
@@ -225,7 +219,6 @@ class Watch(TrainerCallback):
         """Return tokens a second since the last record, and begin anew."""
         (start, first), now = self._window, time.monotonic()
         self._window = (now, step)
-        self._trained, self._steps = self._trained + now - start, self._steps + step - first
         self.elapsed += now - start
         return (step - first) * self.tokens_per_step / max(now - start, 1e-9)
 
