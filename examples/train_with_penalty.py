@@ -35,7 +35,7 @@ def main(arguments: list[str] | None = None) -> None:
     options.output.mkdir(parents=True)
     torch.manual_seed(0)
 
-    corpus = load_corpus(options.data, limit_bytes=2_000_000)
+    corpus = load_corpus(options.data, limit_characters=2_000_000)
     tokenizer = train_tokenizer(corpus.train, 1024)
     blocks = TokenBlocks(tokenizer, corpus.train, options.context_length)
     model = GPT2LMHeadModel(

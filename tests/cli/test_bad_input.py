@@ -39,6 +39,11 @@ WRONG = [
     (("--steps=-5",), 2, "-5 is not in the range"),
     (("--learning-rate=-1",), 2, "-1.0 is not in the range"),
     (("--learning-rate=1e9",), 2, "is not in the range"),
+    (("--learning-rate=nan",), 2, "--learning-rate is nan; pass a finite number"),
+    (("--loss-coeff=inf",), 2, "--loss-coeff is inf"),
+    (("--seed=99999999999",), 2, "is not in the range"),
+    (("--width=60000", "--layers=900", "--heads=2"), 2, "this machine has"),
+    (("--batch-size=100000", "--context-length=16"), 2, "more than the"),
     (("--batch-size=many",), 2, "'many' is not a valid integer"),
     (("--tolerance=2",), 2, "2.0 is not in the range"),
     (("--steps=5", "--epochs=2"), 2, "choose one"),
@@ -102,6 +107,14 @@ def test_help_lists_every_option_with_a_text() -> None:
     assert done.exit_code == 0
     for option in ("--loss-coeff", "--gradient-checkpointing", "--text-column", "--resume"):
         assert option in done.stdout
+
+
+def test_help_does_not_wait_for_torch() -> None:
+    program = "import sys, entropy_regularization.cli.main; print('torch' in sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert done.stdout == "False\n"
 
 
 def test_module_and_version() -> None:

@@ -29,7 +29,7 @@ def test_both_arms_side_by_side_and_nothing_twice(tmp_path: Path) -> None:
     output = tmp_path / "demo"
     first = CliRunner().invoke(main, ["demo", f"--output={output}", "--steps=4"])
     assert first.exit_code == 0, first.output
-    for words in ("held-out perplexity", "without penalty", "with penalty", "tokens a second"):
+    for words in ("held-out perplexity", "without penalty", "with penalty", "tokens/s"):
         assert words in first.stdout
     page = (output / "report.html").read_text()
     assert "without penalty" in page
@@ -40,3 +40,11 @@ def test_both_arms_side_by_side_and_nothing_twice(tmp_path: Path) -> None:
     assert "finished before" in again.stdout
     assert "held-out perplexity" in again.stdout
     assert (output / "records.jsonl").read_bytes() == kept
+
+
+def test_folder_with_something_else_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    refused = CliRunner().invoke(main, ["demo", f"--output={tmp_path}", "--steps=1"])
+    assert refused.exit_code == 2
+    assert "holds no run" in refused.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]

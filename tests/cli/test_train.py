@@ -100,11 +100,11 @@ def losses(folder: Path) -> list[tuple[int, float, float, str | None]]:
     ]
 
 
-def assert_same_curve(folder: Path, whole: Path) -> None:
+def assert_same_curve(folder: Path, whole: Path, tolerance: float = 1e-6) -> None:
     for ours, theirs in zip(losses(folder), losses(whole), strict=True):
         assert (ours[0], ours[3]) == (theirs[0], theirs[3])
-        assert abs(ours[1] - theirs[1]) <= 1e-6
-        assert abs(ours[2] - theirs[2]) <= 1e-6
+        assert abs(ours[1] - theirs[1]) <= tolerance
+        assert abs(ours[2] - theirs[2]) <= tolerance
 
 
 @pytest.mark.parametrize("until", [0, 8])
@@ -164,18 +164,23 @@ def test_signal_leaves_a_checkpoint(
     assert_same_curve(output, whole)
 
 
-def test_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(
-    text: Path, tmp_path: Path
+@pytest.mark.parametrize(("every", "what"), [(1, "a weight became"), (2, "the loss became")])
+def test_training_that_diverges_stops_and_keeps_the_last_good_checkpoint(
+    every: int, what: str, text: Path, tmp_path: Path
 ) -> None:
     output = tmp_path / "diverged"
     # Strong enough to overflow float32 after a few steps.
     done = run(command(text, output, "--steps=400", "--learning-rate=10", "--weight-decay=1e6",
-                       "--checkpoint-steps=1", "--warmup=0.02"))  # fmt: skip
+                       f"--checkpoint-steps={every}", "--warmup=0.02"))  # fmt: skip
     assert done.returncode == 1
     sentence = done.stderr.strip().splitlines()[-1]
-    assert "the loss became" in sentence
+    assert what in sentence
     assert "is kept in" in sentence
-    assert list((output / "checkpoints").glob("checkpoint-*/complete"))
+    whole = list((output / "checkpoints").glob("checkpoint-*/complete"))
+    assert whole
+    for marker in whole:
+        model = AutoModelForCausalLM.from_pretrained(marker.parent)
+        assert all(weight.isfinite().all() for weight in model.parameters())
     assert not (output / "result.json").exists()
 
 
@@ -209,4 +214,29 @@ def test_pretrained_model_without_penalty(text: Path, whole: Path, tmp_path: Pat
     assert done.returncode == 0, done.stderr
     records = read_records(output)
     assert all(line["penalty"] == 0 for line in records.train)
-    assert [line.step for line in records.lines if line.when == "during"] == [1]
+    assert [line.step for line in records.lines if line.when == "during"] == [1, 2]
+
+
+def test_two_ranks_are_two_micro_batches(text: Path, tmp_path: Path) -> None:
+    """A step over two processes of torchrun is that of two accumulated micro-batches."""
+    options = ["--steps=6", "--dropout=0"]
+    together, alone = command(text, tmp_path / "ranks", *options), tmp_path / "alone"
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
+    done = run([*launch, *together[1:]])
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("finished:") == 1
+    assert run(command(text, alone, *options, "--accumulation=2")).returncode == 0
+    assert_same_curve(tmp_path / "ranks", alone, 1e-5)
+
+
+def test_a_machine_that_fails_is_told_in_a_sentence(
+    text: Path, whole: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "blocked"
+    output.mkdir()
+    (output / "config.json").write_text((whole / "config.json").read_text())
+    (output / "checkpoints").write_text("a file where a folder must be")
+    done = run(command(text, output, "--resume"))
+    assert done.returncode == 1
+    assert "go on with: entropy-reg train --resume" in done.stderr.strip().splitlines()[-1]
+    assert "Traceback" not in done.stderr

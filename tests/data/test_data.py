@@ -41,6 +41,15 @@ def test_single_document_is_cut_at_its_end() -> None:
     assert len(corpus.held_out[0].text) == 50
 
 
+def test_no_more_text_than_asked_for(tmp_path: Path) -> None:
+    for number in range(30):
+        (tmp_path / f"{number}.txt").write_text("x" * 100)
+    some = load_corpus(str(tmp_path), limit_characters=1050)
+    assert len(some.train) + len(some.held_out) == 11
+    assert some.limited
+    assert not load_corpus(str(tmp_path), limit_characters=3000).limited
+
+
 def test_hub_data_set_from_a_local_folder(tmp_path: Path) -> None:
     pytest.importorskip("datasets")
     lines = [json.dumps({"content": f"def f{n}(): return {n}"}) for n in range(80)]

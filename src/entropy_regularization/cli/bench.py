@@ -12,7 +12,7 @@ from entropy_regularization.cli.errors import RunProblem
 @click.command(context_settings={"ignore_unknown_options": True})
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
 def bench(arguments: tuple[str, ...]) -> None:
-    """Compare attention_with_entropy with scaled_dot_product_attention on this machine.
+    """Time attention with entropy against plain attention.
 
     ARGUMENTS go to benchmarks/attention.py; its own --help lists them.
     """

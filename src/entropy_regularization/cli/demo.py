@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 STEPS = 300
+BASELINE = "baseline"  # folder of the arm without penalty, in that of the arm with it
 ARMS = (("without penalty", "none"), ("with penalty", "calibrated"))
 
 
@@ -30,14 +31,17 @@ ARMS = (("without penalty", "none"), ("with penalty", "calibrated"))
 )
 @click.option("--debug", is_flag=True, help="Show tracebacks.")
 def demo(output: Path, steps: int, debug: bool) -> None:
-    """Train a small GPT-2 twice on Python's own source, and show what the penalty did.
+    """Train a small GPT-2 without and with the penalty.
 
-    Both arms have the same seed, text and steps; one has the entropy penalty. Stopped halfway, it
+    Both arms have the same seed, steps and text (Python's own source). Stopped halfway, it
     goes on where it was; when it is finished, it shows its table again.
     """
     from rich.console import Console
 
     console = Console(soft_wrap=True, highlight=False)
+    regularized = folder_of(output, "calibrated")
+    if not regularized.finished and not regularized.config.is_file():
+        regularized.begin(beside=(BASELINE,))  # refuse before the first arm is trained, not after
     for name, penalty in ARMS:
         _train_arm(name, penalty, folder_of(output, penalty), steps, console)
     from entropy_regularization.monitoring.report import write_report
@@ -49,7 +53,7 @@ def demo(output: Path, steps: int, debug: bool) -> None:
 
 def folder_of(output: Path, penalty: str) -> RunFolder:
     """Return where an arm lies."""
-    return RunFolder(output / "baseline" if penalty == "none" else output)
+    return RunFolder(output / BASELINE if penalty == "none" else output)
 
 
 def options_of(penalty: str, steps: int) -> TrainOptions:
@@ -66,11 +70,7 @@ def _train_arm(name: str, penalty: str, folder: RunFolder, steps: int, console: 
     if resume:
         options = TrainOptions(**folder.reopen())
     else:
-        # The folder of the first arm lies in that of the second.
-        others = [p for p in folder.path.glob("*") if p.name != "baseline"]
-        if others:
-            folder.begin()  # says why not
-        folder.path.mkdir(parents=True, exist_ok=True)
+        folder.begin(beside=(BASELINE,))
     console.print(f"\n{name}: {options.steps} steps, in {folder.path}")
     from entropy_regularization.cli.training import run_training
 
@@ -91,7 +91,11 @@ def table_of(output: Path) -> "Table":
         if not folder.finished:
             raise RunProblem(f"{folder.path} is not finished; run entropy-reg demo again.")
         results.append(json.loads(folder.result.read_text()))
-    table = Table(title="the same GPT-2, text and seed; after training on Python's own source")
+    options = options_of("calibrated", STEPS)
+    table = Table(
+        title="the same GPT-2, text and seed, before -> after training",
+        caption=f"band: {options.threshold} ± {options.band} of the entropy that a row can reach",
+    )
     table.add_column("")
     for name, _ in ARMS:
         table.add_column(name, justify="right")
@@ -107,20 +111,14 @@ def _change(key: str, form: str) -> Any:
     return show
 
 
-def _classes(result: dict[str, Any]) -> str:
-    def counts(when: str) -> str:
-        found = result[when]
-        return f"{found['collapsed']} / {found['well_behaved']} / {found['overloaded']}"
-
-    return f"{counts('before')} -> {counts('after')}"
-
-
 ROWS = (
     ("held-out perplexity", _change("perplexity", ",.1f")),
-    ("row entropies in the band 0.5 ± 0.2", _change("in_starting_band", ".1%")),
-    ("mean entropy, nats", _change("mean_entropy", ".2f")),
-    ("mean share of the reachable entropy", _change("utilisation", ".1%")),
-    ("heads collapsed / well-behaved / overloaded", _classes),
+    ("row entropies in the band", _change("in_starting_band", ".1%")),
+    ("mean entropy [nats]", _change("mean_entropy", ".2f")),
+    ("share of reachable entropy", _change("utilisation", ".1%")),
+    ("heads collapsed", _change("collapsed", "d")),
+    ("heads well-behaved", _change("well_behaved", "d")),
+    ("heads overloaded", _change("overloaded", "d")),
     ("penalty", lambda r: f"{r['penalty']['start']:.4f} -> {r['penalty']['end']:.4f}"),
-    ("tokens a second", lambda r: f"{r['tokens_per_second']:,.0f}"),
+    ("training speed [tokens/s]", lambda r: f"{r['tokens_per_second']:,.0f}"),
 )

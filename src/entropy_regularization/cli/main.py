@@ -38,12 +38,10 @@ class Commands(click.Group):
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="entropy-regularization")
 def main() -> None:
-    r"""Measure and control the entropy of every attention head of a transformer.
+    """Measure and control the entropy of every attention head of a transformer.
 
-    \b
-    entropy-reg demo                 two small trainings side by side, and a page about them
-    entropy-reg train --output RUN   train or fine-tune a model with the entropy penalty
-    entropy-reg report RUN           write RUN/report.html
+    Begin with entropy-reg demo, or with entropy-reg train --output RUN; then look at the page that
+    entropy-reg report RUN writes. Every command has its own --help.
     """
 
 

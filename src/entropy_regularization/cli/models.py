@@ -1,6 +1,7 @@
 """The model of a run: our own small GPT-2s from scratch, or a pretrained one."""
 
 import difflib
+import os
 from pathlib import Path
 from typing import NamedTuple
 
@@ -39,7 +40,8 @@ def size_of(options: TrainOptions) -> Size | None:
     """Return the size of a model from scratch, None for a pretrained one.
 
     Raises:
-        UsageProblem: if heads do not divide the width, or the name is neither a size nor a model.
+        UsageProblem: if heads do not divide the width, the model is larger than the machine, or
+            the name is neither a size nor a model.
     """
     size = SIZES.get(options.model)
     changed = {"layers": options.layers, "width": options.width, "heads": options.heads}
@@ -53,12 +55,28 @@ def size_of(options: TrainOptions) -> Size | None:
         _check_pretrained_name(options.model)
         return None
     size = size._replace(**{name: value for name, value in changed.items() if value is not None})
+    _check_memory(size, options)
     if size.width % size.heads:
         raise UsageProblem(
             f"{size.heads} heads do not divide a width of {size.width}; choose --heads and --width "
             "so that they do."
         )
     return size
+
+
+def _check_memory(size: Size, options: TrainOptions) -> None:
+    """Refuse a model whose weights, gradients and Adam moments (16 bytes each) cannot fit."""
+    tables = options.vocabulary + options.context_length
+    parameters = 12 * size.layers * size.width**2 + tables * size.width
+    if not hasattr(os, "sysconf"):
+        return
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if 16 * parameters > memory:
+        raise UsageProblem(
+            f"{size.layers} layers of width {size.width} have {parameters:.3g} parameters, whose "
+            f"training needs {16 * parameters / 1e9:,.0f} GB; this machine has "
+            f"{memory / 1e9:,.0f} GB. Pass smaller --layers, --width or --vocabulary."
+        )
 
 
 def _check_pretrained_name(name: str) -> None:

@@ -1,6 +1,7 @@
 """What entropy-reg train can be told: one field per option, with its help text and its default."""
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -9,9 +10,9 @@ import click
 from entropy_regularization.cli.errors import UsageProblem
 
 
-def _option(default: Any, text: str, kind: Any = None, flag: str | None = None) -> Any:
+def _option(default: Any, text: str, kind: Any = None) -> Any:
     """Declare a field that is also an option."""
-    return dataclasses.field(default=default, metadata={"help": text, "type": kind, "flag": flag})
+    return dataclasses.field(default=default, metadata={"help": text, "type": kind})
 
 
 POSITIVE = click.IntRange(min=1)
@@ -30,11 +31,13 @@ class TrainOptions:
         "(2 layers, width 64, 2 heads), gpt2-tiny (4, 128, 4), gpt2-mini (6, 256, 8), "
         "gpt2-small (12, 768, 12).",
     )
-    layers: int | None = _option(None, "Layers, in place of the size's.", POSITIVE)
-    width: int | None = _option(None, "Width, in place of the size's.", POSITIVE)
+    layers: int | None = _option(None, "Layers, in place of the size's.", click.IntRange(1, 1000))
+    width: int | None = _option(None, "Width, in place of the size's.", click.IntRange(1, 65_536))
     heads: int | None = _option(None, "Heads, in place of the size's.", POSITIVE)
     vocabulary: int = _option(
-        4096, "Tokens of the byte-level BPE trained for a model from scratch.", POSITIVE
+        4096,
+        "Tokens of the byte-level BPE trained for a model from scratch.",
+        click.IntRange(1, 1_000_000),
     )
     data: str = _option(
         "stdlib",
@@ -42,6 +45,11 @@ class TrainOptions:
         "for a hub data set.",
     )
     text_column: str = _option("text", "Column of a hub data set that holds the text.")
+    text_limit: int = _option(
+        100,
+        "Read at most this many million characters; a hub data set may hold far more.",
+        POSITIVE,
+    )
     context_length: int = _option(256, "Tokens in a context.", click.IntRange(min=2))
     batch_size: int = _option(8, "Contexts in a micro-batch.", POSITIVE)
     accumulation: int = _option(1, "Micro-batches in an optimizer step.", POSITIVE)
@@ -63,7 +71,9 @@ class TrainOptions:
     gradient_checkpointing: bool = _option(
         False, "Compute activations again in backward, to save memory."
     )
-    seed: int = _option(0, "Seed of the weights, the order of the text and dropout.", COUNT)
+    seed: int = _option(
+        0, "Seed of the weights, the order of the text and dropout.", click.IntRange(0, 2**32 - 1)
+    )
     penalty: str = _option(
         "calibrated",
         "calibrated (the same strength for every length and batch), published (Jha & Reagen 2025, "
@@ -96,6 +106,13 @@ class TrainOptions:
         return 200 if self.steps is None else self.steps
 
     @property
+    def strength(self) -> float:
+        """Coefficient of the penalty."""
+        if self.loss_coeff is not None:
+            return self.loss_coeff
+        return 1e-5 if self.penalty == "published" else 1.0
+
+    @property
     def band(self) -> float:
         """Half the width of the band."""
         if self.tolerance is not None:
@@ -106,8 +123,12 @@ class TrainOptions:
         """Check what one option alone cannot tell.
 
         Raises:
-            UsageProblem: if options contradict each other.
+            UsageProblem: if a number is not finite, or options contradict each other.
         """
+        for name, value in self.as_dict().items():
+            if isinstance(value, float) and not math.isfinite(value):
+                option = "--" + name.replace("_", "-")
+                raise UsageProblem(f"{option} is {value}; pass a finite number.")
         if self.steps is not None and self.epochs is not None:
             raise UsageProblem(
                 f"--steps {self.steps} and --epochs {self.epochs:g} were both given; choose one."

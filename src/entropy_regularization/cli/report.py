@@ -16,7 +16,7 @@ from entropy_regularization.cli.errors import RunProblem
 )
 @click.option("--debug", is_flag=True, help="Show tracebacks.")
 def report(run: Path, output: Path | None, debug: bool) -> None:
-    """Write one self-contained HTML page about the run in the folder RUN."""
+    """Write one HTML page about the run in the folder RUN."""
     from entropy_regularization.monitoring.report import write_report
 
     try:

@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import shutil
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -35,8 +36,11 @@ class RunFolder:
         """Whether the run reached its end."""
         return self.result.is_file()
 
-    def begin(self) -> None:
+    def begin(self, *, beside: tuple[str, ...] = ()) -> None:
         """Make the folder for a new run.
+
+        Args:
+            beside: names that may lie in it already.
 
         Raises:
             UsageProblem: if something is there already.
@@ -52,7 +56,9 @@ class RunFolder:
                 f"{self.path} holds a run that is not finished; add --resume to go on with it, or "
                 "choose another --output."
             )
-        if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+        if self.path.exists() and (
+            not self.path.is_dir() or any(p.name not in beside for p in self.path.iterdir())
+        ):
             raise UsageProblem(
                 f"{self.path} is there already and holds no run; choose another --output."
             )
@@ -118,6 +124,12 @@ class RunFolder:
                 with path.open("rb") as file:
                     os.fsync(file.fileno())
         write_json(folder / COMPLETE, {"step": step})
+
+    def clear_torn_checkpoints(self) -> None:
+        """Remove checkpoints that a kill cut off: Trainer would keep them before whole ones."""
+        for folder in self.checkpoints.glob("checkpoint-*"):
+            if not (folder / COMPLETE).is_file():
+                shutil.rmtree(folder)
 
     def last_checkpoint(self) -> tuple[int, Path] | None:
         """Return step and folder of the last whole checkpoint; one cut off by a kill is ignored."""

@@ -1,5 +1,6 @@
 """entropy-reg train: train or fine-tune a language model with the entropy penalty."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -31,17 +32,20 @@ def train(context: click.Context, /, output: Path, resume: bool, debug: bool, **
     Python's own standard library. Ctrl-C leaves a checkpoint; --resume goes on from it.
     """
     folder = RunFolder(output)
+    main_process = os.environ.get("RANK", "0") == "0"  # of torchrun and accelerate launch
     if resume:
         options = _options_to_resume(context, folder, given)
     else:
         options = TrainOptions(**given)
         options.check()
-        folder.begin()
+        if main_process:
+            folder.begin()
     from entropy_regularization.cli.training import run_training
 
     run_training(options, folder, resume=resume)
-    click.echo(f"finished: {folder.path}")
-    click.echo(f"its page: entropy-reg report {folder.path}")
+    if main_process:
+        click.echo(f"finished: {folder.path}")
+        click.echo(f"its page: entropy-reg report {folder.path}")
 
 
 def _options_to_resume(

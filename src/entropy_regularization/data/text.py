@@ -24,15 +24,23 @@ class Document(NamedTuple):
 
 
 class Corpus(NamedTuple):
-    """Documents to train on and others to measure perplexity on; no document is in both."""
+    """Documents to train on and others to measure perplexity on; no document is in both.
+
+    Attributes:
+        name: the source.
+        train: documents to train on.
+        held_out: documents to measure perplexity on.
+        limited: whether the source holds more text than was read.
+    """
 
     name: str
     train: list[Document]
     held_out: list[Document]
+    limited: bool = False
 
 
 def load_corpus(
-    source: str, *, text_column: str = "text", limit_bytes: int | None = None
+    source: str, *, text_column: str = "text", limit_characters: int | None = None
 ) -> Corpus:
     """Read text and split it, by document, into train and held-out.
 
@@ -43,7 +51,8 @@ def load_corpus(
         source: "stdlib" (Python's own standard library source), "hf:NAME" (a hub data set or a
             local folder in its layout), a file, a folder, or a glob of files.
         text_column: the column of a hub data set that holds the text.
-        limit_bytes: stop reading after this many characters; None reads everything.
+        limit_characters: stop after the document in which this many characters are reached; None
+            reads everything.
 
     Returns:
         The corpus.
@@ -58,17 +67,20 @@ def load_corpus(
         documents = _hub(source.removeprefix("hf:"), text_column)
     else:
         documents = _files(source)
-    return split(source, _limited(documents, limit_bytes))
+    kept, limited = _limited(documents, limit_characters)
+    return split(source, kept)._replace(limited=limited)
 
 
-def _limited(documents: Iterable[Document], limit: int | None) -> list[Document]:
-    kept, size = [], 0
+def _limited(documents: Iterable[Document], limit: int | None) -> tuple[list[Document], bool]:
+    """Return the first documents, and whether there are more."""
+    kept: list[Document] = []
+    size = 0
     for document in documents:
+        if limit is not None and size >= limit:
+            return kept, True
         kept.append(document)
         size += len(document.text)
-        if limit is not None and size >= limit:
-            break
-    return kept
+    return kept, False
 
 
 def split(name: str, documents: list[Document]) -> Corpus:

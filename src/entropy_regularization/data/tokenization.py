@@ -70,21 +70,20 @@ class TokenBlocks(Dataset[dict[str, Tensor]]):
         limit: int | None = None,
     ) -> None:
         end = tokenizer.eos_token_id
-        ids: list[int] = []
+        chunks: list[Tensor] = []  # a list of integers would take several times the memory
         texts = [document.text for document in documents]
         for start in range(0, len(texts), 256):
             batch = tokenizer(texts[start : start + 256], add_special_tokens=False, verbose=False)
             for row in batch["input_ids"]:
-                ids.extend(row)
-                if end is not None:
-                    ids.append(end)
+                chunks.append(torch.tensor(row if end is None else [*row, end], dtype=torch.int64))
+        ids = torch.cat(chunks)
         count = len(ids) // length
         if count == 0:
             raise DataError(
                 f"the text has {len(ids)} tokens, fewer than one context of {length}; pass more "
                 "text or a smaller --context-length."
             )
-        blocks = torch.tensor(ids[: count * length], dtype=torch.int64).view(count, length)
+        blocks = ids[: count * length].view(count, length)
         if limit is not None and count > limit:
             blocks = blocks[torch.linspace(0, count - 1, limit).long()]
         self.blocks = blocks

@@ -1,0 +1,132 @@
+"""What a training needs before it starts: text, tokenizer, blocks of tokens, model."""
+
+import os
+from typing import NamedTuple
+
+import torch
+from rich.console import Console
+from transformers import (
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainingArguments,
+)
+
+from entropy_regularization.cli.errors import UsageProblem
+from entropy_regularization.cli.models import build_model, load_model, size_of
+from entropy_regularization.cli.options import TrainOptions
+from entropy_regularization.cli.runs import RunFolder
+from entropy_regularization.data.text import Corpus, DataError, load_corpus
+from entropy_regularization.data.tokenization import TokenBlocks, train_tokenizer
+
+
+class Materials(NamedTuple):
+    """What a training needs."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    train: TokenBlocks
+    held_out: TokenBlocks
+
+
+def prepare(
+    options: TrainOptions, folder: RunFolder, arguments: TrainingArguments, console: Console
+) -> Materials:
+    """Read the text and build the model; write config.json when everything is in order.
+
+    Args:
+        options: what was asked for.
+        folder: of the run; its tokenizer is used if it has one.
+        arguments: know which rank this is; the main one goes first.
+        console: where to say what is done.
+
+    Returns:
+        Model, tokenizer and blocks.
+
+    Raises:
+        UsageProblem: if the options do not fit together, the text or the model.
+        RunProblem: if the model cannot be used.
+    """
+    size = size_of(options)
+    console.print(f"reading {options.data}")
+    try:
+        with arguments.main_process_first(local=False):
+            corpus = load_corpus(
+                options.data,
+                text_column=options.text_column,
+                limit_characters=options.text_limit * 1_000_000,
+            )
+            if corpus.limited:
+                console.print(
+                    f"took the first {options.text_limit} million characters; --text-limit reads "
+                    "more"
+                )
+            if size is None:
+                model, tokenizer = load_model(options)
+            else:
+                tokenizer = _own_tokenizer(options, folder, corpus)
+                model = build_model(options, size, tokenizer)
+            blocks = TokenBlocks(tokenizer, corpus.train, options.context_length)
+            held_out = _held_out_blocks(options, tokenizer, corpus)
+            _check_batch(options, len(blocks))
+            if arguments.process_index == 0:
+                # Only now: a command that failed above leaves nothing in the way of the next one.
+                if not folder.config.is_file():
+                    folder.write_config("train", options.as_dict())
+                if size is not None:
+                    _keep_tokenizer(tokenizer, folder)
+    except DataError as error:
+        raise UsageProblem(f"--data {options.data}: {error}") from error
+    console.print(
+        f"{len(blocks):,} contexts of {options.context_length} tokens to train on, "
+        f"{len(held_out):,} held out; {model.num_parameters():,} parameters"
+    )
+    return Materials(model, tokenizer, blocks, held_out)
+
+
+def _check_batch(options: TrainOptions, contexts: int) -> None:
+    if options.batch_size > contexts:
+        raise UsageProblem(
+            f"--batch-size {options.batch_size} is more than the {contexts} contexts of the text; "
+            "pass a smaller one, or more text."
+        )
+
+
+def _own_tokenizer(
+    options: TrainOptions, folder: RunFolder, corpus: Corpus
+) -> PreTrainedTokenizerBase:
+    """Train a tokenizer, or load the one that this run (or its main rank) trained before."""
+    if folder.tokenizer.is_dir():
+        found: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder.tokenizer)
+        return found
+    tokenizer = train_tokenizer(corpus.train, options.vocabulary)
+    tokenizer.model_max_length = options.context_length
+    return tokenizer
+
+
+def _keep_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: RunFolder) -> None:
+    if not folder.tokenizer.is_dir():
+        beside = folder.tokenizer.with_name("tokenizer.new")  # whole, or not there
+        tokenizer.save_pretrained(beside)
+        os.replace(beside, folder.tokenizer)
+
+
+def _held_out_blocks(
+    options: TrainOptions, tokenizer: PreTrainedTokenizerBase, corpus: Corpus
+) -> TokenBlocks:
+    try:
+        return TokenBlocks(
+            tokenizer, corpus.held_out, options.context_length, options.evaluation_blocks
+        )
+    except DataError as error:
+        raise DataError(f"the held-out twentieth is too short: {error}") from error
+
+
+def check_precision(options: TrainOptions) -> None:
+    """Check that this machine can train in the precision.
+
+    Raises:
+        UsageProblem: if it cannot.
+    """
+    if options.precision == "float16" and not torch.cuda.is_available():
+        raise UsageProblem("--precision float16 needs a GPU; pass bfloat16 or float32.")
