@@ -398,13 +398,14 @@ def backward(
     """
     constants = row_constants(problem, saved, upstream)
     inputs = (problem.query, problem.key, problem.value)
+    # Contiguous whatever the inputs are: blocks are written through views.
     d_query, d_key, d_value = (
-        torch.empty_like(tensor) if want else None
+        torch.empty_like(tensor, memory_format=torch.contiguous_format) if want else None
         for tensor, want in zip(inputs, wanted[:3], strict=True)
     )
     d_bias = None
     if wanted[3] and problem.bias is not None:
-        d_bias = torch.zeros_like(problem.bias, dtype=problem.wide)
+        d_bias = torch.zeros(problem.bias.shape, dtype=problem.wide, device=problem.bias.device)
     if wanted[0] or wanted[1] or wanted[2] or wanted[3]:
         blocks = choose_blocks(problem)
         scratch = Scratch(problem, blocks)

@@ -104,8 +104,8 @@ class SdpaRecorder:
             found = ", ".join(self._silent[:8]) or "none computed a softmax either"
             raise ValueError(
                 f"{type(self.model).__name__} ran without calling "
-                f"torch.nn.functional.scaled_dot_product_attention (own softmax: {found}); call it, "
-                "or attention_with_entropy, in the model's attention."
+                "torch.nn.functional.scaled_dot_product_attention (own softmax: "
+                f"{found}); call it, or attention_with_entropy, in the model's attention."
             )
         self._recording.missing = sorted(set(self._silent))
         if self._recording.missing and not self.allow_partial:
