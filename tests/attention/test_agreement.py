@@ -9,7 +9,7 @@ from entropy_regularization.attention import blockwise
 
 
 def small_blocks(problem: blockwise.Problem) -> blockwise.Blocks:
-    return blockwise.Blocks(rows=3, batches=1, heads=1)
+    return blockwise.Blocks(rows=3, batches=1, heads=1, keys=1)
 
 
 @pytest.fixture(params=["chosen blocks", "small blocks"])

@@ -81,11 +81,12 @@ class Chunk(NamedTuple):
 
 
 class Blocks(NamedTuple):
-    """How the work is cut: rows in a block, and (batch, key head) pairs in a chunk."""
+    """How the work is cut: rows in a block, (batch, key head) pairs in a chunk, most keys."""
 
     rows: int
     batches: int
     heads: int
+    keys: int
 
 
 def choose_blocks(problem: Problem) -> Blocks:
@@ -98,11 +99,11 @@ def choose_blocks(problem: Problem) -> Blocks:
         n_keys = min(n_keys, left + right + rows)
     whole = batch * kv_heads * group * n_queries * n_keys
     if whole <= SCRATCH_ELEMENTS // 4:
-        return Blocks(max(n_queries, 1), max(batch, 1), max(kv_heads, 1))
+        return Blocks(max(n_queries, 1), max(batch, 1), max(kv_heads, 1), n_keys)
     units = max(2, SCRATCH_ELEMENTS // max(group * rows * n_keys, 1))
     if units >= kv_heads:
-        return Blocks(rows, min(max(units // kv_heads, 1), batch), kv_heads)
-    return Blocks(rows, 1, units)
+        return Blocks(rows, min(max(units // kv_heads, 1), batch), kv_heads, n_keys)
+    return Blocks(rows, 1, units, n_keys)
 
 
 def chunks_of(problem: Problem, blocks: Blocks) -> Iterator[Chunk]:
@@ -116,10 +117,18 @@ def chunks_of(problem: Problem, blocks: Blocks) -> Iterator[Chunk]:
 
 
 class Scratch:
-    """Buffers that every block of rows reuses."""
+    """Buffers that every block of rows reuses.
 
-    def __init__(self, like: Tensor, dtype: torch.dtype) -> None:
-        self._like, self._dtype = like, dtype
+    A buffer of scores is made once for the largest block: causal blocks see more and more keys, and
+    a new buffer for each costs more page faults than the softmax costs time.
+    """
+
+    def __init__(self, problem: Problem, blocks: Blocks) -> None:
+        self._like, self._dtype = problem.query, problem.wide
+        units = min(blocks.batches * blocks.heads, problem.key.shape[0] * problem.key.shape[1])
+        self._scores = units * problem.group * blocks.rows * blocks.keys
+        widest = max(problem.key.shape[-1], problem.value.shape[-1])
+        self._room = {"output": 0, "product": units * blocks.keys * widest}
         self._buffers: dict[str, Tensor] = {}
         self._edges: dict[tuple[int, ...], list[tuple[slice, Tensor]]] = {}
 
@@ -145,12 +154,11 @@ class Scratch:
 
     def take(self, name: str, *shape: int) -> Tensor:
         """Return a contiguous, uninitialised tensor that lives until the name is taken again."""
-        size = 1
-        for length in shape:
-            size *= length
+        size = math.prod(shape)
         buffer = self._buffers.get(name)
         if buffer is None or buffer.numel() < size:
-            buffer = self._like.new_empty(size, dtype=self._dtype)
+            room = max(size, self._room.get(name, self._scores))
+            buffer = self._like.new_empty(room, dtype=self._dtype)
             self._buffers[name] = buffer
         return buffer[:size].view(shape)
 
@@ -161,16 +169,19 @@ class ChunkView:
     def __init__(self, problem: Problem, chunk: Chunk, scratch: Scratch) -> None:
         self.problem, self.chunk, self.scratch = problem, chunk, scratch
         self.structure = problem.structure.of_batches(chunk.batches)
-        self.inner = self.structure._replace(left=None, right=None)
+        inner = self.structure._replace(left=None, right=None)
+        self.inner = None if inner == Structure() else inner  # what no edge of a tile says
         key = problem.key[chunk.batches, chunk.heads]
         self.shape = (key.shape[0], key.shape[1], problem.group)
         self.units = key.shape[0] * key.shape[1]
-        self.query = self.cut(problem.query)
+        self.query = self.by_unit(problem.query).to(problem.wide)
         self.bias = None if problem.bias is None else self.cut(problem.bias)
         self.key = self._units(key)
         self.value = self._units(problem.value[chunk.batches, chunk.heads])
-        # Contiguous transposes: the products with them are a tenth faster.
-        self.key_t = self.key.transpose(1, 2).contiguous()
+        # Contiguous transposes: the products with them are a tenth faster. The scale is folded
+        # into the keys, once a chunk, so that blocks of queries are views.
+        factor = problem.scale * (LOG2_E if problem.softcap is None else 1.0 / problem.softcap)
+        self.key_t = self.key.transpose(1, 2).mul(factor).contiguous()
 
     def _units(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.problem.wide).flatten(0, 1)
@@ -179,23 +190,23 @@ class ChunkView:
         """Cut ``[batch, query heads, ...]`` to this chunk's ``[b, h, group, ...]``."""
         return self.chunk.of(tensor, self.problem.group)
 
-    def rows(self, cut: Tensor, tile: Tile, factor: float = 1.0) -> Tensor:
-        """Take a block of rows of ``[b, h, group, queries, dim]`` as ``[units, rows, dim]``."""
-        block = cut[:, :, :, tile.row_start : tile.row_stop].to(self.problem.wide)
-        if factor != 1.0:
-            block = block * factor
-        return block.reshape(self.units, -1, cut.shape[-1])
+    def by_unit(self, tensor: Tensor) -> Tensor:
+        """Cut ``[batch, query heads, queries, dim]`` to ``[units, group, queries, dim]``."""
+        return self.cut(tensor).flatten(0, 1)
+
+    def rows(self, cut: Tensor, tile: Tile) -> Tensor:
+        """Take a block of rows of ``[units, group, queries, dim]`` as ``[units, rows, dim]``."""
+        return cut[:, :, tile.row_start : tile.row_stop].flatten(1, 2)
 
     def put(self, cut: Tensor, tile: Tile, block: Tensor) -> None:
-        """Write ``[units, rows, dim]`` into a block of rows of ``[b, h, group, queries, dim]``."""
-        target = cut[:, :, :, tile.row_start : tile.row_stop]
+        """Write ``[units, rows, dim]`` into a block of rows of ``[units, group, queries, dim]``."""
+        target = cut[:, :, tile.row_start : tile.row_stop]
         target.copy_(block.view(target.shape))
 
     def scores(self, tile: Tile) -> tuple[Tensor, Tensor | None]:
         """Return ``[units, rows, keys]`` scores in base 2, unmasked, and their tanh if capped."""
         problem = self.problem
-        factor = problem.scale * (LOG2_E if problem.softcap is None else 1.0 / problem.softcap)
-        query = self.rows(self.query, tile, factor)
+        query = self.rows(self.query, tile)
         keys = self.key_t[:, :, tile.key_start : tile.key_stop]
         score = self.scratch.take("score", *query.shape[:2], keys.shape[2])
         torch.bmm(query, keys, out=score)
@@ -215,14 +226,19 @@ class ChunkView:
 
     def fill_masked(self, score: Tensor, tile: Tile, fill: float) -> None:
         """Overwrite the scores of keys that are not allowed."""
-        problem, view = self.problem, self.per_head(score, tile)
+        problem = self.problem
         sizes = problem.query.shape[2], problem.key.shape[2]
-        for keys, outside in self.scratch.edges(self.structure, tile, *sizes, score.device):
-            view[..., keys].masked_fill_(outside, fill)
+        edges = self.scratch.edges(self.structure, tile, *sizes, score.device)
+        if edges:
+            heads = score.view(-1, tile.row_stop - tile.row_start, score.shape[-1])
+            for keys, outside in edges:
+                heads[:, :, keys].masked_fill_(outside, fill)
+        if self.inner is None:
+            return
         allowed = tile_allowed(self.inner, tile, *sizes, score.device)
         if allowed is not None:
             everyone = self.chunk._replace(batches=slice(None))
-            view.masked_fill_(~everyone.of(allowed, problem.group), fill)
+            self.per_head(score, tile).masked_fill_(~everyone.of(allowed, problem.group), fill)
 
     def keep(self, tile: Tile, like: Tensor) -> Tensor | None:
         """Draw the dropout factors of a tile: 0 or 1/(1-rate), the same in forward and backward."""
@@ -258,14 +274,14 @@ def forward(
     output = problem.query.new_empty(*row_shape, problem.value.shape[-1])
     statistics = problem.query.new_empty(*row_shape, 3, dtype=problem.wide)
     blocks = choose_blocks(problem)
-    scratch = Scratch(problem.query, problem.wide)
+    scratch = Scratch(problem, blocks)
     for chunk in chunks_of(problem, blocks):
         view = ChunkView(problem, chunk, scratch)
-        targets = view.cut(output), view.cut(statistics)
+        targets = view.by_unit(output), view.by_unit(statistics)
         for tile in row_blocks(view, blocks):
             if tile.key_start == tile.key_stop:
                 for target, nothing in zip(targets, (0.0, MASKED_SCORE), strict=True):
-                    target[:, :, :, tile.row_start : tile.row_stop].fill_(nothing)
+                    target[:, :, tile.row_start : tile.row_stop].fill_(nothing)
                 continue
             for target, block in zip(targets, _forward_block(view, tile), strict=True):
                 view.put(target, tile, block)
@@ -334,7 +350,7 @@ class RowConstants(NamedTuple):
 
 
 class RowViews(NamedTuple):
-    """One chunk's share of what belongs to rows, each ``[b, h, group, queries, dim or 1]``."""
+    """One chunk's share of what belongs to rows, each ``[units, group, queries, dim or 1]``."""
 
     output_gradient: Tensor
     log2_normalizer: Tensor
@@ -382,16 +398,17 @@ def backward(
     """
     constants = row_constants(problem, saved, upstream)
     inputs = (problem.query, problem.key, problem.value)
+    # Contiguous whatever the inputs are: blocks are written through views.
     d_query, d_key, d_value = (
-        torch.empty_like(tensor) if want else None
+        torch.empty_like(tensor, memory_format=torch.contiguous_format) if want else None
         for tensor, want in zip(inputs, wanted[:3], strict=True)
     )
     d_bias = None
     if wanted[3] and problem.bias is not None:
-        d_bias = torch.zeros_like(problem.bias, dtype=problem.wide)
+        d_bias = torch.zeros(problem.bias.shape, dtype=problem.wide, device=problem.bias.device)
     if wanted[0] or wanted[1] or wanted[2] or wanted[3]:
         blocks = choose_blocks(problem)
-        scratch = Scratch(problem.query, problem.wide)
+        scratch = Scratch(problem, blocks)
         gradients = Gradients(d_query, d_key, d_value, d_bias, None)
         for chunk in chunks_of(problem, blocks):
             _backward_chunk(
@@ -417,17 +434,18 @@ def _backward_chunk(
     """Add one chunk's share to the gradients."""
     problem, chunk = view.problem, view.chunk
     rows = RowViews(
-        view.cut(output_gradient), *(view.cut(constant[..., None]) for constant in constants[:3])
+        view.by_unit(output_gradient).to(problem.wide),
+        *(view.by_unit(constant[..., None]) for constant in constants[:3]),
     )
     value_t = view.value.transpose(1, 2).contiguous()
-    d_query = None if gradients.query is None else view.cut(gradients.query)
+    d_query = None if gradients.query is None else view.by_unit(gradients.query)
     d_bias = None if gradients.bias is None else view.cut(gradients.bias)
     key_sum = None if gradients.key is None else torch.zeros_like(view.key)
     value_sum = None if gradients.value is None else torch.zeros_like(view.value)
     for tile in row_blocks(view, blocks):
         if tile.key_start == tile.key_stop:
             if d_query is not None:
-                d_query[:, :, :, tile.row_start : tile.row_stop].zero_()
+                d_query[:, :, tile.row_start : tile.row_stop].zero_()
             continue
         keys = slice(tile.key_start, tile.key_stop)
         d_output = view.rows(rows.output_gradient, tile)
@@ -435,12 +453,13 @@ def _backward_chunk(
         if value_sum is not None:
             _add_product(value_sum[:, keys], weights, d_output, view.scratch)
         if key_sum is not None:
-            query = view.rows(view.query, tile, problem.scale)
-            _add_product(key_sum[:, keys], d_score, query, view.scratch)
+            _add_product(key_sum[:, keys], d_score, view.rows(view.query, tile), view.scratch)
         if d_query is not None:
             block = view.scratch.take("output", *d_score.shape[:2], view.key.shape[-1])
             torch.bmm(d_score, view.key[:, keys], out=block)
             view.put(d_query, tile, block.mul_(problem.scale))
+    if key_sum is not None:
+        key_sum.mul_(problem.scale)
     for target, total in ((gradients.key, key_sum), (gradients.value, value_sum)):
         if target is not None and total is not None:
             cut = target[chunk.batches, chunk.heads]

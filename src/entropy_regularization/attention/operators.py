@@ -111,7 +111,7 @@ def _(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> list[Tensor]:
     bias, sinks, wanted = rest[3], rest[4], rest[-1]
     inputs = (query, key, value, bias, sinks)
     return [
-        torch.empty_like(tensor)
+        torch.empty_like(tensor, memory_format=torch.contiguous_format)
         for tensor, want in zip(inputs, wanted, strict=True)
         if want and tensor is not None
     ]

@@ -147,12 +147,17 @@ def _files(source: str) -> list[Document]:
     documents = []
     for each in found:
         try:
-            documents.append(Document(each.as_posix(), _read(each)))
+            documents.append(Document(_name(each, path), _read(each)))
         except DataError:
             continue  # a folder may hold pictures beside its text
     if not documents:
         raise DataError(f"none of the {len(found)} files of {source} is UTF-8 text; pass text.")
     return documents
+
+
+def _name(path: Path, folder: Path) -> str:
+    """Name a document by its place in the folder, so that the split is the same wherever it lies."""
+    return path.relative_to(folder).as_posix() if folder.is_dir() else path.name
 
 
 def _read(path: Path) -> str:

@@ -136,9 +136,8 @@ class TestDropout:
 
 
 @pytest.mark.skipif(not is_interpreted(), reason="float64 runs interpreted only")
-@pytest.mark.parametrize("name", ["causal-left-padding", "bias-full", "sinks-window-padding"])
-def test_gradcheck(name: str, device: str) -> None:
-    case = next(case for case in CASES if case.name == name)
+def test_gradcheck(device: str) -> None:
+    case = next(case for case in CASES if case.name == "sinks-window-padding")
     inputs, options = case.build(torch.float64, device)
 
     def differentiable(*tensors: Tensor) -> tuple[Tensor, ...]:

@@ -20,7 +20,7 @@ class Tiles(NamedTuple):
 _HALF: dict[str, dict[int, Tiles]] = {
     "forward": {64: Tiles(128, 64, 8, 3), 128: Tiles(128, 64, 8, 2), 256: Tiles(128, 32, 8, 2)},
     "query_gradient": {
-        64: Tiles(128, 64, 8, 3), 128: Tiles(128, 64, 8, 2), 256: Tiles(128, 32, 8, 1),
+        64: Tiles(128, 64, 8, 3), 128: Tiles(128, 64, 8, 2), 256: Tiles(64, 32, 4, 2),
     },
     "key_gradients": {
         64: Tiles(32, 128, 8, 3), 128: Tiles(32, 128, 8, 2), 256: Tiles(32, 32, 8, 1),

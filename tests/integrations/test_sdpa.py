@@ -1,0 +1,224 @@
+"""Any PyTorch model that calls scaled_dot_product_attention: entropies, gradients, refusals."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from entropy_regularization import EntropyRegularization, record_entropy
+
+ORIGINAL = functional.scaled_dot_product_attention
+
+
+class SelfAttention(nn.Module):
+    """As nanoGPT and timm write it: one projection, then the fused function."""
+
+    def __init__(self, width: int, heads: int, causal: bool) -> None:
+        super().__init__()
+        self.project, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.heads, self.causal = heads, causal
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.split(x)
+        y = functional.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
+        return self.out(y.transpose(1, 2).flatten(2))
+
+    def split(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        parts = self.project(x).unflatten(-1, (3, self.heads, -1))
+        q, k, v = parts.permute(2, 0, 3, 1, 4)
+        return q, k, v
+
+
+class Stack(nn.Module):
+    def __init__(self, causal: bool = True, layers: int = 2) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(SelfAttention(16, 4, causal) for _ in range(layers))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = x + block(x)
+        return x
+
+
+def by_hand(q: Tensor, k: Tensor, allowed: Tensor | None = None) -> Tensor:
+    scores = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5
+    if allowed is not None:
+        scores = scores.masked_fill(~allowed, -torch.inf)
+    weights = torch.softmax(scores, -1)
+    return -(weights * weights.clamp(min=1e-30).log()).sum(-1)
+
+
+@pytest.fixture
+def x() -> Tensor:
+    return 2 * torch.randn(2, 7, 16, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("causal", [True, False], ids=["nanoGPT", "ViT"])
+def test_direct_calls(causal: bool, x: Tensor) -> None:
+    torch.manual_seed(0)
+    model = Stack(causal)
+    plain = model(x)
+    with record_entropy(model) as recording:
+        output = model(x)
+    torch.testing.assert_close(output, plain)
+    assert [layer.name for layer in recording] == ["blocks.0", "blocks.1"]
+    q, k, _ = model.blocks[0].split(x)
+    allowed = torch.ones(7, 7, dtype=torch.bool).tril() if causal else None
+    expected = by_hand(q, k, allowed)
+    torch.testing.assert_close(recording[0].entropy, expected, rtol=1e-5, atol=1e-5)
+    counts = recording[0].allowed_keys.flatten().tolist()
+    assert counts == (list(range(1, 8)) if causal else [7] * 7)
+    weight = model.blocks[0].project.weight
+    (got,) = torch.autograd.grad(recording[0].entropy.square().sum(), weight)
+    (wanted,) = torch.autograd.grad(expected.square().sum(), weight)
+    torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
+    assert EntropyRegularization.calibrated()(recording, 0.5) > 0
+    assert functional.scaled_dot_product_attention is ORIGINAL
+
+
+def test_causal_is_aligned_upper_left_as_torch_does(x: Tensor) -> None:
+    class Cross(nn.Module):
+        def forward(self, q: Tensor, k: Tensor) -> Tensor:
+            return functional.scaled_dot_product_attention(q, k, k, is_causal=True)
+
+    q, k = x[:, None, :4], x[:, None]
+    plain = Cross()(q, k)
+    with record_entropy(Cross()) as recording:
+        pass
+    model = Cross()
+    with record_entropy(model) as recording:
+        torch.testing.assert_close(model(q, k), plain)
+    assert recording[0].allowed_keys.flatten().tolist() == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("kind", ["boolean", "additive", "3-D", "grouped", "two dimensions"])
+def test_masks_and_shapes(kind: str, x: Tensor) -> None:
+    q = x.unflatten(-1, (4, 4)).transpose(1, 2)
+    allowed = torch.rand(2, 1, 7, 7, generator=torch.Generator().manual_seed(1)) > 0.4
+    allowed |= torch.eye(7, dtype=torch.bool)
+    calls: dict[str, Callable[[], Tensor]] = {
+        "boolean": lambda: functional.scaled_dot_product_attention(q, q, q, attn_mask=allowed),
+        "additive": lambda: functional.scaled_dot_product_attention(
+            q, q, q, attn_mask=torch.zeros(7, 7).masked_fill(~allowed[0, 0], -torch.inf)
+        ),
+        "3-D": lambda: functional.scaled_dot_product_attention(x, x, x, attn_mask=allowed[:, 0]),
+        "grouped": lambda: functional.scaled_dot_product_attention(
+            q, q[:, :2], q[:, :2], enable_gqa=True, scale=0.3
+        ),
+        "two dimensions": lambda: functional.scaled_dot_product_attention(x[0], x[0], x[0]),
+    }
+
+    class Caller(nn.Module):
+        def forward(self, _: Tensor) -> Tensor:
+            return calls[kind]()
+
+    plain = calls[kind]()
+    model = Caller()
+    with record_entropy(model) as recording:
+        output = model(x)
+    torch.testing.assert_close(output, plain)
+    if kind == "boolean":
+        torch.testing.assert_close(recording[0].entropy, by_hand(q, q, allowed), rtol=0, atol=1e-5)
+
+
+def test_multihead_attention(x: Tensor) -> None:
+    torch.manual_seed(0)
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = nn.MultiheadAttention(16, 4, batch_first=True)
+
+        def forward(self, x: Tensor, need_weights: bool = False) -> tuple[Tensor, Tensor | None]:
+            found: tuple[Tensor, Tensor | None] = self.attention(
+                x, x, x, need_weights=need_weights, average_attn_weights=False
+            )
+            return found
+
+    model = Model()
+    _, weights = model(x, need_weights=True)
+    assert weights is not None
+    with record_entropy(model) as recording:
+        model(x)
+    expected = torch.special.entr(weights).sum(-1)
+    torch.testing.assert_close(recording[0].entropy, expected, rtol=0, atol=1e-5)
+    with (
+        pytest.raises(ValueError, match="attention is called with need_weights=True"),
+        record_entropy(model),
+    ):
+        model(x, need_weights=True)
+    assert functional.scaled_dot_product_attention is ORIGINAL
+    with (
+        pytest.raises(ValueError, match=r"before torch\.compile"),
+        record_entropy(torch.compile(model)),
+    ):
+        pass
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_transformer_encoder_and_decoder(training: bool, x: Tensor) -> None:
+    torch.manual_seed(0)
+    options = {
+        "d_model": 16,
+        "nhead": 4,
+        "dim_feedforward": 32,
+        "batch_first": True,
+        "dropout": 0.0,
+    }
+    model = nn.Transformer(num_encoder_layers=2, num_decoder_layers=1, **options).train(training)
+    plain = model(x, x[:, :5])
+    with torch.set_grad_enabled(training), record_entropy(model) as recording:
+        output = model(x, x[:, :5])
+    torch.testing.assert_close(output, plain, rtol=1e-4, atol=1e-5)
+    assert [(layer.name.split(".", 1)[1], layer.kind) for layer in recording] == [
+        ("layers.0.self_attn", "self"),
+        ("layers.1.self_attn", "self"),
+        ("layers.0.self_attn", "self"),
+        ("layers.0.multihead_attn", "cross"),
+    ]
+    assert recording[3].entropy.shape == (2, 4, 5)
+    assert torch.backends.mha.get_fastpath_enabled()
+
+
+class OwnSoftmax(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.Identity()
+        self.attention.forward = lambda x: functional.softmax(x @ x.transpose(-1, -2), -1) @ x  # type: ignore[method-assign]
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.attention(x)
+        return y
+
+
+def test_models_that_cannot_be_seen_are_refused_by_name(x: Tensor) -> None:
+    model = OwnSoftmax()
+    with pytest.raises(ValueError, match="own softmax: attention"), record_entropy(model):
+        model(x)
+    both = nn.Sequential(Stack(layers=1), OwnSoftmax())
+    with pytest.raises(ValueError, match=r"1\.attention computes a softmax"), record_entropy(both):
+        both(x)
+    with record_entropy(both, allow_partial=True) as recording:
+        both(x)
+    assert recording.missing == ["1.attention"]
+    assert len(recording) == 1
+
+
+def test_state_is_restored_after_an_exception_and_two_models_do_not_mix(x: Tensor) -> None:
+    one, two = Stack(layers=1), Stack(layers=2)
+    with pytest.raises(RuntimeError, match="mine"), record_entropy(one):
+        raise RuntimeError("mine")
+    assert functional.scaled_dot_product_attention is ORIGINAL
+    assert not one._forward_hooks
+    assert not one.blocks[0]._forward_pre_hooks
+    with record_entropy(one) as first, record_entropy(two) as second:
+        one(x)
+        two(x)
+    assert (len(first), len(second)) == (1, 2)
+    with record_entropy(two) as outer, record_entropy(two, layers=[1], gradient=False) as inner:
+        two(x)
+    assert (len(outer), len(inner)) == (2, 1)
+    assert outer[0].entropy.requires_grad
+    assert not inner[0].entropy.requires_grad
