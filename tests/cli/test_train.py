@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -63,7 +64,7 @@ def test_folder_of_a_run(whole: Path) -> None:
         assert (whole / name).exists(), name
     config = json.loads((whole / "config.json").read_text())
     assert config["options"]["width"] == 16
-    assert config["versions"]["torch"] == torch.__version__
+    assert config["versions"]["torch"] == metadata.version("torch")
     records = read_records(whole)
     assert [line.step for line in records.train] == [1, 2, 4, 6, 8, 10, 12, 14, 16]
     before, after = records.evaluation("before"), records.evaluation("after")

@@ -9,6 +9,7 @@ import click
 from entropy_regularization.cli.errors import RunProblem
 from entropy_regularization.cli.options import TrainOptions
 from entropy_regularization.cli.runs import RunFolder
+from entropy_regularization.cli.train import start
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -72,9 +73,7 @@ def _train_arm(name: str, penalty: str, folder: RunFolder, steps: int, console: 
     else:
         folder.begin(beside=(BASELINE,))
     console.print(f"\n{name}: {options.steps} steps, in {folder.path}")
-    from entropy_regularization.cli.training import run_training
-
-    run_training(options, folder, resume=resume)
+    start(options, folder, resume=resume)
 
 
 def table_of(output: Path) -> "Table":

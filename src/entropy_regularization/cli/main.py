@@ -5,6 +5,7 @@ from typing import Any
 
 import click
 
+from entropy_regularization import __version__
 from entropy_regularization.cli.bench import bench
 from entropy_regularization.cli.demo import demo
 from entropy_regularization.cli.errors import INTERRUPTED
@@ -36,7 +37,7 @@ class Commands(click.Group):
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(package_name="entropy-regularization")
+@click.version_option(__version__, prog_name="entropy-reg")
 def main() -> None:
     """Measure and control the entropy of every attention head of a transformer.
 

@@ -40,12 +40,19 @@ def train(context: click.Context, /, output: Path, resume: bool, debug: bool, **
         options.check()
         if main_process:
             folder.begin()
-    from entropy_regularization.cli.training import run_training
-
-    run_training(options, folder, resume=resume)
+    start(options, folder, resume=resume)
     if main_process:
         click.echo(f"finished: {folder.path}")
         click.echo(f"its page: entropy-reg report {folder.path}")
+
+
+def start(options: TrainOptions, folder: RunFolder, *, resume: bool) -> None:
+    """Import torch and train; see run_training."""
+    # On a shared machine OpenMP threads that spin while they wait slow each other down tenfold.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    from entropy_regularization.cli.training import run_training
+
+    run_training(options, folder, resume=resume)
 
 
 def _options_to_resume(

@@ -131,7 +131,8 @@ class Run:
     ) -> None:
         self.options, self.folder, self.console = options, folder, console
         self.model, self.tokenizer, blocks, self.held_out = materials
-        self.starting_band = self.band = Band(options.threshold, options.band)
+        settings = self._regularization()
+        self.starting_band = self.band = Band.of(settings, options.threshold)
         if options.gradient_checkpointing:
             # Reentrant checkpointing would lose the gradient of the penalty.
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -148,9 +149,9 @@ class Run:
         else:
             learned = not options.fixed_thresholds
             thresholds = HeadThresholds(*shapes, options.threshold, learnable=learned)
-            self.band = Band(thresholds, options.band)
+            self.band = Band.of(settings, thresholds)
             self.trainer = EntropyRegularizedTrainer(
-                **common, regularization=self._regularization(), thresholds=thresholds
+                **common, regularization=settings, thresholds=thresholds
             )
         self.trainer.remove_callback(PrinterCallback)
 
