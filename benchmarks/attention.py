@@ -13,7 +13,6 @@ and outputs taken off. Causal float32, 12 heads of width 64, batch 1, unless a r
 import argparse
 import json
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -163,10 +162,12 @@ def measure_precision() -> dict[str, Any]:
 
 
 def resident(highest: bool) -> int:
-    if highest:
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * resource.getpagesize()
+    """Return the resident set of this program, now or at its highest (Linux)."""
+    field = "VmHWM:" if highest else "VmRSS:"
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field):
+            return int(line.split()[1]) * 1024
+    raise SystemExit("memory is measured on Linux only.")
 
 
 def report_memory(name: str, n: int, heads: int) -> None:

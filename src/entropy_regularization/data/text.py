@@ -156,7 +156,7 @@ def _files(source: str) -> list[Document]:
 
 
 def _name(path: Path, folder: Path) -> str:
-    """Name a document by its place in the folder, so that the split is the same wherever it lies."""
+    """Name a document by its place in the folder, so that the split is the same anywhere."""
     return path.relative_to(folder).as_posix() if folder.is_dir() else path.name
 
 
