@@ -117,14 +117,14 @@ def turns_for(n: int) -> int:
     return max(3, min(40, 40 * 1024 // n))
 
 
-def measure_times(lengths: list[int]) -> dict[str, Any]:
+def measure_times(lengths: list[int], turns: int | None) -> dict[str, Any]:
     rows: dict[str, Any] = {}
     for n in lengths:
         names = ["sdpa", "ours", *(["eager"] if n <= EAGER_UP_TO else [])]
-        given = inputs(n)
+        given, count = inputs(n), turns or turns_for(n)
         rows[str(n)] = {
-            "forward": take_turns({name: forward(name, given) for name in names}, turns_for(n)),
-            "both": take_turns({name: both(name, given) for name in names}, turns_for(n)),
+            "forward": take_turns({name: forward(name, given) for name in names}, count),
+            "both": take_turns({name: both(name, given) for name in names}, count),
         }
         for kind, row in rows[str(n)].items():
             text = "  ".join(
@@ -276,6 +276,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="N up to 2048, no memory at 65536")
     parser.add_argument("--lengths", type=int, nargs="+", help="numbers of tokens")
+    parser.add_argument("--turns", type=int, help="turns at each length; by length unless given")
     parser.add_argument("--skip-agreement", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--output", type=Path, default=RESULTS, help="JSON file to write")
     parser.add_argument("--memory-of", nargs=3, help=argparse.SUPPRESS)
@@ -289,7 +290,7 @@ def main() -> None:
     lengths = options.lengths or [512, 1024, 2048, 4096, 8192, 16384, 32768]
     lengths = [n for n in lengths if not options.quick or n <= 2048]
     result: dict[str, Any] = {"environment": hardware(), "shape": [1, HEADS, "N", DIM]}
-    result["times"] = measure_times(lengths)
+    result["times"] = measure_times(lengths, options.turns)
     result["memory"] = {
         name: {str(n): measure_memory(name, n) for n in lengths} for name in ("sdpa", "ours")
     }

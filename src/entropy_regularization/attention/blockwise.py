@@ -181,7 +181,8 @@ class ChunkView:
         # Contiguous transposes: the products with them are a tenth faster. The scale is folded
         # into the keys, once a chunk, so that blocks of queries are views.
         factor = problem.scale * (LOG2_E if problem.softcap is None else 1.0 / problem.softcap)
-        self.key_t = self.key.transpose(1, 2).mul(factor).contiguous()
+        key_t = self.key.transpose(1, 2)
+        self.key_t = torch.mul(key_t, factor, out=key_t.new_empty(key_t.shape))
 
     def _units(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.problem.wide).flatten(0, 1)
@@ -440,8 +441,8 @@ def _backward_chunk(
     value_t = view.value.transpose(1, 2).contiguous()
     d_query = None if gradients.query is None else view.by_unit(gradients.query)
     d_bias = None if gradients.bias is None else view.cut(gradients.bias)
-    key_sum = None if gradients.key is None else torch.zeros_like(view.key)
-    value_sum = None if gradients.value is None else torch.zeros_like(view.value)
+    key_sum = _accumulator(gradients.key, view)
+    value_sum = _accumulator(gradients.value, view)
     for tile in row_blocks(view, blocks):
         if tile.key_start == tile.key_stop:
             if d_query is not None:
@@ -461,9 +462,20 @@ def _backward_chunk(
     if key_sum is not None:
         key_sum.mul_(problem.scale)
     for target, total in ((gradients.key, key_sum), (gradients.value, value_sum)):
-        if target is not None and total is not None:
+        if target is not None and total is not None and target.dtype != problem.wide:
             cut = target[chunk.batches, chunk.heads]
             cut.copy_(total.view(cut.shape))
+
+
+def _accumulator(gradient: Tensor | None, view: ChunkView) -> Tensor | None:
+    """Return zeros ``[units, keys, dim]``: the gradient itself, unless it is in low precision."""
+    if gradient is None:
+        return None
+    # A view: a chunk is either whole batch entries or some heads of one.
+    cut = gradient[view.chunk.batches, view.chunk.heads].flatten(0, 1)
+    if gradient.dtype != view.problem.wide:
+        return torch.zeros_like(cut, dtype=view.problem.wide)
+    return cut.zero_()
 
 
 def _add_product(target: Tensor, left: Tensor, right: Tensor, scratch: Scratch) -> None:
