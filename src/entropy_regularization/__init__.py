@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from entropy_regularization.attention.api import AttentionOutput, attention_with_entropy
+    from entropy_regularization.attention.merging import AttentionShard, merge_attention
     from entropy_regularization.monitoring.monitor import EntropyMonitor
     from entropy_regularization.recording.recorder import record_entropy
     from entropy_regularization.recording.recording import EntropyRecording, LayerEntropy
@@ -15,23 +16,27 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AttentionOutput",
+    "AttentionShard",
     "EntropyMonitor",
     "EntropyRecording",
     "EntropyRegularization",
     "HeadThresholds",
     "LayerEntropy",
     "attention_with_entropy",
+    "merge_attention",
     "record_entropy",
 ]
 
 _ROOMS = {
     "AttentionOutput": "attention.api",
+    "AttentionShard": "attention.merging",
     "EntropyMonitor": "monitoring.monitor",
     "EntropyRecording": "recording.recording",
     "EntropyRegularization": "regularization",
     "HeadThresholds": "thresholds",
     "LayerEntropy": "recording.recording",
     "attention_with_entropy": "attention.api",
+    "merge_attention": "attention.merging",
     "record_entropy": "recording.recorder",
 }
 

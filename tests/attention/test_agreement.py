@@ -5,17 +5,17 @@ import torch
 from cases import CASES, Case, gradients, worst_error
 
 from entropy_regularization import attention_with_entropy
-from entropy_regularization.attention import blockwise
+from entropy_regularization.attention.blockwise import Problem, blocking
 
 
-def small_blocks(problem: blockwise.Problem) -> blockwise.Blocks:
-    return blockwise.Blocks(rows=3, batches=1, heads=1, keys=1)
+def small_blocks(problem: Problem) -> blocking.Blocks:
+    return blocking.Blocks(rows=3, batches=1, heads=1, keys=1)
 
 
 @pytest.fixture(params=["chosen blocks", "small blocks"])
 def blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if request.param == "small blocks":
-        monkeypatch.setattr(blockwise, "choose_blocks", small_blocks)
+        monkeypatch.setattr(blocking, "choose_blocks", small_blocks)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)

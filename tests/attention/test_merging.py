@@ -7,8 +7,7 @@ import torch
 from cases import worst_error
 from torch import Tensor
 
-from entropy_regularization import attention_with_entropy
-from entropy_regularization.attention.merging import merge_attention
+from entropy_regularization import attention_with_entropy, merge_attention
 
 
 def inputs() -> list[Tensor]:
@@ -54,6 +53,18 @@ def test_merged_shards_equal_the_whole(cuts: list[int]) -> None:
     merged = merge_attention([shard(tensors, *pair) for pair in itertools.pairwise(cuts)])
     assert worst_error(list(merged), list(whole(tensors))) <= 1e-13
     assert worst_error(gradients(merged, tensors), gradients(whole(tensors), tensors)) <= 1e-12
+
+
+def test_what_attention_returned_can_be_merged_as_it_is() -> None:
+    query, key, value = inputs()
+    parts = [
+        attention_with_entropy(query, key[:, :, cut], value[:, :, cut])
+        for cut in (slice(0, 5), slice(5, 12))
+    ]
+    expected = attention_with_entropy(query, key, value)
+    merged = merge_attention(parts)
+    assert worst_error([merged.entropy], [expected.entropy]) <= 1e-13
+    assert worst_error([merged.output], [expected.output]) <= 1e-13
 
 
 def test_merging_is_associative() -> None:

@@ -38,11 +38,13 @@ class Structure(NamedTuple):
         ]
         return Structure(self.left, self.right, *cut)
 
-    def may_leave_rows_empty(self, n_keys: int) -> bool:
+    def may_leave_rows_empty(self, n_queries: int, n_keys: int) -> bool:
         """Tell whether a row without any key is possible, from shapes alone."""
         plain = self.allowed is None and self.key_padding is None and self.document is None
-        # With at least as many keys as queries, a row sees at least its own position.
-        return not plain or n_keys == 0 or self.left is not None or self.right is not None
+        # The first row stands at key position n_keys - n_queries, the last one at n_keys - 1.
+        before = self.right is not None and n_keys - n_queries + self.right < 0
+        behind = self.left is not None and self.left + min(self.right or 0, 0) < 0
+        return not plain or n_keys == 0 or before or behind
 
 
 class Tile(NamedTuple):

@@ -6,6 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from entropy_regularization.attention.api import AttentionOutput
+
 
 class AttentionShard(NamedTuple):
     """Attention over some of the keys: what a shard needs to tell.
@@ -21,7 +23,9 @@ class AttentionShard(NamedTuple):
     log_normalizer: Tensor
 
 
-def merge_attention(shards: Sequence[tuple[Tensor, Tensor, Tensor]]) -> AttentionShard:
+def merge_attention(
+    shards: Sequence[AttentionOutput | tuple[Tensor, Tensor, Tensor]],
+) -> AttentionShard:
     r"""Return the attention over the union of disjoint key shards.
 
     With :math:`w_a = \exp(\mathrm{lse}_a - \mathrm{lse})`, the share of shard a in the row,
@@ -34,8 +38,8 @@ def merge_attention(shards: Sequence[tuple[Tensor, Tensor, Tensor]]) -> Attentio
     is that of weights that sum to less than 1, and the rule holds only for shards without sinks.
 
     Args:
-        shards: (output, entropy, log_normalizer) of each shard, or AttentionOutputs cut to these
-            three; all of one shape.
+        shards: (output, entropy, log_normalizer) of each shard, or what attention_with_entropy
+            returned; all of one shape.
 
     Returns:
         output in the dtype of the first shard's output, entropy and log_normalizer.
@@ -45,7 +49,12 @@ def merge_attention(shards: Sequence[tuple[Tensor, Tensor, Tensor]]) -> Attentio
     """
     if not shards:
         raise ValueError("no shard was given; pass at least one (output, entropy, log_normalizer).")
-    parts = [AttentionShard(*shard) for shard in shards]
+    parts = [
+        AttentionShard(shard.output, shard.entropy, shard.log_normalizer)
+        if isinstance(shard, AttentionOutput)
+        else AttentionShard(*shard)
+        for shard in shards
+    ]
     first = parts[0]
     for number, part in enumerate(parts):
         shapes = [tuple(tensor.shape) for tensor in part]

@@ -1,0 +1,73 @@
+"""How the work is cut: chunks of heads, blocks of rows."""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from torch import Tensor
+
+from entropy_regularization.attention.blockwise.problem import Problem
+
+# Elements of one score buffer: two of them should stay near the second-level cache.
+SCRATCH_ELEMENTS = 800_000
+LONGEST_BUFFER = 4_000_000  # beyond the cache anyway: from here on memory counts
+
+
+class Chunk(NamedTuple):
+    """Some key heads of some batch entries; they are multiplied in one batched product."""
+
+    batches: slice
+    heads: slice  # of keys; the query heads are group times as many
+
+    def of(self, tensor: Tensor, group: int) -> Tensor:
+        """Cut a ``[#batch, #query heads, ...]`` tensor to ``[#b, #h, group or 1, ...]``."""
+        if tensor.shape[0] != 1:
+            tensor = tensor[self.batches]
+        if tensor.shape[1] == 1:
+            return tensor[:, :, None]
+        shape = (tensor.shape[0], tensor.shape[1] // group, group, *tensor.shape[2:])
+        grouped = tensor.view(shape)
+        return grouped[:, self.heads]
+
+    def units(self, tensor: Tensor, group: int) -> Tensor:
+        """Cut ``[batch, query heads, queries, dim]`` to ``[units, group, queries, dim]``."""
+        return self.of(tensor, group).flatten(0, 1)
+
+
+class Blocks(NamedTuple):
+    """How the work is cut: rows in a block, (batch, key head) pairs in a chunk, most keys."""
+
+    rows: int
+    batches: int
+    heads: int
+    keys: int
+
+
+def choose_blocks(problem: Problem) -> Blocks:
+    """Choose blocks that keep the score buffers near the cache and all cores busy (measured)."""
+    batch, kv_heads, n_keys, _ = problem.key.shape
+    n_queries, group = problem.query.shape[2], problem.group
+    left, right = problem.structure.left, problem.structure.right
+    rows = 64 if n_keys <= 512 else 96 if n_keys <= 2048 else 128
+    if left is not None and right is not None:
+        n_keys = min(n_keys, max(left + right, 0) + rows)
+    rows = min(rows, max(32, LONGEST_BUFFER // max(2 * n_keys, 1)))
+    rows = min(max(16, rows // group), max(n_queries, 1))
+    whole = batch * kv_heads * group * n_queries * n_keys
+    if whole <= SCRATCH_ELEMENTS // 4:
+        return Blocks(max(n_queries, 1), max(batch, 1), max(kv_heads, 1), n_keys)
+    room = max(2, SCRATCH_ELEMENTS // max(group * rows * n_keys, 1))
+    if room >= kv_heads:
+        return Blocks(rows, min(max(room // kv_heads, 1), batch), kv_heads, n_keys)
+    # An even share for every core, and no smaller chunk at the end.
+    even = [units for units in range(2, room + 1, 2) if kv_heads % units == 0]
+    return Blocks(rows, 1, max(even, default=room), n_keys)
+
+
+def chunks_of(problem: Problem, blocks: Blocks) -> Iterator[Chunk]:
+    """Walk over (batch, key head) pairs, a chunk at a time."""
+    batch, kv_heads = problem.key.shape[:2]
+    for b in range(0, batch, blocks.batches):
+        for h in range(0, kv_heads, blocks.heads):
+            yield Chunk(
+                slice(b, min(b + blocks.batches, batch)), slice(h, min(h + blocks.heads, kv_heads))
+            )

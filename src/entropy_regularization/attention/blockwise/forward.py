@@ -1,0 +1,101 @@
+"""Forward: output, entropy, log-normalizer and largest score of every row."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from entropy_regularization.attention.blockwise import blocking
+from entropy_regularization.attention.blockwise.chunk import ChunkView, Scratch
+from entropy_regularization.attention.blockwise.problem import (
+    EMPTY_ROW,
+    LN_2,
+    MASKED_SCORE,
+    Problem,
+)
+from entropy_regularization.attention.masking import Tile
+
+
+def forward(
+    problem: Problem,
+) -> tuple[
+    Float[Tensor, "batch heads queries value_dim"],
+    Float[Tensor, "batch heads queries"],
+    Float[Tensor, "batch heads queries"],
+    Float[Tensor, "batch heads queries"],
+]:
+    """Return output, entropy, log-normalizer and largest score of every row."""
+    row_shape = problem.query.shape[:3]
+    output = problem.query.new_empty(*row_shape, problem.value.shape[-1])
+    # (m, l, t) of MATHEMATICS in base 2: largest, sum of 2^(s - m), sum of 2^(s - m) (s - m)
+    statistics = problem.query.new_empty(3, *row_shape, 1, dtype=problem.wide)
+    blocks = blocking.choose_blocks(problem)
+    with Scratch(problem, blocks) as scratch:
+        for chunk in blocking.chunks_of(problem, blocks):
+            view = ChunkView(problem, chunk, blocks, scratch)
+            _forward_chunk(view, (output, *statistics))
+    return output, *_finish(problem, output, *statistics[..., 0])
+
+
+def _forward_chunk(view: ChunkView, results: tuple[Tensor, ...]) -> None:
+    """Fill one chunk of the output and the statistics."""
+    targets = (view.targets(result) for result in results)
+    queries = view.sources("query", view.by_unit(view.problem.query))
+    for tile, query, *rows in zip(view.tiles(), queries, *targets, strict=False):
+        if tile.key_start == tile.key_stop:
+            for target, nothing in zip(rows, (0.0, MASKED_SCORE, 1.0, 0.0), strict=True):
+                target.fill_(nothing)
+        else:
+            _forward_block(view, tile, query, *rows)
+
+
+def _forward_block(
+    view: ChunkView,
+    tile: Tile,
+    query: Tensor,
+    output: Tensor,
+    largest: Tensor,
+    total: Tensor,
+    weighted: Tensor,
+) -> None:
+    """Fill the rows of one block, each ``[units, group, rows, value_dim or 1]``."""
+    flat, _ = view.scores(tile, query)
+    view.mask(flat, tile, MASKED_SCORE)
+    score = flat.view(*output.shape[:3], flat.shape[-1])
+    torch.amax(score, -1, keepdim=True, out=largest)
+    score.sub_(largest)
+    probability = torch.exp2(score, out=view.scratch.take("probability", *score.shape))
+    torch.sum(probability, -1, keepdim=True, out=total)
+    torch.sum(score.mul_(probability), -1, keepdim=True, out=weighted)
+    keep = view.keep(tile, flat)
+    weights = probability.view(flat.shape)
+    if keep is not None:
+        weights.mul_(keep)
+    # By way of a contiguous buffer: a batched product into a strided slice is a third slower.
+    product = view.scratch.take("product", *flat.shape[:2], output.shape[-1])
+    torch.bmm(weights, view.value[:, tile.key_start : tile.key_stop], out=product)
+    torch.div(product.view(output.shape), total, out=output)
+
+
+def _finish(
+    problem: Problem, output: Tensor, largest: Tensor, total: Tensor, weighted: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Turn (m, l, t) into entropy, log-normalizer and largest score; let sinks take their share."""
+    sizes = problem.query.shape[2], problem.key.shape[2]
+    log_total = total.log()
+    entropy = log_total - LN_2 * weighted / total
+    largest = largest * LN_2
+    if problem.structure.may_leave_rows_empty(*sizes) or problem.bias is not None:
+        empty = largest <= EMPTY_ROW
+        largest.masked_fill_(empty, -torch.inf)
+        entropy.masked_fill_(empty, 0.0)
+        log_total.masked_fill_(empty, 0.0)
+        output.masked_fill_(empty[..., None], 0.0)
+    log_normalizer = largest + log_total
+    if problem.sinks is None:
+        return entropy, log_normalizer, largest
+    sinks = problem.sinks.to(problem.wide)[None, :, None]
+    with_sink = torch.logaddexp(log_normalizer, sinks)
+    share = (log_normalizer - with_sink).exp()  # of the row's mass that the real keys keep
+    output.mul_(share[..., None])
+    # -sum p log p with p = share * softmax; an empty row has share 0 and log share -inf
+    return share * entropy + torch.special.entr(share), with_sink, largest
