@@ -64,6 +64,17 @@ class Tile(NamedTuple):
         return tensor
 
 
+def split_mask(mask: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Split a dense mask into (allowed, additive bias or None).
+
+    An additive mask forbids with -inf or with the lowest finite number of its dtype.
+    """
+    if mask.dtype == torch.bool:
+        return mask, None
+    allowed = mask > torch.finfo(mask.dtype).min / 2
+    return allowed, mask.masked_fill(~allowed, 0.0)
+
+
 def visible_keys(
     structure: Structure, row_start: int, row_stop: int, n_queries: int, n_keys: int
 ) -> tuple[int, int]:

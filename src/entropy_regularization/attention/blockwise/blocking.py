@@ -47,9 +47,9 @@ def choose_blocks(problem: Problem) -> Blocks:
     batch, kv_heads, n_keys, _ = problem.key.shape
     n_queries, group = problem.query.shape[2], problem.group
     left, right = problem.structure.left, problem.structure.right
-    rows = 64 if n_keys <= 512 else 96 if n_keys <= 2048 else 128
-    if left is not None and right is not None:
-        n_keys = min(n_keys, max(left + right, 0) + rows)
+    window = n_keys if left is None or right is None else min(n_keys, max(left + right + 1, 0))
+    rows = 64 if window <= 512 else 96 if window <= 2048 else 128
+    n_keys = min(n_keys, window + rows)
     rows = min(rows, max(32, LONGEST_BUFFER // max(2 * n_keys, 1)))
     rows = min(max(16, rows // group), max(n_queries, 1))
     whole = batch * kv_heads * group * n_queries * n_keys

@@ -103,7 +103,7 @@ class ChunkView:
         self.structure = problem.structure.of_batches(chunk.batches)
         inner = self.structure._replace(left=None, right=None)
         self.inner = None if inner == Structure() else inner  # what no edge of a tile says
-        self.rows_in_block = blocks.rows
+        self.rows_in_block, self.keys_in_block = blocks.rows, blocks.keys
         key = problem.key[chunk.batches, chunk.heads]
         self.shape = (key.shape[0], key.shape[1], problem.group)
         self.bias = None if problem.bias is None else chunk.of(problem.bias, problem.group)
@@ -120,7 +120,7 @@ class ChunkView:
     def transpose(self, name: str, tensor: Tensor) -> Tensor:
         """Return ``[units, dim, keys]``, contiguous where many products gain from it."""
         transposed = tensor.transpose(1, 2)
-        if tensor.shape[1] < WORTH_A_TRANSPOSE:
+        if self.keys_in_block < WORTH_A_TRANSPOSE:
             return transposed
         return self.scratch.take(name, *transposed.shape).copy_(transposed)
 

@@ -7,11 +7,10 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from entropy_regularization.attention.api import attend
-from entropy_regularization.attention.masking import Structure
+from entropy_regularization.attention.masking import Structure, split_mask
 from entropy_regularization.integrations.transformers.masks import (
     StructuredMask,
     entropy_mask,
-    split_mask,
 )
 
 NAME = "entropy_regularization"
@@ -94,7 +93,10 @@ def _mask_of(mask: Tensor | None, query: Tensor, key: Tensor) -> tuple[Structure
         if mask.shape[-2:] == (query.shape[2], key.shape[2]):
             return mask.structure, None
         mask = mask.make_dense()
-    allowed, bias = split_mask(mask, key.shape[2])
+    mask = mask[..., : key.shape[2]]  # a mask may be longer than the keys
+    while mask.dim() < 4:
+        mask = mask[None]
+    allowed, bias = split_mask(mask)
     if allowed.shape[-2] not in (1, query.shape[2]):
         allowed = allowed[..., -query.shape[2] :, :]
         bias = None if bias is None else bias[..., -query.shape[2] :, :]

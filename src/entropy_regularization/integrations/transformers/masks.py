@@ -185,18 +185,3 @@ def entropy_mask(
     device = torch.device(options.get("device", "cpu"))
     shape = (batch_size, 1, q_length, kv_length)
     return StructuredMask(structure, shape, dtype, device, make_dense)
-
-
-def split_mask(mask: Tensor, n_keys: int) -> tuple[Tensor, Tensor | None]:
-    """Split a dense mask into (allowed, additive bias or None), cropped to the keys there are.
-
-    transformers masks with the lowest finite number of a dtype, or with -inf; a mask may be longer
-    than the keys.
-    """
-    mask = mask[..., :n_keys]
-    while mask.dim() < 4:
-        mask = mask[None]
-    if mask.dtype == torch.bool:
-        return mask, None
-    allowed = mask > torch.finfo(mask.dtype).min / 2
-    return allowed, mask.masked_fill(~allowed, 0.0)

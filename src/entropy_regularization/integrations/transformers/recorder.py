@@ -1,20 +1,26 @@
 """TransformersRecorder: listens to the attention modules of a transformers model."""
 
-import fnmatch
-import inspect
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from entropy_regularization.attention.api import AttentionOutput
-from entropy_regularization.integrations.transformers.attention import NAME, RECORDER
+from entropy_regularization.integrations import interception
+from entropy_regularization.integrations.layers import (
+    calling_module,
+    is_wanted,
+    kind_of,
+    runs_in_backward,
+)
+from entropy_regularization.integrations.transformers.attention import RECORDER
+from entropy_regularization.integrations.transformers.padding import PaddingTracker, arguments_of
+from entropy_regularization.integrations.transformers.switching import AttentionSwitch
+from entropy_regularization.integrations.unseen import Watch
 from entropy_regularization.recording.recorder import ForwardCall, Layers
 from entropy_regularization.recording.recording import EntropyRecording, LayerEntropy
-
-CROSS_NAMES = ("cross", "encoder_attn", "encdecattention", "encoder_attention")
 
 
 def find_pretrained(model: nn.Module) -> PreTrainedModel | None:
@@ -25,14 +31,18 @@ def find_pretrained(model: nn.Module) -> PreTrainedModel | None:
 class TransformersRecorder:
     """Listens to one model; start and stop may be called again and again.
 
+    Attention that goes through the attention interface of transformers is computed by
+    entropy_attention while the recorder listens; torch's own functions, which some families call,
+    are heard too. Whatever attends in another way is found by a Watch and refused by name.
+
     Args:
         model: a transformers model, wrapped or not.
         layers: which layers to keep, see record_entropy.
         gradient: False detaches what is recorded.
-        allow_partial: do not refuse a model of which some attention modules stay silent.
+        allow_partial: accept modules that attend unheard; they are in ``missing``.
 
     Raises:
-        ValueError: if the model does not call its attention through the attention interface.
+        ValueError: if there is no transformers model in the model.
     """
 
     def __init__(
@@ -46,24 +56,18 @@ class TransformersRecorder:
         found = find_pretrained(model)
         if found is None:
             raise ValueError(f"{type(model).__name__} holds no transformers model.")
-        if not found._can_set_attn_implementation():
-            raise ValueError(
-                f"{type(found).__name__} does not call its attention through the attention "
-                "interface of transformers, so its entropy cannot be recorded exactly; load it "
-                "with attn_implementation='eager' and use compute_loss on output_attentions=True."
-            )
         self.model = found
         self.layers = layers
         self.gradient = gradient
         self.allow_partial = allow_partial
-        self._names: dict[int, str] = {}
+        self._switch = AttentionSwitch(found)
+        self._watch = Watch(found)
+        self._padding = PaddingTracker()
+        self._names: dict[nn.Module, str] = {}
         self._recording = EntropyRecording()
         self._calls = 0
         self._forwards = 0
-        self._padding: list[Tensor | None] = []
         self._grad_at_entry = False
-        self._saved: list[tuple[Any, str]] = []
-        self._listening = False
         self._hooks: list[RemovableHandle] = []
         self._kept: list[RemovableHandle] = []
         self._pending: RemovableHandle | None = None
@@ -77,22 +81,26 @@ class TransformersRecorder:
         """
         self._recording = EntropyRecording()
         self._calls = self._forwards = 0
-        self._switch()
+        self._switch_on()
         # now, not when built: a copied or wrapped model has other modules and names
-        self._names = {id(part): name for name, part in self.model.named_modules()}
-        for part in self.model.modules():
+        self._names = {part: name for name, part in self.model.named_modules()}
+        for part in self._names:
             if RECORDER in part.__dict__:
                 self._outer[id(part)] = part.__dict__[RECORDER]
             part.__dict__[RECORDER] = self
-        self._listening = True
+        interception.listen(self)
+        self._padding.active = True
         if call is None:
-            self._hooks = self._follow(self.model)
+            root = self.model.register_forward_pre_hook(self._enter, with_kwargs=True)
+            end = self.model.register_forward_hook(self._leave, always_call=True)
+            self._hooks = [root, *self._padding.follow(self.model), end]
         elif not self._kept:
             # New hooks at every pass would have a compiled model compiled anew at every pass, and
             # those of a module whose pass has begun must not change: torch walks over them.
-            self._kept = self._follow(*self.model.children())
+            self._kept = self._padding.follow(*self.model.children())
         if call is not None and call[0] is self.model:
             self._enter(*call)
+            self._padding.enter(*call)
         return self._recording
 
     def close(self) -> None:
@@ -100,79 +108,62 @@ class TransformersRecorder:
         while self._kept:
             self._kept.pop().remove()
 
-    def _follow(self, *modules: nn.Module) -> list[RemovableHandle]:
-        """Hook every transformers model inside, to know the padding that it is given."""
-        parts = (part for module in modules for part in module.modules())
-        handles = []
-        for part in parts:
-            if isinstance(part, PreTrainedModel):
-                handles += [
-                    part.register_forward_pre_hook(self._enter, with_kwargs=True),
-                    part.register_forward_hook(self._leave, always_call=True),
-                ]
-        return handles
-
     def stop(self) -> EntropyRecording:
         """Leave the model as it was found; return the recording.
 
         Raises:
-            ValueError: if the model ran and no attention call came.
+            ValueError: if the model attended where it cannot be heard.
         """
         self.abort()
-        if self._forwards and not self._calls:
-            raise ValueError(
-                f"{type(self.model).__name__} ran, but none of its attention modules called the "
-                f"attention interface ({', '.join(self._attention_names()) or 'none found'}); load "
-                "it with attn_implementation='eager' and use compute_loss instead."
-            )
+        self._refuse_unheard()
         return self._recording
 
     def abort(self) -> None:
         """Leave the model as it was found."""
-        self._listening = False
+        self._watch.leave()
+        interception.stop_listening(self)
         for part in self.model.modules():
             part.__dict__.pop(RECORDER, None)
             if id(part) in self._outer:
                 part.__dict__[RECORDER] = self._outer.pop(id(part))
         while self._hooks:
             self._hooks.pop().remove()
+        self._padding.active = False
         self._padding.clear()
         if self._recomputes_in_backward():
-            self._restore_at_next_forward()
+            self._switch_off_at_next_forward()
         else:
-            self._restore()
+            self._switch_off()
 
     def deposit(self, module: nn.Module, found: AttentionOutput, n_keys: int) -> None:
-        """Take the rows of one attention call.
+        """Take the rows of one call of the attention interface.
 
         Raises:
             RuntimeError: if reentrant checkpointing has cut the gradient of the entropy.
         """
-        if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
-            return  # checkpointing computes the layer again inside backward: it is recorded already
         outer = self._outer.get(id(module))
         if outer is not None:
             outer.deposit(module, found, n_keys)
-        name = self._names.get(id(module), type(module).__name__)
+        self._deposit(self._names.get(module, type(module).__name__), module, found, n_keys)
+
+    def deposit_call(self, place: str | None, found: AttentionOutput, n_keys: int) -> None:
+        """Take the rows of one call of torch's own attention function."""
+        name = place or calling_module(self._names) or type(self.model).__name__
+        self._deposit(name, self.model.get_submodule(name), found, n_keys)
+
+    def _deposit(self, name: str, module: nn.Module, found: AttentionOutput, n_keys: int) -> None:
+        if runs_in_backward():
+            return
         self._check_gradient(module, name)
         index = self._calls
         self._calls += 1
-        if not self._wanted(index, name):
+        if not is_wanted(self.layers, index, name):
             return
         entropy = found.entropy if self.gradient else found.entropy.detach()
-        rows = self._rows(entropy)
-        kind = _kind(module, name)
+        rows = self._padding.rows(entropy)
+        kind = kind_of(name, module)
         self._recording.layers.append(
             LayerEntropy(name, kind, entropy, found.allowed_keys, rows, n_keys)
-        )
-
-    def _wanted(self, index: int, name: str) -> bool:
-        if self.layers is None:
-            return True
-        wanted = [self.layers] if isinstance(self.layers, str) else list(self.layers)
-        return any(
-            fnmatch.fnmatchcase(name, want) if isinstance(want, str) else want == index
-            for want in wanted
         )
 
     def _check_gradient(self, module: nn.Module, name: str) -> None:
@@ -186,58 +177,54 @@ class TransformersRecorder:
                 "{'use_reentrant': False})."
             )
 
-    # Padding queries: the 2-D attention_mask is an argument of the model, not of its attention.
+    def _refuse_unheard(self) -> None:
+        """Raise if some attention was not heard and that was not accepted."""
+        unheard = self._watch.found
+        self._recording.missing = sorted(unheard)
+        if not self._forwards or (self._calls and (self.allow_partial or not unheard)):
+            return
+        listed = "; ".join(f"{part} {how}" for part, how in sorted(unheard.items())[:8])
+        if len(unheard) > 8:
+            listed += f"; and {len(unheard) - 8} more"
+        elsewhere = "load it with attn_implementation='eager' and use compute_loss on "
+        elsewhere += "output_attentions=True."
+        if self._calls:
+            why = f"a part of its attention cannot be recorded: {listed}; pass allow_partial=True "
+            why += f"to leave that part out, or {elsewhere}"
+        elif listed:
+            why = f"its attention cannot be recorded: {listed}; {elsewhere}"
+        else:
+            why = "it ran, but nothing in it was seen to attend; there is no entropy to record."
+        raise ValueError(f"{type(self.model).__name__}: {why}")
 
     def _enter(self, part: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not self._listening:
-            return
-        if part is self.model:
-            self._forwards += 1
-            self._grad_at_entry = torch.is_grad_enabled()
-        names = list(inspect.signature(part.forward).parameters)
-        given = {**dict(zip(names, args, strict=False)), **kwargs}
-        mask = given.get("attention_mask")
-        if mask is None and "attention_mask" in names and self._padding:
-            mask = self._padding[-1] if given.get("attention_mask", 0) == 0 else None
-        usable = isinstance(mask, Tensor) and mask.dim() == 2
-        self._padding.append(mask if usable else None)
+        """The forward pass of the whole model begins."""
+        self._forwards += 1
+        self._grad_at_entry = torch.is_grad_enabled()
+        if not torch.compiler.is_compiling():
+            self._watch.enter(self._names, arguments_of(part, args, kwargs))
+            interception.places().append((self, None))
 
     def _leave(self, part: nn.Module, args: Any, output: Any) -> None:
-        if self._listening and self._padding:
-            self._padding.pop()
+        """The forward pass of the whole model has ended."""
+        if not torch.compiler.is_compiling():
+            self._watch.leave()
+            interception.leave_place(self, None)
 
-    def _rows(self, entropy: Tensor) -> Tensor:
-        """Return which rows are real, ``[batch, queries]``."""
-        batch, _, n_queries = entropy.shape
-        mask = self._padding[-1] if self._padding else None
-        if mask is not None and mask.shape[0] == batch and mask.shape[1] >= n_queries:
-            return mask[:, mask.shape[1] - n_queries :].bool().to(entropy.device)
-        return torch.ones(batch, n_queries, dtype=torch.bool, device=entropy.device)
+    # Checkpointing must find in backward, after the context, the attention that ran in forward.
 
-    # Which attention the model runs is a field of its configs; it is put back exactly.
-
-    def _switch(self) -> None:
+    def _switch_on(self) -> None:
         if self._pending is not None:
             self._pending.remove()
             self._pending = None
             return
-        seen: set[int] = set()
-        for part in self.model.modules():
-            config = getattr(part, "config", None)
-            if config is not None and hasattr(config, "_attn_implementation"):
-                for each in _with_parts(config):
-                    if id(each) not in seen:
-                        seen.add(id(each))
-                        self._saved.append((each, each._attn_implementation))
-        self.model.set_attn_implementation(NAME)
+        self._switch.on()
 
-    def _restore(self) -> None:
+    def _switch_off(self) -> None:
         if self._pending is not None:
             self._pending.remove()
             self._pending = None
-        while self._saved:
-            config, implementation = self._saved.pop()
-            config._attn_implementation_internal = implementation
+        self._switch.off()
 
     def _recomputes_in_backward(self) -> bool:
         """Tell whether backward, after the context, will run the attention of this pass again."""
@@ -248,35 +235,9 @@ class TransformersRecorder:
             and any(getattr(part, "gradient_checkpointing", False) for part in self.model.modules())
         )
 
-    def _restore_at_next_forward(self) -> None:
-        """Checkpointing must find in backward the attention that ran in forward."""
-        self._pending = self.model.register_forward_pre_hook(self._restore_if_pending)
+    def _switch_off_at_next_forward(self) -> None:
+        self._pending = self.model.register_forward_pre_hook(self._switch_off_if_pending)
 
-    def _restore_if_pending(self, *_: Any) -> None:
+    def _switch_off_if_pending(self, *_: Any) -> None:
         if self._pending is not None:  # a hook before this one may have started the recorder again
-            self._restore()
-
-    def _attention_names(self) -> list[str]:
-        named = self.model.named_modules()
-        return [name for name, part in named if "attention" in type(part).__name__.lower()][:8]
-
-
-def _with_parts(config: Any) -> list[Any]:
-    """Return a config and, recursively, the configs of its parts."""
-    result = [config]
-    for key in getattr(config, "sub_configs", {}):
-        part = getattr(config, key, None)
-        if part is not None:
-            result += _with_parts(part)
-    return result
-
-
-def _kind(module: nn.Module, name: str) -> Literal["self", "cross"]:
-    if getattr(module, "is_cross_attention", False):
-        return "cross"
-    last = name.rsplit(".", 1)[-1].lower()
-    return (
-        "cross"
-        if any(word in name.lower().split(".")[-2:] or word in last for word in CROSS_NAMES)
-        else "self"
-    )
+            self._switch_off()

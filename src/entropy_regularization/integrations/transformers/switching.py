@@ -1,0 +1,64 @@
+"""Which attention a model runs is a field of its configs; it is set, and put back exactly."""
+
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from entropy_regularization.integrations.transformers.attention import NAME
+
+
+class AttentionSwitch:
+    """Switches one model, and the parts of it that use the attention interface, and back.
+
+    Attributes:
+        possible: whether any part uses the attention interface of transformers.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._model = model
+        self._saved: list[tuple[Any, str]] = []
+        parts = (part for part in model.modules() if isinstance(part, PreTrainedModel))
+        self.possible = any(part._can_set_attn_implementation() for part in parts)
+
+    def on(self) -> None:
+        """Let every part that can run the entropy attention."""
+        self._save()
+        if self.possible:
+            self._model.set_attn_implementation(NAME)
+            self._set_copies(self._model, can_set=False)
+
+    def off(self) -> None:
+        """Put every config back as it was."""
+        while self._saved:
+            config, implementation = self._saved.pop()
+            config._attn_implementation_internal = implementation
+
+    def _save(self) -> None:
+        seen: set[int] = set()
+        for part in self._model.modules():
+            config = getattr(part, "config", None)
+            if config is not None and hasattr(config, "_attn_implementation"):
+                for each in _with_parts(config):
+                    if id(each) not in seen:
+                        seen.add(id(each))
+                        self._saved.append((each, each._attn_implementation))
+
+    def _set_copies(self, module: nn.Module, can_set: bool) -> None:
+        """Reach the configs that a part holds as a copy, as clipseg's decoder does."""
+        if isinstance(module, PreTrainedModel):
+            can_set = module._can_set_attn_implementation()
+        elif can_set and hasattr(getattr(module, "config", None), "_attn_implementation"):
+            module.config._attn_implementation_internal = NAME  # type: ignore[union-attr]
+        for child in module.children():
+            self._set_copies(child, can_set)
+
+
+def _with_parts(config: Any) -> list[Any]:
+    """Return a config and, recursively, the configs of its parts."""
+    result = [config]
+    for key in getattr(config, "sub_configs", {}):
+        part = getattr(config, key, None)
+        if part is not None:
+            result += _with_parts(part)
+    return result

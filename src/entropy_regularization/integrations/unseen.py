@@ -1,0 +1,156 @@
+"""Attention that no recorder hears: a softmax of one's own, or a function under another name.
+
+A recording that silently misses layers is a wrong answer. So the first forward pass of its kind is
+watched: every softmax is followed to where its result multiplies other activations, which is what
+makes it attention; a router's softmax, which is sorted and scattered, is not.
+"""
+
+import sys
+import weakref
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+from torch.utils.weak import WeakIdKeyDictionary
+
+from entropy_regularization.integrations.interception import original_attention
+from entropy_regularization.integrations.layers import calling_module
+
+SOFTMAX = {functional.softmax, torch.softmax, Tensor.softmax, torch.special.softmax}
+PRODUCTS = {
+    torch.matmul,
+    Tensor.matmul,
+    Tensor.__matmul__,
+    torch.bmm,
+    Tensor.bmm,
+    torch.baddbmm,
+    torch.einsum,
+}
+# What may lie between the softmax and the product, where the number of elements may change.
+CUTS = {Tensor.__getitem__, Tensor.expand, torch.cat, Tensor.narrow, functional.pad}
+
+
+class UnseenAttention(TorchFunctionMode):
+    """Watches what runs inside; changes nothing.
+
+    Args:
+        names: the modules of the model and their names.
+
+    Attributes:
+        found: the modules that attend unheard, each with how.
+    """
+
+    def __init__(self, names: Mapping[nn.Module, str]) -> None:
+        super().__init__()
+        self.found: dict[str, str] = {}
+        self._names = names
+        self._weights = WeakIdKeyDictionary()  # tensors that came from a softmax -> the module
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        """Run a function of torch; note where softmaxes come from and go to."""
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        if func in SOFTMAX:
+            name = calling_module(self._names)
+            if name is not None:
+                self._weights[result] = name
+        elif func is original_attention:
+            self._note(calling_module(self._names), "calls scaled_dot_product_attention by a name")
+        elif self._weights:
+            self._follow(func, [*args, *kwargs.values()], result)
+        return result
+
+    def _follow(self, func: Callable[..., Any], given: list[Any], result: Any) -> None:
+        tensors = [each for each in _flat(given) if isinstance(each, Tensor)]
+        source = next((each for each in tensors if each in self._weights), None)
+        if source is None:
+            return
+        if func in PRODUCTS:
+            others = [each for each in tensors if each is not source]
+            if not any(isinstance(each, nn.Parameter) for each in others):
+                self._note(self._weights[source], "computes a softmax of its own")
+        elif isinstance(result, Tensor) and (func in CUTS or result.numel() == source.numel()):
+            self._weights[result] = self._weights[source]
+
+    def _note(self, name: str | None, how: str) -> None:
+        if name is not None:
+            self.found[name] = how
+
+
+def _flat(given: list[Any]) -> list[Any]:
+    result: list[Any] = []
+    for each in given:
+        if isinstance(each, (list, tuple)):
+            result += each
+        else:
+            result.append(each)
+    return result
+
+
+# Kinds of passes that were watched and in which everything was heard.
+_sound: "weakref.WeakKeyDictionary[nn.Module, set[object]]" = weakref.WeakKeyDictionary()
+
+
+class Watch:
+    """Watches the first forward pass of each kind that a model makes.
+
+    A pass differs in kind when other arguments are given (an image beside the text), the model was
+    switched between training and evaluation, or modules were added. A compiled model is not
+    watched: a compiler that meets a watch compiles everything anew.
+
+    Attributes:
+        found: the modules that attend unheard, each with how.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._mode: UnseenAttention | None = None
+        self._kind: object = None
+        self.found: dict[str, str] = {}
+
+    def enter(self, names: Mapping[nn.Module, str], given: Mapping[str, Any]) -> None:
+        """Begin to watch, unless a pass of this kind was found sound before."""
+        arguments = frozenset(name for name, value in given.items() if value is not None)
+        self._kind = (self._model.training, arguments, len(names))
+        if self._mode is not None or self._kind in _sound.get(self._model, ()):
+            return
+        if not runs_compiled() and not any(map(is_compiled, names)):
+            self._mode = UnseenAttention(names)
+            self._mode.__enter__()  # type: ignore[no-untyped-call]
+
+    def leave(self) -> None:
+        """End the watch of this pass."""
+        if self._mode is None:
+            return
+        mode, self._mode = self._mode, None
+        mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+        self.found.update(mode.found)
+        if not mode.found:
+            _sound.setdefault(self._model, set()).add(self._kind)
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Tell whether torch.compile was applied to a module, or to its forward."""
+    return (
+        hasattr(module, "_orig_mod")
+        or getattr(module, "_compiled_call_impl", None) is not None
+        or hasattr(module.forward, "_torchdynamo_orig_callable")
+    )
+
+
+def runs_compiled() -> bool:
+    """Tell whether this runs inside a compiled function, perhaps at a break of its graph."""
+    if torch.compiler.is_compiling():
+        return True
+    frame = sys._getframe(1)
+    while frame.f_back is not None:
+        frame = frame.f_back
+        code = frame.f_code
+        if code.co_name == "compile_wrapper" and code.co_filename.endswith("eval_frame.py"):
+            return True
+    return False
