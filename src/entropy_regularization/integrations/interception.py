@@ -111,7 +111,8 @@ def _multi_head(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
     is dropped, is heard instead. Its rows are those of the first call, before dropout.
     """
     weights = args[NEED_WEIGHTS] if len(args) > NEED_WEIGHTS else kwargs.get("need_weights", True)
-    if weights and places():
+    # A mode that watches torch's functions calls this once more from inside the original.
+    if weights and places() and not getattr(_thread, "in_multi_head", False):
         given = list(args)
         again = {**kwargs}
         for position, name, value in (
@@ -123,7 +124,11 @@ def _multi_head(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
             else:
                 again[name] = value
         original_multi_head(*given, **again)
-    result: tuple[Tensor, Tensor | None] = original_multi_head(*args, **kwargs)
+        _thread.in_multi_head = True
+    try:
+        result: tuple[Tensor, Tensor | None] = original_multi_head(*args, **kwargs)
+    finally:
+        _thread.in_multi_head = False
     return result
 
 

@@ -37,6 +37,17 @@ def runs_in_backward() -> bool:
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
+def in_reentrant_checkpoint() -> bool:
+    """Tell whether this runs inside a reentrant checkpoint, which cuts gradients of what leaves."""
+    frame = sys._getframe(1)
+    while frame.f_back is not None:
+        frame = frame.f_back
+        code = frame.f_code
+        if code.co_name == "forward" and code.co_filename.endswith("utils/checkpoint.py"):
+            return True
+    return False
+
+
 def calling_module(names: Mapping[nn.Module, str]) -> str | None:
     """Return the name of the innermost module of a model whose method is running, None if none is.
 

@@ -5,6 +5,8 @@ watched: every softmax is followed to where its result multiplies other activati
 makes it attention; a router's softmax, which is sorted and scattered, is not.
 """
 
+import functools
+import inspect
 import sys
 import weakref
 from collections.abc import Callable, Mapping
@@ -101,7 +103,7 @@ class Watch:
 
     A pass differs in kind when other arguments are given (an image beside the text), the model was
     switched between training and evaluation, or modules were added. A compiled model is not
-    watched: a compiler that meets a watch compiles everything anew.
+    watched, because a compiler that meets a watch compiles everything anew; its source is read.
 
     Attributes:
         found: the modules that attend unheard, each with how.
@@ -113,6 +115,10 @@ class Watch:
         self._kind: object = None
         self.found: dict[str, str] = {}
 
+    def __getstate__(self) -> dict[str, Any]:
+        """A copied model is not being watched."""
+        return {**self.__dict__, "_mode": None}
+
     def enter(self, names: Mapping[nn.Module, str], given: Mapping[str, Any]) -> None:
         """Begin to watch, unless a pass of this kind was found sound before."""
         arguments = frozenset(name for name, value in given.items() if value is not None)
@@ -123,6 +129,12 @@ class Watch:
             self._mode = UnseenAttention(names)
             self._mode.__enter__()  # type: ignore[no-untyped-call]
 
+    def read(self, names: Mapping[nn.Module, str]) -> None:
+        """Read the source of a compiled model's modules, since its pass cannot be watched."""
+        for part, name in names.items():
+            if attends_by_source(type(part)):  # type: ignore[arg-type]
+                self.found[name] = "computes a softmax of its own"
+
     def leave(self) -> None:
         """End the watch of this pass."""
         if self._mode is None:
@@ -132,6 +144,20 @@ class Watch:
         self.found.update(mode.found)
         if not mode.found:
             _sound.setdefault(self._model, set()).add(self._kind)
+
+
+@functools.cache
+def attends_by_source(kind: Any) -> bool:
+    """Tell whether a module's class takes a softmax and a product in its own code."""
+    try:
+        source = inspect.getsource(kind)
+    except (OSError, TypeError):  # made at run time, or written in C
+        return False
+    own = "softmax(" in source and any(
+        word in source for word in ("matmul", "bmm", "einsum", " @ ")
+    )
+    heard = ("ALL_ATTENTION_FUNCTIONS", "scaled_dot_product_attention")
+    return own and not any(word in source for word in heard)
 
 
 def is_compiled(module: nn.Module) -> bool:

@@ -51,7 +51,7 @@ def make_recorder(
     if "transformers" in sys.modules:
         host = importlib.import_module("entropy_regularization.integrations.transformers.recorder")
         if host.find_pretrained(model) is not None:
-            recorder: Recorder = host.TransformersRecorder(
+            recorder: Recorder = host.recorder_of(
                 model, layers=layers, gradient=gradient, allow_partial=allow_partial
             )
             return recorder

@@ -16,6 +16,10 @@ class PaddingTracker:
         self._masks: list[Tensor | None] = []
         self.active = False
 
+    def __getstate__(self) -> dict[str, Any]:
+        """A copied model is not listened to."""
+        return {"_masks": [], "active": False}
+
     def follow(self, *modules: nn.Module) -> list[RemovableHandle]:
         """Hook every transformers model in the modules; return the hooks."""
         handles = []
@@ -33,7 +37,7 @@ class PaddingTracker:
             return
         given = arguments_of(part, args, kwargs)
         mask = given.get("attention_mask")
-        if mask is None and "attention_mask" in given and self._masks:
+        if "attention_mask" not in given and self._masks:
             mask = self._masks[-1]
         usable = isinstance(mask, Tensor) and mask.dim() == 2
         self._masks.append(mask if usable else None)
@@ -57,6 +61,6 @@ class PaddingTracker:
 
 
 def arguments_of(part: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Return the arguments of a forward by name; those that were not given are None."""
-    names = list(inspect.signature(part.forward).parameters)
-    return {**dict.fromkeys(names), **dict(zip(names, args, strict=False)), **kwargs}
+    """Return the arguments that a forward was given, by name."""
+    names = inspect.signature(part.forward).parameters
+    return {**dict(zip(names, args, strict=False)), **kwargs}

@@ -11,6 +11,7 @@ from entropy_regularization.attention.api import AttentionOutput
 from entropy_regularization.integrations import interception
 from entropy_regularization.integrations.layers import (
     calling_module,
+    in_reentrant_checkpoint,
     is_wanted,
     kind_of,
     runs_in_backward,
@@ -18,14 +19,35 @@ from entropy_regularization.integrations.layers import (
 from entropy_regularization.integrations.transformers.attention import RECORDER
 from entropy_regularization.integrations.transformers.padding import PaddingTracker, arguments_of
 from entropy_regularization.integrations.transformers.switching import AttentionSwitch
-from entropy_regularization.integrations.unseen import Watch
+from entropy_regularization.integrations.unseen import Watch, is_compiled, runs_compiled
 from entropy_regularization.recording.recorder import ForwardCall, Layers
 from entropy_regularization.recording.recording import EntropyRecording, LayerEntropy
+
+KEPT = "_entropy_recorders"  # attribute of a compiled model that holds its recorders
 
 
 def find_pretrained(model: nn.Module) -> PreTrainedModel | None:
     """Return the outermost transformers model inside any wrapper, or None."""
     return next((part for part in model.modules() if isinstance(part, PreTrainedModel)), None)
+
+
+def recorder_of(
+    model: nn.Module, *, layers: Layers = None, gradient: bool = True, allow_partial: bool = False
+) -> "TransformersRecorder":
+    """Return a recorder; a compiled model keeps its own, because a new one would be compiled anew.
+
+    The arguments are those of TransformersRecorder.
+    """
+    found = find_pretrained(model)
+    options = repr((layers, gradient, allow_partial))
+    kept: dict[str, TransformersRecorder] = {}
+    if found is not None and any(map(is_compiled, model.modules())):
+        kept = found.__dict__.setdefault(KEPT, kept)
+    if options not in kept or kept[options].listens:  # one recording inside another needs two
+        kept[options] = TransformersRecorder(
+            model, layers=layers, gradient=gradient, allow_partial=allow_partial
+        )
+    return kept[options]
 
 
 class TransformersRecorder:
@@ -69,9 +91,20 @@ class TransformersRecorder:
         self._forwards = 0
         self._grad_at_entry = False
         self._hooks: list[RemovableHandle] = []
+        # New hooks at every pass would have a compiled model compiled anew at every pass.
+        self._keeps_hooks = any(map(is_compiled, model.modules()))
         self._kept: list[RemovableHandle] = []
         self._pending: RemovableHandle | None = None
         self._outer: dict[int, Any] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copied model takes a recorder along that is not listening; entropies stay here."""
+        return {**self.__dict__, "_recording": EntropyRecording()}
+
+    @property
+    def listens(self) -> bool:
+        """Whether the recorder was started and not yet stopped."""
+        return self._padding.active
 
     def start(self, call: ForwardCall | None = None) -> EntropyRecording:
         """Switch the model to the entropy attention and listen; return the recording to fill.
@@ -90,21 +123,27 @@ class TransformersRecorder:
             part.__dict__[RECORDER] = self
         interception.listen(self)
         self._padding.active = True
-        if call is None:
-            root = self.model.register_forward_pre_hook(self._enter, with_kwargs=True)
-            end = self.model.register_forward_hook(self._leave, always_call=True)
-            self._hooks = [root, *self._padding.follow(self.model), end]
-        elif not self._kept:
-            # New hooks at every pass would have a compiled model compiled anew at every pass, and
-            # those of a module whose pass has begun must not change: torch walks over them.
+        if self._keeps_hooks or runs_compiled():
+            self._watch.read(self._names)
+        if call is not None and not self._kept:
+            # Hooks of a module whose pass has begun must not change: torch walks over them.
             self._kept = self._padding.follow(*self.model.children())
+        elif call is None and self._keeps_hooks and not self._kept:
+            self._kept = self._follow()
+        elif call is None and not self._keeps_hooks:
+            self._hooks = self._follow()
         if call is not None and call[0] is self.model:
             self._enter(*call)
             self._padding.enter(*call)
         return self._recording
 
+    def _follow(self) -> list[RemovableHandle]:
+        root = self.model.register_forward_pre_hook(self._enter, with_kwargs=True)
+        end = self.model.register_forward_hook(self._leave, always_call=True)
+        return [root, *self._padding.follow(self.model), end]
+
     def close(self) -> None:
-        """Remove the hooks that starting from forward pre-hooks has left for the next pass."""
+        """Remove the hooks that were left for the next pass."""
         while self._kept:
             self._kept.pop().remove()
 
@@ -141,6 +180,8 @@ class TransformersRecorder:
         Raises:
             RuntimeError: if reentrant checkpointing has cut the gradient of the entropy.
         """
+        if not self.listens:  # a copy
+            return
         outer = self._outer.get(id(module))
         if outer is not None:
             outer.deposit(module, found, n_keys)
@@ -160,7 +201,7 @@ class TransformersRecorder:
         if not is_wanted(self.layers, index, name):
             return
         entropy = found.entropy if self.gradient else found.entropy.detach()
-        rows = self._padding.rows(entropy)
+        rows = self._padding.rows(entropy) & (found.allowed_keys > 0).any(1)
         kind = kind_of(name, module)
         self._recording.layers.append(
             LayerEntropy(name, kind, entropy, found.allowed_keys, rows, n_keys)
@@ -169,7 +210,8 @@ class TransformersRecorder:
     def _check_gradient(self, module: nn.Module, name: str) -> None:
         if not self.gradient or not self._grad_at_entry or torch.is_grad_enabled():
             return
-        if any(parameter.requires_grad for parameter in module.parameters()):
+        trained = any(parameter.requires_grad for parameter in module.parameters())
+        if trained and in_reentrant_checkpoint():
             raise RuntimeError(
                 f"{name} runs without a gradient inside a forward pass that has one, as reentrant "
                 "checkpointing does, which would lose the penalty silently; use "
@@ -199,6 +241,8 @@ class TransformersRecorder:
 
     def _enter(self, part: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """The forward pass of the whole model begins."""
+        if not self.listens:
+            return
         self._forwards += 1
         self._grad_at_entry = torch.is_grad_enabled()
         if not torch.compiler.is_compiling():
@@ -207,7 +251,7 @@ class TransformersRecorder:
 
     def _leave(self, part: nn.Module, args: Any, output: Any) -> None:
         """The forward pass of the whole model has ended."""
-        if not torch.compiler.is_compiling():
+        if self.listens and not torch.compiler.is_compiling():
             self._watch.leave()
             interception.leave_place(self, None)
 

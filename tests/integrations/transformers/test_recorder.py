@@ -1,0 +1,523 @@
+"""record_entropy on transformers models: whose rows, which layers, and nothing left behind."""
+
+import copy
+import math
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForCausalLM,
+    BartConfig,
+    BartForConditionalGeneration,
+    BloomConfig,
+    BloomForCausalLM,
+    CLIPSegConfig,
+    CLIPSegForImageSegmentation,
+    FalconConfig,
+    FalconForCausalLM,
+    GitConfig,
+    GitForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+    PreTrainedModel,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+    StaticCache,
+)
+
+from entropy_regularization import EntropyRegularization, record_entropy
+
+TEXT = {
+    "vocab_size": 64,
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 24,
+}
+VISION = {key: value for key, value in TEXT.items() if key != "vocab_size"}
+BLOOM = BloomConfig(vocab_size=64, hidden_size=16, n_layer=2, n_head=4)
+VISION |= {"image_size": 16, "patch_size": 8}
+
+
+def sharpen(model: PreTrainedModel) -> PreTrainedModel:
+    """Draw weights that attend far from uniformly; deterministic."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() >= 2:
+                noise = torch.randn(parameter.shape, generator=generator)
+                parameter.copy_(2 * noise / parameter[0].numel() ** 0.5)
+    return model.eval()
+
+
+def llama(**changes: object) -> PreTrainedModel:
+    config = LlamaConfig(**TEXT, num_key_value_heads=2, **changes)
+    return sharpen(LlamaForCausalLM(config))
+
+
+def gpt2() -> PreTrainedModel:
+    sizes = {"n_embd": 16, "n_layer": 2, "n_head": 4, "vocab_size": 64, "n_positions": 64}
+    return sharpen(GPT2LMHeadModel(GPT2Config(**sizes)))
+
+
+def bart() -> PreTrainedModel:
+    sizes = {"d_model": 16, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16, "vocab_size": 64}
+    layers = {"encoder_layers": 2, "decoder_layers": 1}
+    heads = {"encoder_attention_heads": 4, "decoder_attention_heads": 4}
+    config = BartConfig(**sizes, **layers, **heads, max_position_embeddings=32)
+    return sharpen(BartForConditionalGeneration(config))
+
+
+def tokens(n: int = 9, batch: int = 2, seed: int = 1) -> Tensor:
+    return torch.randint(3, 64, (batch, n), generator=torch.Generator().manual_seed(seed))
+
+
+def padding(side: str, n: int = 9, count: int = 3) -> Tensor:
+    mask = torch.ones(2, n, dtype=torch.int64)
+    mask[1, :count] = mask[1, :count] * (side != "left")
+    mask[1, n - count :] = mask[1, n - count :] * (side != "right")
+    return mask
+
+
+def eager_entropies(model: PreTrainedModel, **inputs: Tensor) -> tuple[Tensor, ...]:
+    twin = copy.deepcopy(model)
+    twin.set_attn_implementation("eager")
+    return tuple(
+        torch.special.entr(weights).sum(-1)
+        for weights in twin(**inputs, output_attentions=True).attentions
+    )
+
+
+# Whose rows
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("build", [llama, gpt2])
+def test_padding_queries_are_no_rows(build: Callable[[], PreTrainedModel], side: str) -> None:
+    model, mask = build(), padding(side)
+    with record_entropy(model) as recording:
+        model(tokens(), attention_mask=mask)
+    expected = eager_entropies(model, input_ids=tokens(), attention_mask=mask)
+    for layer, wanted in zip(recording, expected, strict=True):
+        assert torch.equal(layer.rows, mask.bool())
+        assert layer.allowed_keys.shape == (2, 1, 9)
+        places = mask.cumsum(-1) if side == "left" else torch.arange(1, 10).expand(2, 9)
+        assert torch.equal(layer.allowed_keys[:, 0][layer.rows], places[layer.rows])
+        real = layer.rows[:, None].expand_as(wanted)
+        torch.testing.assert_close(layer.entropy[real], wanted[real], rtol=0, atol=1e-5)
+
+
+def test_encoder_and_decoder_have_masks_of_their_own() -> None:
+    model, encoder, decoder = bart(), padding("left"), padding("right", n=7, count=2)
+    with record_entropy(model) as recording:
+        model(
+            tokens(),
+            attention_mask=encoder,
+            decoder_input_ids=tokens(7),
+            decoder_attention_mask=decoder,
+        )
+    with record_entropy(model) as unmasked:
+        model(tokens(), attention_mask=encoder, decoder_input_ids=tokens(7))
+    for layer, without in zip(recording, unmasked, strict=True):
+        in_encoder = ".encoder." in layer.name
+        assert torch.equal(layer.rows, (encoder if in_encoder else decoder).bool()), layer.name
+        assert without.rows.all() != in_encoder
+    assert [layer.kind for layer in recording] == ["self", "self", "self", "cross"]
+    cross = recording[3]
+    assert cross.keys == 9
+    assert torch.equal(cross.allowed_keys.flatten(), encoder.sum(-1).repeat_interleave(7))
+
+
+def test_prompt_tuning_lengthens_the_rows() -> None:
+    from peft import PromptTuningConfig, get_peft_model
+
+    model = get_peft_model(llama(), PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"))
+    with record_entropy(model) as recording:
+        model(input_ids=tokens(), attention_mask=padding("left"))
+    virtual = torch.ones(2, 3, dtype=torch.bool)
+    for layer in recording:
+        assert torch.equal(layer.rows, torch.cat((virtual, padding("left").bool()), 1))
+        assert layer.entropy.shape == (2, 4, 12)
+
+
+# Which layers: all, or a refusal that names them
+
+
+def git() -> tuple[PreTrainedModel, dict[str, Tensor]]:
+    model = GitForCausalLM(GitConfig(vision_config=VISION, **TEXT))
+    return sharpen(model), {"input_ids": tokens(), "pixel_values": torch.randn(2, 3, 16, 16)}
+
+
+def test_a_part_that_attends_by_itself_is_refused_by_name_or_listed() -> None:
+    model, inputs = git()
+    own = [f"git.encoder.layer.{number}.attention.self" for number in (0, 1)]
+    with pytest.raises(ValueError, match=own[0] + " computes a softmax"), record_entropy(model):
+        model(**inputs)
+    assert model.config._attn_implementation != "entropy_regularization"
+    with record_entropy(model, allow_partial=True) as recording:
+        model(**inputs)
+    assert recording.missing == own
+    assert len(recording) == 2
+    assert "vision" in recording[0].name
+
+
+def test_a_part_seen_only_with_other_inputs_is_found_then() -> None:
+    model, inputs = git()
+    with pytest.raises(ValueError, match="computes a softmax"), record_entropy(model):
+        model(input_ids=inputs["input_ids"])
+    with record_entropy(model.git.image_encoder) as recording:
+        model.git.image_encoder(inputs["pixel_values"])
+    assert len(recording) == 2
+    with pytest.raises(ValueError, match="computes a softmax"), record_entropy(model):
+        model(**inputs)
+
+
+def test_compiled_models_are_read_since_they_cannot_be_watched() -> None:
+    model = BloomForCausalLM(BLOOM).eval()
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="eager")
+    with pytest.raises(ValueError, match="computes a softmax"), record_entropy(compiled):
+        compiled(tokens())
+
+
+@pytest.mark.parametrize(
+    ("model_class", "config", "message"),
+    [
+        (
+            BloomForCausalLM,
+            BloomConfig(vocab_size=64, hidden_size=16, n_layer=2, n_head=4),
+            "self_attention computes a",
+        ),
+        (
+            MambaForCausalLM,
+            MambaConfig(vocab_size=64, hidden_size=16, num_hidden_layers=1),
+            "nothing in it was seen to attend",
+        ),
+    ],
+    ids=["bloom", "mamba"],
+)
+def test_models_without_attention_that_can_be_heard(
+    model_class: type[PreTrainedModel], config: object, message: str
+) -> None:
+    model = model_class(config).eval()
+    with pytest.raises(ValueError, match=message), record_entropy(model):
+        model(tokens())
+
+
+def test_a_family_outside_the_interface_is_heard_through_torch() -> None:
+    config = FalconConfig(vocab_size=64, hidden_size=16, num_hidden_layers=2, num_attention_heads=4)
+    model, mask = sharpen(FalconForCausalLM(config)), padding("left")
+    plain = model(tokens(), attention_mask=mask).logits
+    with record_entropy(model) as recording:
+        output = model(tokens(), attention_mask=mask).logits
+    real = mask.bool()
+    torch.testing.assert_close(output[real], plain[real], rtol=1e-4, atol=1e-5)
+    eager = sharpen(FalconForCausalLM._from_config(config, attn_implementation="eager"))
+    weights = eager(tokens(), attention_mask=mask, output_attentions=True).attentions
+    for layer, matrix in zip(recording, weights, strict=True):
+        expected = torch.special.entr(matrix).sum(-1)
+        keep = real[:, None].expand_as(expected)
+        torch.testing.assert_close(layer.entropy[keep], expected[keep], rtol=0, atol=1e-5)
+        assert torch.equal(layer.rows, real)
+
+
+def test_attention_of_torch_inside_a_transformers_model() -> None:
+    model = sharpen(SiglipVisionModel(SiglipVisionConfig(**VISION)))
+    pixels = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    plain = model(pixels).pooler_output
+    with record_entropy(model) as recording:
+        torch.testing.assert_close(model(pixels).pooler_output, plain, rtol=1e-4, atol=1e-5)
+    assert [layer.name.split(".")[-1] for layer in recording] == [
+        "self_attn",
+        "self_attn",
+        "attention",
+    ]
+    head = model.get_submodule(recording[2].name)
+    hidden = model(pixels).last_hidden_state
+    probe = model.get_submodule(recording[2].name.rsplit(".", 1)[0]).probe.repeat(2, 1, 1)
+    weights = head(probe, hidden, hidden, average_attn_weights=False)[1]
+    expected = torch.special.entr(weights).sum(-1)
+    torch.testing.assert_close(recording[2].entropy, expected, rtol=0, atol=1e-5)
+
+
+def test_a_config_held_as_a_copy_is_switched_too() -> None:
+    decoder = {"reduce_dim": 16, "decoder_num_attention_heads": 4, "decoder_intermediate_size": 16}
+    config = CLIPSegConfig(
+        text_config=TEXT,
+        vision_config=VISION,
+        projection_dim=16,
+        extract_layers=[0, 1],
+        **decoder,
+    )
+    model = CLIPSegForImageSegmentation(config).eval()
+    with record_entropy(model) as recording:
+        model(input_ids=tokens(), pixel_values=torch.randn(2, 3, 16, 16))
+    assert sum("decoder" in layer.name for layer in recording) == 2
+    assert len(recording) == 6
+    configs = {id(part.config): part.config for part in model.modules() if hasattr(part, "config")}
+    assert {config._attn_implementation for config in configs.values()} == {"sdpa"}
+
+
+# Nothing left behind
+
+
+def state_of(model: nn.Module) -> dict[str, object]:
+    """Everything that a recording touches."""
+    return {
+        name: (
+            sorted(part.__dict__),
+            list(part._forward_hooks),
+            list(part._forward_pre_hooks),
+            getattr(getattr(part, "config", None), "_attn_implementation", None),
+        )
+        for name, part in model.named_modules()
+    }
+
+
+def test_the_model_is_left_as_it_was_found(tmp_path: Path) -> None:
+    model = llama()
+    before = state_of(model)
+    plain = model(tokens()).logits
+    with record_entropy(model):
+        model(tokens())
+    assert state_of(model) == before
+    with pytest.raises(RuntimeError, match="size mismatch"), record_entropy(model):
+        model(tokens()).logits @ torch.ones(3)
+    with pytest.raises(IndexError), record_entropy(model):
+        model(tokens() + 1000)  # no such token: forward raises inside its hooks
+    assert state_of(model) == before
+    assert torch.equal(model(tokens()).logits, plain)
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert loaded.config._attn_implementation == "sdpa"
+    assert "entropy" not in (tmp_path / "config.json").read_text()
+    assert torch.equal(loaded.eval()(tokens()).logits, plain)
+
+
+def test_a_copy_made_inside_a_recording_is_apart() -> None:
+    model = llama()
+    with record_entropy(model) as recording:
+        model(tokens())
+        twin = copy.deepcopy(model)
+    with record_entropy(twin) as other:
+        twin(tokens())
+    assert len(recording) == len(other) == 2
+    torch.testing.assert_close(other[1].entropy, recording[1].entropy)
+
+
+def test_recordings_nest_and_do_not_mix() -> None:
+    one, two = llama(), gpt2()
+    with record_entropy(one) as outer, record_entropy(two) as other:
+        one(tokens())
+        with record_entropy(one, layers="*1.self_attn", gradient=False) as inner:
+            one(tokens(5))
+        two(tokens())
+    assert [layer.entropy.shape[-1] for layer in outer] == [9, 9, 5, 5]
+    assert [layer.name for layer in inner] == ["model.layers.1.self_attn"]
+    assert not inner[0].entropy.requires_grad
+    assert [layer.name for layer in other] == ["transformer.h.0.attn", "transformer.h.1.attn"]
+
+
+def test_threads_record_their_own_models() -> None:
+    models = [llama() for _ in range(4)]
+    with record_entropy(models[0]) as recording:
+        models[0](tokens())
+    barrier = threading.Barrier(4)
+
+    def work(model: PreTrainedModel) -> Tensor:
+        barrier.wait()
+        for _ in range(5):
+            with record_entropy(model) as mine:
+                model(tokens())
+            assert len(mine) == 2
+        return mine[1].entropy
+
+    with ThreadPoolExecutor(4) as pool:
+        for entropy in pool.map(work, models):
+            torch.testing.assert_close(entropy, recording[1].entropy)
+
+
+# Machinery
+
+
+def penalised(model: PreTrainedModel, n: int = 9) -> dict[str, Tensor]:
+    """Return the gradients of a sum of logits and entropies, backward outside the context."""
+    model.zero_grad()
+    with record_entropy(model) as recording:
+        logits = model(tokens(n)).logits
+    weights = torch.arange(1.0, 1 + len(recording))
+    entropies = [w * layer.entropy.square().sum() for w, layer in zip(weights, recording)]  # noqa: B905
+    (logits.float().square().mean() + sum(entropies)).backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_near(found: dict[str, Tensor], wanted: dict[str, Tensor], budget: float) -> None:
+    assert found.keys() == wanted.keys()
+    for name, gradient in wanted.items():
+        scale = gradient.float().abs().max() + 1e-6
+        assert (found[name].float() - gradient.float()).abs().max() <= budget * scale, name
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_is_exact_or_refused(reentrant: bool) -> None:
+    expected = penalised(llama())
+    model = llama().train()
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    if reentrant:
+        model.enable_input_require_grads()
+        with pytest.raises(RuntimeError, match="use_reentrant': False"):
+            penalised(model)
+    else:
+        assert_near(penalised(model), expected, 1e-5)
+    assert model.config._attn_implementation in ("sdpa", "entropy_regularization")
+    model(tokens())  # the next pass is the model's own again
+    assert model.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("part", ["model", "layers"])
+def test_compiled_models_break_no_graph_and_are_compiled_once(part: str) -> None:
+    expected = penalised(llama())
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    model = llama()
+    if part == "model":
+        forward = torch.compile(model, backend="aot_eager")
+    else:
+        forward = model
+        for layer in model.model.layers:
+            layer.compile(backend="aot_eager")
+    found = penalised(forward)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        again = penalised(forward)
+    strip = {name.removeprefix("_orig_mod."): gradient for name, gradient in found.items()}
+    assert_near(strip, expected, 1e-5)
+    assert_near(again, found, 1e-6)
+    assert not torch._dynamo.utils.counters["graph_break"]
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == (1 if part == "model" else 2)
+
+
+def penalised_eager(model: PreTrainedModel) -> dict[str, Tensor]:
+    """As penalised, by eager matrices."""
+    model.zero_grad()
+    model.set_attn_implementation("eager")
+    output = model(tokens(), output_attentions=True)
+    total = output.logits.double().square().mean()
+    for number, matrix in enumerate(output.attentions):
+        matrix = matrix.double()
+        entropy = -(matrix * matrix.clamp(min=1e-30).log()).sum(-1)  # entr has no gradient at 0
+        total = total + (number + 1) * entropy.square().sum()
+    total.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def distance(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> float:
+    pairs = [(found[name].double(), wanted[name].double()) for name in wanted]
+    error = sum((a - b).square().sum() for a, b in pairs)
+    return float((error / sum(b.square().sum() for _, b in pairs)).sqrt())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_low_precision_is_no_further_off_than_eager_attention(
+    dtype: torch.dtype, autocast: bool
+) -> None:
+    exact = penalised_eager(llama().double())
+    assert distance(penalised(llama()), exact) <= 1e-5
+    model, twin = (llama() if autocast else llama().to(dtype) for _ in range(2))
+    with torch.autocast("cpu", dtype=dtype, enabled=autocast):
+        found, eager = penalised(model), penalised_eager(twin)
+        with record_entropy(model) as recording:
+            model(tokens())
+    assert recording[0].entropy.dtype == torch.float32
+    assert distance(found, exact) <= 1.5 * distance(eager, exact)
+
+
+@pytest.mark.parametrize("kind", ["lora", "prefix"])
+def test_adapters(kind: str) -> None:
+    from peft import LoraConfig, PrefixTuningConfig, get_peft_model
+
+    settings = {
+        "lora": LoraConfig(target_modules=["q_proj", "k_proj"], init_lora_weights=False),
+        "prefix": PrefixTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"),
+    }
+    model = get_peft_model(llama(), settings[kind])
+    with record_entropy(model) as recording:
+        model(input_ids=tokens())
+    sum(layer.entropy.sum() for layer in recording).backward()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    assert trained
+    assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in trained)
+    assert recording[0].keys == (12 if kind == "prefix" else 9)
+    assert recording[0].allowed_keys.flatten().tolist()[:9] == (
+        list(range(4, 13)) if kind == "prefix" else list(range(1, 10))
+    )
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_generation_is_that_of_sdpa_and_gives_one_row_a_step(cache: str) -> None:
+    model, mask = llama(), padding("left")
+    options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": 63}
+    options |= {"attention_mask": mask, "cache_implementation": cache}
+    if cache == "static":
+        options["disable_compile"] = True
+    expected = model.generate(tokens(), **options)
+    with record_entropy(model, gradient=False) as recording:
+        found = model.generate(tokens(), **options)
+    assert torch.equal(found, expected)
+    steps = len(recording) // 2
+    assert steps == expected.shape[1] - 9
+    assert recording[0].entropy.shape == (2, 4, 9)
+    assert all(layer.entropy.shape == (2, 4, 1) for layer in recording.layers[2:])
+    seen = [layer.allowed_keys.flatten().tolist() for layer in recording.layers[2::2]]
+    assert seen == [[10 + step, 7 + step] for step in range(steps - 1)]
+    assert torch.equal(recording[0].rows, mask.bool())
+
+
+def test_static_cache_by_hand() -> None:
+    model = llama()
+    cache = StaticCache(config=model.config, max_cache_len=16)
+    with record_entropy(model) as recording:
+        model(tokens(), past_key_values=cache)
+    with record_entropy(model) as plain:
+        model(tokens(), use_cache=False)
+    torch.testing.assert_close(recording[1].entropy, plain[1].entropy, rtol=0, atol=1e-5)
+    assert torch.equal(recording[1].allowed_keys, plain[1].allowed_keys)
+
+
+# Structured masks
+
+
+def test_packed_documents_by_position_ids() -> None:
+    model = llama().train()
+    model.config.use_cache = False
+    positions = torch.cat((torch.arange(4), torch.arange(5)))[None]
+    ids = tokens(9, batch=1)
+    with record_entropy(model) as recording:
+        model(ids, position_ids=positions)
+    with record_entropy(model) as apart:
+        model(ids[:, :4])
+        model(ids[:, 4:])
+    expected = torch.cat((apart[1].entropy, apart[3].entropy), -1)
+    torch.testing.assert_close(recording[1].entropy, expected, rtol=0, atol=1e-5)
+    assert recording[1].allowed_keys.flatten().tolist() == [1, 2, 3, 4, 1, 2, 3, 4, 5]
+
+
+def test_penalty_of_a_recording_and_its_means() -> None:
+    model = llama()
+    with record_entropy(model) as recording:
+        model(tokens(), attention_mask=padding("right"))
+    assert EntropyRegularization.calibrated()(recording, 0.5).requires_grad
+    mean = recording[0].mean_per_head()
+    real = recording[0].rows[:, None].expand_as(recording[0].entropy)
+    by_hand = recording[0].entropy.masked_fill(~real, 0.0).sum((0, 2)) / 15
+    torch.testing.assert_close(mean, by_hand)
+    assert mean.max() <= math.log(9)
