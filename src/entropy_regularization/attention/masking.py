@@ -164,13 +164,19 @@ def count_allowed_keys(
     """
     if structure.allowed is None and structure.document is None:
         return _count_in_band(structure, n_queries, n_keys, device)
+    # Only the keys that a block may see; to find them reads values, which a graph cannot, and
+    # which would wait for a GPU.
+    cut = device.type == "cpu" and not torch.compiler.is_compiling()
     counts = []
     for row_start in range(0, n_queries, block):
         row_stop = min(row_start + block, n_queries)
-        tile = Tile(row_start, row_stop, 0, n_keys)
+        keys = (0, n_keys)
+        if cut:
+            keys = visible_keys(structure, row_start, row_stop, n_queries, n_keys)
+        tile = Tile(row_start, row_stop, *keys)
         allowed = tile_allowed(structure, tile, n_queries, n_keys, device)
         assert allowed is not None
-        shape = (*allowed.shape[:2], row_stop - row_start, n_keys)
+        shape = (*allowed.shape[:2], row_stop - row_start, keys[1] - keys[0])
         counts.append(allowed.expand(shape).sum(-1))
     if not counts:
         return torch.zeros(1, 1, 0, dtype=torch.int64, device=device)
