@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 from entropy_regularization import EntropyRegularization, record_entropy
 
@@ -224,3 +225,130 @@ def test_state_is_restored_after_an_exception_and_two_models_do_not_mix(x: Tenso
     assert (len(outer), len(inner)) == (2, 1)
     assert outer[0].entropy.requires_grad
     assert not inner[0].entropy.requires_grad
+
+
+def penalised(model: nn.Module, x: Tensor) -> list[Tensor]:
+    """Return gradients of a sum of outputs and entropies, backward inside the context."""
+    parameters = list(model.parameters())
+    with record_entropy(model) as recording:
+        total = model(x).square().mean()
+        total = total + sum(layer.entropy.square().sum() for layer in recording)
+        return list(torch.autograd.grad(total, parameters))
+
+
+def test_compiled_direct_calls_break_no_graph_and_are_compiled_once(x: Tensor) -> None:
+    model = Stack()
+    expected = penalised(model, x)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compiled = torch.compile(model, backend="aot_eager")
+    found = penalised(compiled, x)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        again = penalised(compiled, x)
+    for one, two, wanted in zip(found, again, expected, strict=True):
+        torch.testing.assert_close(one, wanted)
+        torch.testing.assert_close(two, wanted)
+    assert not torch._dynamo.utils.counters["graph_break"]
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    with record_entropy(compiled) as recording:
+        compiled(x)
+    assert [layer.name for layer in recording] == ["blocks.0", "blocks.1"]
+
+
+class Checkpointed(Stack):
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = x + checkpoint(block, x, use_reentrant=False)
+        return x
+
+
+def test_checkpointing_with_backward_inside_the_context(x: Tensor) -> None:
+    plain, model = Stack(), Checkpointed()
+    model.load_state_dict(plain.state_dict())
+    for one, two in zip(penalised(model, x), penalised(plain, x), strict=True):
+        torch.testing.assert_close(one, two)
+    with record_entropy(model) as recording:
+        output = model(x)
+    with pytest.raises(torch.utils.checkpoint.CheckpointError):  # never a wrong gradient
+        (output.sum() + recording[0].entropy.sum()).backward()
+
+
+class Einsum(nn.Module):
+    """As x-transformers writes it: einsum, a softmax in float32, talking heads, flash by choice."""
+
+    def __init__(self, flash: bool) -> None:
+        super().__init__()
+        self.to_qkv, self.mix, self.flash = nn.Linear(16, 48), nn.Conv2d(4, 4, 1), flash
+        self.act = nn.Softmax(dim=-1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.to_qkv(x).unflatten(-1, (3, 4, 4)).permute(2, 0, 3, 1, 4)
+        if self.flash:
+            return functional.scaled_dot_product_attention(q, k, v, scale=0.3)
+        scores = torch.einsum("b h i d, b h j d -> b h i j", q, k) * 0.3
+        weights = self.mix(self.act(scores.float()).type_as(scores))
+        return torch.einsum("b h i j, b h j d -> b h i d", functional.dropout(weights, 0.1), v)
+
+
+def test_einsum_attention_is_refused_and_its_flash_branch_recorded(x: Tensor) -> None:
+    model = nn.Sequential(nn.Linear(16, 16), Einsum(flash=False))
+    with pytest.raises(ValueError, match="1 computes a softmax of its own"), record_entropy(model):
+        model(x)
+    model[1].flash = True
+    with record_entropy(model) as recording:
+        model(x)
+    q, k, _ = model[1].to_qkv(model[0](x)).unflatten(-1, (3, 4, 4)).permute(2, 0, 3, 1, 4)
+    expected = by_hand(q * 0.3 * 2, k)
+    torch.testing.assert_close(recording[0].entropy, expected, rtol=0, atol=1e-5)
+
+
+class Router(nn.Module):
+    """A softmax that chooses experts, one over classes, one that pools: none of them attends."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stack, self.gate = Stack(), nn.Linear(16, 4)
+        self.experts = nn.Parameter(torch.randn(4, 16, 16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stack(x)
+        weights, chosen = self.gate(x).softmax(-1).topk(2)
+        x = sum(
+            weights[..., i, None] * torch.einsum("btd,btde->bte", x, self.experts[chosen[..., i]])
+            for i in range(2)
+        )
+        pooled = (self.gate(x)[..., :1].softmax(1) * x).sum(1)
+        return self.gate(pooled).softmax(-1)
+
+
+def test_a_softmax_that_does_not_attend_is_let_pass(x: Tensor) -> None:
+    model = Router()
+    with record_entropy(model) as recording:
+        model(x)
+    assert (len(recording), recording.missing) == (2, [])
+
+
+class Alias(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return ORIGINAL(x, x, x)
+
+
+def test_a_function_imported_by_name_is_refused(x: Tensor) -> None:
+    model = nn.Sequential(Stack(), Alias())
+    message = "1 calls scaled_dot_product_attention by a name"
+    with pytest.raises(ValueError, match=message), record_entropy(model):
+        model(x)
+
+
+def test_timm_vision_transformer() -> None:
+    try:
+        import timm
+    except (ImportError, RuntimeError) as error:  # torchvision does not import beside a CPU torch
+        pytest.skip(f"timm does not import here: {error}")
+    model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=2).eval()
+    image = torch.randn(2, 3, 32, 32)
+    plain = model(image)
+    with record_entropy(model) as recording:
+        torch.testing.assert_close(model(image), plain, rtol=1e-4, atol=1e-5)
+    assert [layer.name for layer in recording] == ["blocks.0.attn", "blocks.1.attn"]
+    assert recording[0].entropy.shape == (2, 3, 5)

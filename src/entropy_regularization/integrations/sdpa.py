@@ -8,6 +8,7 @@ from torch.utils.hooks import RemovableHandle
 
 from entropy_regularization.attention.api import AttentionOutput
 from entropy_regularization.integrations import interception
+from entropy_regularization.integrations.compiled import is_compiled, runs_compiled
 from entropy_regularization.integrations.layers import is_wanted, kind_of, runs_in_backward
 from entropy_regularization.integrations.unseen import Watch
 from entropy_regularization.recording.recorder import ForwardCall, Layers
@@ -37,22 +38,31 @@ class SdpaRecorder:
         gradient: bool = True,
         allow_partial: bool = False,
     ) -> None:
-        self.model = model
+        self.model: nn.Module = getattr(model, "_orig_mod", model)  # not torch.compile's wrapper
         self.layers = layers
         self.gradient = gradient
         self.allow_partial = allow_partial
-        self._names = {part: name or type(part).__name__ for name, part in model.named_modules()}
+        self._names = {
+            part: name.replace("_orig_mod.", "") or type(part).__name__
+            for name, part in self.model.named_modules()
+        }
+        self._keeps_hooks = any(map(is_compiled, model.modules()))
         attentions = [n for p, n in self._names.items() if isinstance(p, nn.MultiheadAttention)]
-        if attentions and any(hasattr(part, "_orig_mod") for part in self._names):
+        if attentions and self._keeps_hooks:
             raise ValueError(
                 f"{attentions[0]} is an nn.MultiheadAttention in a compiled model, which cannot be "
                 "recorded; record the model before torch.compile."
             )
         self._recording = EntropyRecording()
-        self._watch = Watch(model)
+        self._watch = Watch(self.model)
+        self.listens = False
         self._forwards = self._calls = 0
         self._hooks: list[RemovableHandle] = []
         self._fast_path: bool | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copied model takes a recorder along that is not listening; entropies stay here."""
+        return {**self.__dict__, "_recording": EntropyRecording(), "listens": False}
 
     def start(self, call: ForwardCall | None = None) -> EntropyRecording:
         """Listen; return the recording to fill.
@@ -62,16 +72,18 @@ class SdpaRecorder:
         """
         self._recording = EntropyRecording()
         self._forwards = self._calls = 0
-        for part in self._names:
-            self._hooks += [
-                part.register_forward_pre_hook(self._enter, with_kwargs=True),
-                part.register_forward_hook(self._leave, always_call=True),
-            ]
+        self.listens = True
+        if not self._hooks:
+            for part, name in self._names.items():
+                self._hooks += self._follow(part, name)
         self._fast_path = torch.backends.mha.get_fastpath_enabled()
         torch.backends.mha.set_fastpath_enabled(False)  # it calls no attention function
         interception.listen(self)
+        if self._keeps_hooks or runs_compiled():
+            self._watch.read(self._names)
         if call is not None:
-            self._enter(*call)
+            self._begin(*call)
+            interception.places().append((self, self._names[self.model]))
         return self._recording
 
     def stop(self) -> EntropyRecording:
@@ -102,7 +114,8 @@ class SdpaRecorder:
 
     def abort(self) -> None:
         """Stop listening; everything is as it was found."""
-        while self._hooks:
+        self.listens = False
+        while self._hooks and not self._keeps_hooks:  # new ones would be compiled anew
             self._hooks.pop().remove()
         self._watch.leave()
         interception.stop_listening(self)
@@ -110,18 +123,39 @@ class SdpaRecorder:
             torch.backends.mha.set_fastpath_enabled(self._fast_path)
             self._fast_path = None
 
-    def _enter(self, part: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if part is self.model:
-            self._forwards += 1
-            if not torch.compiler.is_compiling():
-                given = {**{str(number): value for number, value in enumerate(args)}, **kwargs}
-                self._watch.enter(self._names, given)
-        interception.places().append((self, self._names[part]))
+    def _follow(self, part: nn.Module, name: str) -> list[RemovableHandle]:
+        """Hook one module: while it runs, calls of attention are its calls."""
 
-    def _leave(self, part: nn.Module, args: Any, output: Any) -> None:
-        if part is self.model and not torch.compiler.is_compiling():
+        def enter(part: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if self.listens:
+                interception.places().append((self, name))
+
+        def leave(part: nn.Module, args: Any, output: Any) -> None:
+            if self.listens:
+                interception.leave_place(self, name)
+
+        hooks = [
+            part.register_forward_pre_hook(enter, with_kwargs=True),
+            part.register_forward_hook(leave, always_call=True),
+        ]
+        if part is self.model:
+            hooks.append(part.register_forward_pre_hook(self._begin, with_kwargs=True))
+            hooks.append(part.register_forward_hook(self._end, always_call=True))
+        return hooks
+
+    def _begin(self, part: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """The forward pass of the whole model begins."""
+        if not self.listens:
+            return
+        self._forwards += 1
+        if not torch.compiler.is_compiling():
+            given = {**{str(number): value for number, value in enumerate(args)}, **kwargs}
+            self._watch.enter(self._names, given)
+
+    def _end(self, part: nn.Module, args: Any, output: Any) -> None:
+        """The forward pass of the whole model has ended."""
+        if self.listens and not torch.compiler.is_compiling():
             self._watch.leave()
-        interception.leave_place(self, self._names[part])
 
     def deposit_call(self, place: str | None, found: AttentionOutput, n_keys: int) -> None:
         """Take the rows of one attention call."""

@@ -7,7 +7,6 @@ makes it attention; a router's softmax, which is sorted and scattered, is not.
 
 import functools
 import inspect
-import sys
 import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -18,6 +17,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
+from entropy_regularization.integrations.compiled import is_compiled, runs_compiled
 from entropy_regularization.integrations.interception import original_attention
 from entropy_regularization.integrations.layers import calling_module
 
@@ -158,25 +158,3 @@ def attends_by_source(kind: Any) -> bool:
     )
     heard = ("ALL_ATTENTION_FUNCTIONS", "scaled_dot_product_attention")
     return own and not any(word in source for word in heard)
-
-
-def is_compiled(module: nn.Module) -> bool:
-    """Tell whether torch.compile was applied to a module, or to its forward."""
-    return (
-        hasattr(module, "_orig_mod")
-        or getattr(module, "_compiled_call_impl", None) is not None
-        or hasattr(module.forward, "_torchdynamo_orig_callable")
-    )
-
-
-def runs_compiled() -> bool:
-    """Tell whether this runs inside a compiled function, perhaps at a break of its graph."""
-    if torch.compiler.is_compiling():
-        return True
-    frame = sys._getframe(1)
-    while frame.f_back is not None:
-        frame = frame.f_back
-        code = frame.f_code
-        if code.co_name == "compile_wrapper" and code.co_filename.endswith("eval_frame.py"):
-            return True
-    return False

@@ -47,19 +47,18 @@ def make_recorder(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}; pass a torch.nn.Module.")
+    keeping = importlib.import_module("entropy_regularization.integrations.compiled")
+    host = importlib.import_module("entropy_regularization.integrations.sdpa").SdpaRecorder
     # A model of a host that was never imported cannot exist, so nothing is imported in vain.
     if "transformers" in sys.modules:
-        host = importlib.import_module("entropy_regularization.integrations.transformers.recorder")
-        if host.find_pretrained(model) is not None:
-            recorder: Recorder = host.recorder_of(
-                model, layers=layers, gradient=gradient, allow_partial=allow_partial
-            )
-            return recorder
-    host = importlib.import_module("entropy_regularization.integrations.sdpa")
-    plain: Recorder = host.SdpaRecorder(
-        model, layers=layers, gradient=gradient, allow_partial=allow_partial
+        name = "entropy_regularization.integrations.transformers.recorder"
+        transformers_host = importlib.import_module(name)
+        if transformers_host.find_pretrained(model) is not None:
+            host = transformers_host.TransformersRecorder
+    recorder: Recorder = keeping.kept_or_new(
+        host, model, layers=layers, gradient=gradient, allow_partial=allow_partial
     )
-    return plain
+    return recorder
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from entropy_regularization.attention.api import AttentionOutput
 from entropy_regularization.integrations import interception
+from entropy_regularization.integrations.compiled import is_compiled, runs_compiled
 from entropy_regularization.integrations.layers import (
     calling_module,
     in_reentrant_checkpoint,
@@ -19,35 +20,14 @@ from entropy_regularization.integrations.layers import (
 from entropy_regularization.integrations.transformers.attention import RECORDER
 from entropy_regularization.integrations.transformers.padding import PaddingTracker, arguments_of
 from entropy_regularization.integrations.transformers.switching import AttentionSwitch
-from entropy_regularization.integrations.unseen import Watch, is_compiled, runs_compiled
+from entropy_regularization.integrations.unseen import Watch
 from entropy_regularization.recording.recorder import ForwardCall, Layers
 from entropy_regularization.recording.recording import EntropyRecording, LayerEntropy
-
-KEPT = "_entropy_recorders"  # attribute of a compiled model that holds its recorders
 
 
 def find_pretrained(model: nn.Module) -> PreTrainedModel | None:
     """Return the outermost transformers model inside any wrapper, or None."""
     return next((part for part in model.modules() if isinstance(part, PreTrainedModel)), None)
-
-
-def recorder_of(
-    model: nn.Module, *, layers: Layers = None, gradient: bool = True, allow_partial: bool = False
-) -> "TransformersRecorder":
-    """Return a recorder; a compiled model keeps its own, because a new one would be compiled anew.
-
-    The arguments are those of TransformersRecorder.
-    """
-    found = find_pretrained(model)
-    options = repr((layers, gradient, allow_partial))
-    kept: dict[str, TransformersRecorder] = {}
-    if found is not None and any(map(is_compiled, model.modules())):
-        kept = found.__dict__.setdefault(KEPT, kept)
-    if options not in kept or kept[options].listens:  # one recording inside another needs two
-        kept[options] = TransformersRecorder(
-            model, layers=layers, gradient=gradient, allow_partial=allow_partial
-        )
-    return kept[options]
 
 
 class TransformersRecorder:

@@ -1,0 +1,60 @@
+"""torch.compile: who is compiled, and recorders that are not compiled anew at every recording."""
+
+import sys
+from collections.abc import Callable
+from typing import Any, Protocol, TypeVar
+
+import torch
+from torch import nn
+
+KEPT = "_entropy_recorders"  # attribute of a compiled model that holds its recorders
+
+
+class Keepable(Protocol):
+    """A recorder that says whether it is in use."""
+
+    @property
+    def listens(self) -> bool:
+        """Whether it was started and not yet stopped."""
+
+
+R = TypeVar("R", bound=Keepable)
+
+
+def kept_or_new(make: Callable[..., R], model: nn.Module, **options: Any) -> R:
+    """Return a recorder of a model; a compiled model keeps it for the next recording.
+
+    Args:
+        make: the recorder's class.
+        model: the model, or what torch.compile returned for it.
+        options: arguments of the recorder.
+    """
+    if not any(map(is_compiled, model.modules())):
+        return make(model, **options)
+    kept: dict[str, R] = model.__dict__.setdefault(KEPT, {})
+    wanted = repr(sorted(options.items()))
+    if wanted not in kept or kept[wanted].listens:  # one recording inside another needs two
+        kept[wanted] = make(model, **options)
+    return kept[wanted]
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Tell whether torch.compile was applied to a module, or to its forward."""
+    return (
+        hasattr(module, "_orig_mod")
+        or getattr(module, "_compiled_call_impl", None) is not None
+        or hasattr(module.forward, "_torchdynamo_orig_callable")
+    )
+
+
+def runs_compiled() -> bool:
+    """Tell whether this runs inside a compiled function, perhaps at a break of its graph."""
+    if torch.compiler.is_compiling():
+        return True
+    frame = sys._getframe(1)
+    while frame.f_back is not None:
+        frame = frame.f_back
+        code = frame.f_code
+        if code.co_name == "compile_wrapper" and code.co_filename.endswith("eval_frame.py"):
+            return True
+    return False
