@@ -102,7 +102,6 @@ def _backward_chunk(
     problem = view.problem
     given = {"query": problem.query, "d_output": output_gradient, **constants._asdict()}
     sources = (view.sources(name, view.by_unit(tensor)) for name, tensor in given.items())
-    value_t = view.transpose("value_t", view.value)
     d_bias = None if gradients.bias is None else view.chunk.of(gradients.bias, problem.group)
     d_queries = None if gradients.query is None else view.targets(gradients.query)
     key_sum = _accumulator("key_sum", gradients.key, view)
@@ -116,7 +115,7 @@ def _backward_chunk(
             continue
         keys = slice(tile.key_start, tile.key_stop)
         d_score, weights = _score_gradient(
-            view, tile, query, d_output, value_t[:, :, keys], RowConstants(*rows), d_bias
+            view, tile, query, d_output, view.value_t[:, :, keys], RowConstants(*rows), d_bias
         )
         if value_sum is not None:
             _add_product(value_sum[:, keys], weights, d_output, 1.0, view.scratch)

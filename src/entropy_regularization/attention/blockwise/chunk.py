@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from functools import cached_property
 from typing import ClassVar
 
 import torch
@@ -104,25 +105,47 @@ class ChunkView:
         inner = self.structure._replace(left=None, right=None)
         self.inner = None if inner == Structure() else inner  # what no edge of a tile says
         self.rows_in_block, self.keys_in_block = blocks.rows, blocks.keys
-        key = problem.key[chunk.batches, chunk.heads]
-        self.shape = (key.shape[0], key.shape[1], problem.group)
+        self._key = problem.key[chunk.batches, chunk.heads]
+        self._value = problem.value[chunk.batches, chunk.heads]
+        self.shape = (self._key.shape[0], self._key.shape[1], problem.group)
         self.bias = None if problem.bias is None else chunk.of(problem.bias, problem.group)
-        self.key = self.widen("key", key).flatten(0, 1)
-        self.value = self.widen("value", problem.value[chunk.batches, chunk.heads]).flatten(0, 1)
-        self.key_t = self.transpose("key_t", self.key)
+
+    # Each ``[units, keys, dim]`` or ``[units, dim, keys]``, made when first asked for: the forward
+    # pass needs no keys beside their transpose, the backward pass no values beside theirs.
+
+    @cached_property
+    def key(self) -> Tensor:
+        """The keys."""
+        return self.widen("key", self._key).flatten(0, 1)
+
+    @cached_property
+    def value(self) -> Tensor:
+        """The values."""
+        return self.widen("value", self._value).flatten(0, 1)
+
+    @cached_property
+    def key_t(self) -> Tensor:
+        """The keys, transposed."""
+        if self.keys_in_block < WORTH_A_TRANSPOSE:
+            return self.key.transpose(1, 2)
+        return self._contiguous("key_t", self._key)
+
+    @cached_property
+    def value_t(self) -> Tensor:
+        """The values, transposed."""
+        if self.keys_in_block < WORTH_A_TRANSPOSE:
+            return self.value.transpose(1, 2)
+        return self._contiguous("value_t", self._value)
+
+    def _contiguous(self, name: str, tensor: Tensor) -> Tensor:
+        transposed = tensor.transpose(2, 3)
+        return self.scratch.take(name, *transposed.shape).copy_(transposed).flatten(0, 1)
 
     def widen(self, name: str, tensor: Tensor) -> Tensor:
         """Return a tensor in the dtype of scores, in a scratch buffer if it is not yet."""
         if tensor.dtype == self.problem.wide:
             return tensor
         return self.scratch.take(name, *tensor.shape).copy_(tensor)
-
-    def transpose(self, name: str, tensor: Tensor) -> Tensor:
-        """Return ``[units, dim, keys]``, contiguous where many products gain from it."""
-        transposed = tensor.transpose(1, 2)
-        if self.keys_in_block < WORTH_A_TRANSPOSE:
-            return transposed
-        return self.scratch.take(name, *transposed.shape).copy_(transposed)
 
     def by_unit(self, tensor: Tensor) -> Tensor:
         """Cut ``[batch, query heads, queries, dim]`` to ``[units, group, queries, dim]``."""
