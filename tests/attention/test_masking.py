@@ -5,10 +5,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from entropy_regularization.attention.blockwise import Problem
+from entropy_regularization.attention.blockwise.blocking import choose_blocks
 from entropy_regularization.attention.masking import (
     Structure,
     Tile,
     count_allowed_keys,
+    sees_all,
     tile_allowed,
     visible_keys,
 )
@@ -86,3 +89,30 @@ def test_counting_a_causal_band_makes_no_matrix(n: int) -> None:
     counts = count_allowed_keys(Structure(left=255, right=0), n, n, CPU)
     assert counts.shape == (1, 1, n)
     assert counts[0, 0, -1] == min(n, 256)
+
+
+@pytest.mark.parametrize("kind", ["window", "document", "padding"])
+def test_blocks_are_as_wide_as_what_they_see(kind: str) -> None:
+    n = 2048
+    structure = {
+        "window": Structure(left=15, right=0),
+        "document": Structure(right=0, document=torch.arange(n)[None] // 16),
+        "padding": Structure(key_padding=torch.arange(n)[None] < 16),
+    }[kind]
+    tensor = torch.zeros(1, 2, n, 4)
+    blocks = choose_blocks(Problem(tensor, tensor, tensor, structure, 1.0))
+    assert blocks.rows * blocks.keys <= 128 * (16 + 128 + 16)
+
+
+def test_tiles_without_gaps_are_whole() -> None:
+    documents = torch.tensor([[0, 0, 0, 1, 1, 1]])
+    padding = torch.tensor([[False, True, True, True, True, True]])
+    whole = Tile(0, 3, 0, 3)
+    assert sees_all(Structure(document=documents), whole, 6, 6)
+    assert not sees_all(Structure(document=documents), Tile(0, 3, 0, 4), 6, 6)
+    assert not sees_all(Structure(document=documents), Tile(2, 4, 0, 3), 6, 6)
+    assert sees_all(Structure(key_padding=padding), Tile(0, 6, 1, 6), 6, 6)
+    assert not sees_all(Structure(key_padding=padding), whole, 6, 6)
+    assert not sees_all(Structure(allowed=torch.ones(1, 1, 6, 6).bool()), whole, 6, 6)
+    # three queries stand at the last three keys
+    assert sees_all(Structure(document=documents), Tile(0, 3, 3, 6), 3, 6)

@@ -105,6 +105,24 @@ def visible_keys(
     return start + int(places[0]), start + int(places[-1]) + 1
 
 
+def sees_all(structure: Structure, tile: Tile, n_queries: int, n_keys: int) -> bool:
+    """Tell whether padding and documents leave a tile whole; reads values of tensors.
+
+    ``left`` and ``right`` are the business of edge_masks.
+    """
+    if structure.allowed is not None:
+        return False
+    keys = slice(tile.key_start, tile.key_stop)
+    if structure.key_padding is not None and not structure.key_padding[:, keys].all():
+        return False
+    if structure.document is None:
+        return True
+    offset = n_keys - n_queries
+    rows = structure.document[:, tile.row_start + offset : tile.row_stop + offset]
+    first = rows[:, :1]
+    return bool((rows == first).all()) and bool((structure.document[:, keys] == first).all())
+
+
 def edge_masks(
     structure: Structure, tile: Tile, n_queries: int, n_keys: int, device: torch.device
 ) -> Iterator[tuple[slice, Bool[Tensor, "rows edge"]]]:

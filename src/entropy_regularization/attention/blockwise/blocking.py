@@ -6,6 +6,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from entropy_regularization.attention.blockwise.problem import Problem
+from entropy_regularization.attention.masking import visible_keys
 
 # Elements of one score buffer: two of them should stay near the second-level cache.
 SCRATCH_ELEMENTS = 800_000
@@ -50,9 +51,11 @@ def choose_blocks(problem: Problem) -> Blocks:
     window = n_keys if left is None or right is None else min(n_keys, max(left + right + 1, 0))
     rows = 64 if window <= 512 else 96 if window <= 2048 else 128
     n_keys = min(n_keys, window + rows)
+    if problem.structure.document is not None or problem.structure.key_padding is not None:
+        n_keys = min(n_keys, _widest(problem, rows))
     rows = min(rows, max(32, LONGEST_BUFFER // max(2 * n_keys, 1)))
     rows = min(max(16, rows // group), max(n_queries, 1))
-    whole = batch * kv_heads * group * n_queries * n_keys
+    whole = batch * kv_heads * group * n_queries * problem.key.shape[2]
     if whole <= SCRATCH_ELEMENTS // 4:
         return Blocks(max(n_queries, 1), max(batch, 1), max(kv_heads, 1), n_keys)
     room = max(2, SCRATCH_ELEMENTS // max(group * rows * n_keys, 1))
@@ -61,6 +64,17 @@ def choose_blocks(problem: Problem) -> Blocks:
     # An even share for every core, and no smaller chunk at the end.
     even = [units for units in range(2, room + 1, 2) if kv_heads % units == 0]
     return Blocks(rows, 1, max(even, default=room), n_keys)
+
+
+def _widest(problem: Problem, rows: int) -> int:
+    """Return the most keys that a block of rows may see, by the values of the structure."""
+    n_queries, n_keys = problem.query.shape[2], problem.key.shape[2]
+    widest = 1
+    for row_start in range(0, n_queries, rows):
+        row_stop = min(row_start + rows, n_queries)
+        start, stop = visible_keys(problem.structure, row_start, row_stop, n_queries, n_keys)
+        widest = max(widest, stop - start)
+    return widest
 
 
 def chunks_of(problem: Problem, blocks: Blocks) -> Iterator[Chunk]:

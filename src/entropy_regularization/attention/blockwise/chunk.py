@@ -14,6 +14,7 @@ from entropy_regularization.attention.masking import (
     Structure,
     Tile,
     edge_masks,
+    sees_all,
     tile_allowed,
     visible_keys,
 )
@@ -202,7 +203,7 @@ class ChunkView:
         for columns, fence in self.scratch.fences(self.structure, tile, *sizes):
             # An addition takes a quarter of the time of masked_fill_.
             heads[:, :, columns].add_(fence).clamp_(min=floor)
-        if self.inner is None:
+        if self.inner is None or sees_all(self.inner, tile, *sizes):
             return
         allowed = tile_allowed(self.inner, tile, *sizes, score.device)
         if allowed is not None:
