@@ -7,12 +7,15 @@ no ``[batch, heads, queries, keys]`` tensor is stored and no atomic addition is 
 import triton
 import triton.language as tl
 
-from entropy_regularization.attention.triton.backward import load_constants, log2_probability_tile
 from entropy_regularization.attention.triton.primitives import (
     dropout_factor,
     head_pointer,
     load_rows,
     score_gradient,
+)
+from entropy_regularization.attention.triton.recomputation import (
+    load_constants,
+    log2_probability_tile,
 )
 
 

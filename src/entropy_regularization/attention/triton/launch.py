@@ -11,13 +11,11 @@ from jaxtyping import Int
 from torch import Tensor
 
 from entropy_regularization.attention.masking import Structure
-from entropy_regularization.attention.triton.backward import (
-    key_gradient_kernel,
-    query_gradient_kernel,
-    row_constants_kernel,
-)
 from entropy_regularization.attention.triton.bias_gradient import bias_gradient_kernel
 from entropy_regularization.attention.triton.forward import forward_kernel
+from entropy_regularization.attention.triton.key_gradient import key_gradient_kernel
+from entropy_regularization.attention.triton.query_gradient import query_gradient_kernel
+from entropy_regularization.attention.triton.recomputation import row_constants_kernel
 from entropy_regularization.attention.triton.tiles import Tiles, choose_tiles
 
 LOG2_E = 1.0 / math.log(2.0)
@@ -230,7 +228,7 @@ class RowConstants(NamedTuple):
 def row_constants(
     problem: Problem, saved: tuple[Tensor, Tensor, Tensor], upstream: Upstream
 ) -> RowConstants:
-    """Collect the terms of dS that belong to a row (see backward.row_constants_kernel)."""
+    """Collect the terms of dS that belong to a row (see recomputation.row_constants_kernel)."""
     output, entropy, log_normalizer = saved
     delta, log2_normalizer = torch.empty_like(entropy), torch.empty_like(entropy)
     slope = None if upstream.entropy is None else torch.empty_like(entropy)

@@ -1,0 +1,161 @@
+"""The gradient of the queries; no atomics, so that repeats are bit-identical.
+
+``dS_ij = p_ij (dO_i . v_j - delta_i - g_i (s_ij - lse_i))``, one pass for output, entropy and
+log-normalizer; a program walks over the keys of its block of queries.
+"""
+
+import triton
+import triton.language as tl
+
+from entropy_regularization.attention.triton.primitives import (
+    dropout_factor,
+    head_pointer,
+    key_range,
+    load_rows,
+    score_gradient,
+    store_rows,
+)
+from entropy_regularization.attention.triton.recomputation import (
+    load_constants,
+    log2_probability_tile,
+)
+
+
+@triton.jit
+def query_gradient_tiles(
+    b_d_query,
+    b_query,
+    b_d_output,
+    row_values,
+    start,
+    stop,
+    row,
+    place,
+    key,
+    value,
+    p_key,
+    p_value,
+    masks,
+    bias,
+    dropout,
+    factor,
+    cap_log2,
+    left,
+    right,
+    sizes,
+    DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    PADDED: tl.constexpr,
+    VALUE_PADDED: tl.constexpr,
+    KEYS: tl.constexpr,
+    MASKED: tl.constexpr,
+    EDGE: tl.constexpr,
+):
+    """Add the key tiles of ``[start, stop)`` to dQ."""
+    delta, log2_normalizer, entropy_slope = row_values
+    n_keys = sizes[1]
+    for key_start in range(start, stop, KEYS):
+        # [KEYS, PADDED] and [KEYS, VALUE_PADDED]
+        b_key = load_rows(key, p_key, key_start, n_keys, KEYS, PADDED, DIM, EDGE)
+        b_value = load_rows(value, p_value, key_start, n_keys, KEYS, VALUE_PADDED, VALUE_DIM, EDGE)
+        o_key = (key_start + tl.arange(0, KEYS))[None, :]
+        # [ROWS, KEYS], all of them
+        b_product = tl.dot(b_query, tl.trans(b_key), input_precision="ieee", out_dtype=delta.dtype)
+        b_log2_probability, b_slope = log2_probability_tile(
+            b_product, log2_normalizer, row, o_key, place, masks, bias, factor, cap_log2,
+            left, right, sizes, MASKED, EDGE,
+        )  # fmt: skip
+        b_d_weight = tl.dot(
+            b_d_output, tl.trans(b_value), input_precision="ieee", out_dtype=delta.dtype
+        )
+        if dropout is not None:
+            b_d_weight = b_d_weight * dropout_factor(dropout, place[2], row, o_key)
+        b_d_score, _ = score_gradient(b_log2_probability, b_d_weight, delta, entropy_slope)
+        b_d_score = b_d_score * b_slope
+        b_d_query = tl.dot(
+            b_d_score.to(b_key.dtype), b_key, b_d_query,
+            input_precision="ieee", out_dtype=b_d_query.dtype,
+        )  # fmt: skip
+    return b_d_query
+
+
+@triton.jit
+def query_gradient_kernel(
+    query,
+    key,
+    value,
+    d_output,
+    d_query,
+    constants,
+    masks,
+    bias,
+    dropout,
+    p_ranges,
+    scale,
+    factor,
+    cap_log2,
+    left,
+    right,
+    heads,
+    group,
+    n_queries,
+    n_keys,
+    n_blocks,
+    DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    PADDED: tl.constexpr,
+    VALUE_PADDED: tl.constexpr,
+    ROWS: tl.constexpr,
+    KEYS: tl.constexpr,
+    MASKED: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """Compute dQ of one block of rows; the grid is ``blocks * batch * heads``."""
+    program = tl.program_id(0)
+    block = n_blocks - 1 - program % n_blocks
+    unit = program // n_blocks
+    batch = unit // heads
+    head = unit % heads
+    row_start = block * ROWS
+    row = (row_start + tl.arange(0, ROWS))[:, None]
+    p_range = p_ranges
+    if p_ranges is not None:
+        p_range = p_ranges + (batch.to(tl.int64) * n_blocks + block) * 2
+
+    # [ROWS, PADDED] and [ROWS, VALUE_PADDED]
+    b_query = load_rows(
+        query, head_pointer(query, batch, head), row_start, n_queries, ROWS, PADDED, DIM, True
+    )
+    b_d_output = load_rows(
+        d_output, head_pointer(d_output, batch, head), row_start, n_queries,
+        ROWS, VALUE_PADDED, VALUE_DIM, True,
+    )  # fmt: skip
+    row_values = load_constants(constants, unit.to(tl.int64) * n_queries, row, n_queries)
+    p_key = head_pointer(key, batch, head // group)
+    p_value = head_pointer(value, batch, head // group)
+    start, full_start, full_stop, stop = key_range(
+        row_start, n_queries, n_keys, left, right, p_range, ROWS, KEYS
+    )
+    place = (batch, head, unit)
+    sizes = (n_queries, n_keys)
+    b_d_query = tl.zeros([ROWS, PADDED], WIDE)
+    if left is not None:
+        b_d_query = query_gradient_tiles(
+            b_d_query, b_query, b_d_output, row_values, start, full_start, row, place,
+            key, value, p_key, p_value, masks, bias, dropout, factor, cap_log2, left, right, sizes,
+            DIM, VALUE_DIM, PADDED, VALUE_PADDED, KEYS, MASKED, True,
+        )  # fmt: skip
+    b_d_query = query_gradient_tiles(
+        b_d_query, b_query, b_d_output, row_values, full_start, full_stop, row, place,
+        key, value, p_key, p_value, masks, bias, dropout, factor, cap_log2, left, right, sizes,
+        DIM, VALUE_DIM, PADDED, VALUE_PADDED, KEYS, MASKED, False,
+    )  # fmt: skip
+    b_d_query = query_gradient_tiles(
+        b_d_query, b_query, b_d_output, row_values, full_stop, stop, row, place,
+        key, value, p_key, p_value, masks, bias, dropout, factor, cap_log2, left, right, sizes,
+        DIM, VALUE_DIM, PADDED, VALUE_PADDED, KEYS, MASKED, True,
+    )  # fmt: skip
+    store_rows(
+        d_query, head_pointer(d_query, batch, head), row_start, n_queries, b_d_query * scale,
+        ROWS, PADDED, DIM,
+    )  # fmt: skip

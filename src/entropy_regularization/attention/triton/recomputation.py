@@ -1,0 +1,130 @@
+"""What every backward kernel shares: constants of a row, and probabilities computed again.
+
+As in FlashAttention-2 (Dao 2023, arXiv:2307.08691, Algorithm 2) probabilities come again from the
+saved log-normalizers.
+"""
+
+import triton
+import triton.language as tl
+
+from entropy_regularization.attention.triton.primitives import (
+    LN_2,
+    LOG2_E,
+    MASKED_LOG_PROBABILITY,
+    add_bias,
+    allowed_tile,
+    head_pointer,
+    load_rows,
+    tanh,
+)
+
+
+@triton.jit
+def row_constants_kernel(
+    output,
+    d_output,
+    p_entropy,
+    p_log_normalizer,
+    p_d_entropy,
+    p_d_normalizer,
+    p_sinks,
+    p_delta,
+    p_log2_normalizer,
+    p_entropy_slope,
+    heads,
+    n_queries,
+    n_blocks,
+    VALUE_DIM: tl.constexpr,
+    VALUE_PADDED: tl.constexpr,
+    ROWS: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """Collect the terms of dS that belong to a row.
+
+    ``delta_i = dO_i . O_i + g_i (H_i + share of the sink) - (gradient of lse_i)``, the
+    log-normalizer in base 2 and ``g_i ln 2``.
+    """
+    block = tl.program_id(0) % n_blocks
+    unit = tl.program_id(0) // n_blocks
+    batch = unit // heads
+    head = unit % heads
+    row = block * ROWS + tl.arange(0, ROWS)
+    m_row = row < n_queries
+    o_row = unit.to(tl.int64) * n_queries + row
+    # [ROWS]
+    normalizer = tl.load(p_log_normalizer + o_row, mask=m_row, other=0.0)
+    delta = tl.zeros([ROWS], WIDE)
+    if d_output is not None:
+        # [ROWS, VALUE_PADDED], both
+        b_output = load_rows(
+            output, head_pointer(output, batch, head), block * ROWS, n_queries,
+            ROWS, VALUE_PADDED, VALUE_DIM, True,
+        )  # fmt: skip
+        b_d_output = load_rows(
+            d_output, head_pointer(d_output, batch, head), block * ROWS, n_queries,
+            ROWS, VALUE_PADDED, VALUE_DIM, True,
+        )  # fmt: skip
+        delta += tl.sum(b_output.to(WIDE) * b_d_output.to(WIDE), 1)
+    if p_d_entropy is not None:
+        bracket = tl.load(p_entropy + o_row, mask=m_row, other=0.0)
+        slope = tl.load(p_d_entropy + o_row, mask=m_row, other=0.0)
+        if p_sinks is not None:
+            bracket += tl.exp2((tl.load(p_sinks + head).to(WIDE) - normalizer) * LOG2_E)
+        delta += slope * bracket
+        tl.store(p_entropy_slope + o_row, slope * LN_2, mask=m_row)
+    if p_d_normalizer is not None:
+        delta -= tl.load(p_d_normalizer + o_row, mask=m_row, other=0.0)
+    tl.store(p_delta + o_row, delta, mask=m_row)
+    # An empty row: all its scores are masked later, so any finite number will do.
+    normalizer = tl.where(normalizer == float("-inf"), 0.0, normalizer)
+    tl.store(p_log2_normalizer + o_row, normalizer * LOG2_E, mask=m_row)
+
+
+@triton.jit
+def log2_probability_tile(
+    b_product,
+    log2_normalizer,
+    row,
+    key,
+    place,
+    masks,
+    bias,
+    factor,
+    cap_log2,
+    left,
+    right,
+    sizes,
+    MASKED: tl.constexpr,
+    EDGE: tl.constexpr,
+):
+    """Compute the base-2 log-probabilities of a tile again, and the slope of the softcap (or 1)."""
+    batch, head, _ = place
+    n_queries, n_keys = sizes
+    b_score = b_product * factor
+    b_slope = 1.0
+    if cap_log2 is not None:
+        b_capped = tanh(b_score)
+        b_slope = 1.0 - b_capped * b_capped
+        b_score = b_capped * cap_log2
+    if bias is not None:
+        b_score = add_bias(b_score, bias, batch, head, row, key, n_queries, n_keys)
+    b_log2_probability = b_score - log2_normalizer
+    if bias is not None:
+        b_log2_probability = tl.maximum(b_log2_probability, MASKED_LOG_PROBABILITY)
+    if EDGE or MASKED:
+        m_allowed = allowed_tile(masks, left, right, batch, head, row, key, n_queries, n_keys, EDGE)
+        b_log2_probability = tl.where(m_allowed, b_log2_probability, MASKED_LOG_PROBABILITY)
+    return b_log2_probability, b_slope
+
+
+@triton.jit
+def load_constants(constants, o_unit, row, n_queries):
+    """Load (delta, log-normalizer in base 2, entropy slope) of rows, in the shape of ``row``."""
+    p_delta, p_log2_normalizer, p_entropy_slope = constants
+    m_row = row < n_queries
+    delta = tl.load(p_delta + o_unit + row, mask=m_row, other=0.0)
+    log2_normalizer = tl.load(p_log2_normalizer + o_unit + row, mask=m_row, other=0.0)
+    entropy_slope = None
+    if p_entropy_slope is not None:
+        entropy_slope = tl.load(p_entropy_slope + o_unit + row, mask=m_row, other=0.0)
+    return delta, log2_normalizer, entropy_slope
