@@ -9,6 +9,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 BATCH, TEXT, TARGET, PADDED = 2, 11, 7, 3
+FRAMES, PATCHES = 40, 16
+# Families whose images come in tiles or frames, which no signature tells.
+TILED = set(
+    "idefics2 idefics3 smolvlm modernvbert colmodernvbert ultravbert mllama idefics "
+    "granite_docling lightglue superglue".split()
+)
+FILMED = set("timesformer vivit videomae vjepa2 videoprism tvp xclip xclip_vision_model".split())
 FIRST_TOKEN, TOKENS = 5, 90  # no special token is drawn
 PADDINGS = ("none", "left", "right")
 
@@ -46,6 +53,7 @@ class Batches:
         ]
         if required:
             raise ValueError(f"no maker for the inputs {', '.join(required)}")
+        self._end_texts(batch)
         self._place_features(batch)
         self._pad(batch, padding)
         return batch
@@ -58,11 +66,21 @@ class Batches:
             return "text" in _modalities(self.model) or "decoder_input_ids" in self.parameters
         if name.startswith("decoder_"):
             return bool(getattr(self.config, "is_encoder_decoder", False))
-        if name in ("image_grid_thw", "image_sizes", "bbox", "input_points"):
+        if name == "image_sizes":
+            return hasattr(self.config, "image_grid_pinpoints")
+        if name in ALWAYS:
             return True
+        if name == "pixel_attention_mask":
+            return "spatial_shapes" in self.parameters
         if name in ("pixel_values", "input_features"):
             return bool({"image", "audio"} & _modalities(self.model))
         return False
+
+    def _end_texts(self, batch: dict[str, Any]) -> None:
+        """End every text before its padding: some models pool the row of the end token."""
+        end = self.field("eos_token_id", default=-1)
+        if "input_ids" in batch and end >= 0:
+            batch["input_ids"][:, -PADDED - 1] = end
 
     # Text, and the places in it where features of images and sounds go.
 
@@ -77,9 +95,11 @@ class Batches:
             given = {name: batch[name] for name in inputs if name in batch}
             if identifier is None or function is None or not given:
                 continue
+            asks = inspect.signature(function).parameters
+            given = {name: value for name, value in given.items() if name in asks}
             with torch.no_grad():
                 count = _count_features(function(**given)) // BATCH
-            start = getattr(self.config, f"vision_start_token_id", None)
+            start = getattr(self.config, "vision_start_token_id", None)
             marks = [identifier] * count if start is None else [start, *[identifier] * count]
             inserted = torch.tensor([marks] * BATCH)
             text = batch["input_ids"]
@@ -150,16 +170,18 @@ def _count_features(found: Any) -> int:
 def _images(batches: Batches) -> Tensor:
     size = batches.field("image_size", "img_size", default=32)
     channels = batches.field("num_channels", "in_channels", "in_chans", "num_input_channels", default=3)
-    if "image_grid_thw" in batches.parameters:
-        patch = batches.field("patch_size", "spatial_patch_size", default=8)
+    patch = batches.field("patch_size", "spatial_patch_size", default=8)
+    family = batches.config.model_type
+    if {"image_grid_thw", "grid_thw"} & set(batches.parameters):
         time = batches.field("temporal_patch_size", default=1)
-        return batches.normal(BATCH * 16, channels * time * patch * patch)
-    frames = batches.field("num_frames", default=0) if _is_video(batches.model) else 0
-    return batches.normal(*[BATCH, *([frames] if frames else []), channels, size, size])
-
-
-def _is_video(model: PreTrainedModel) -> bool:
-    return _modalities(model) == {"video"}
+        return batches.normal(BATCH * PATCHES, channels * time * patch * patch)
+    if "spatial_shapes" in batches.parameters:
+        return batches.normal(BATCH, PATCHES, channels * patch * patch)
+    if family in TILED:
+        return batches.normal(BATCH, 1, channels, size, size)
+    if family in FILMED or "pixel_values_videos" == batches.model.main_input_name:
+        return batches.normal(BATCH, batches.field("num_frames", default=2), channels, size, size)
+    return batches.normal(BATCH, channels, size, size)
 
 
 def _boxes(batches: Batches) -> Tensor:
@@ -173,9 +195,13 @@ def _features(batches: Batches) -> Tensor:
         "num_mel_bins", "n_mels", "feature_projection_input_dim", "feature_size", "feat_dim", default=16
     )
     positions = batches.field("max_source_positions", default=0)
-    if positions and "whisper" in type(batches.model).__module__ + batches.config.model_type:
+    if positions and batches.config.model_type not in ("speech_to_text", "speech-encoder-decoder"):
         return batches.normal(BATCH, bins, 2 * positions)
-    return batches.normal(BATCH, 40, bins)
+    return batches.normal(BATCH, FRAMES, bins)
+
+
+def _sound_mask(batches: Batches) -> Tensor:
+    return torch.ones(BATCH, FRAMES, dtype=torch.int64)
 
 
 def _grid(batches: Batches) -> Tensor:
@@ -198,9 +224,52 @@ MAKERS: dict[str, Callable[[Batches], Any]] = {
     "bbox": _boxes,
     "input_features": _features,
     "input_values": lambda batches: batches.normal(BATCH, 400),
+    "hidden_states": lambda batches: batches.normal(
+        BATCH * PATCHES,
+        batches.field("in_channels", "in_chans", "num_channels", default=3)
+        * batches.field("temporal_patch_size", default=1)
+        * batches.field("patch_size", "spatial_patch_size", default=8) ** 2,
+    ),
+    "input_features_mask": _sound_mask,
+    "feature_attention_mask": _sound_mask,
+    "pixel_attention_mask": lambda batches: torch.ones(BATCH, PATCHES, dtype=torch.bool),
+    "spatial_shapes": lambda _: torch.tensor([[4, 4]] * BATCH),
+    "qformer_input_ids": lambda batches: batches.tokens(TEXT),
+    "image_merge_sizes": lambda _: torch.tensor([1] * BATCH),
+    "merge_sizes": lambda _: torch.tensor([1] * BATCH),
+    "visual_feats": lambda batches: batches.normal(
+        BATCH, 5, batches.field("visual_feat_dim", default=16)
+    ),
+    "visual_pos": lambda batches: batches.normal(BATCH, 5, 4),
+    "aspect_ratio_ids": lambda _: torch.ones(BATCH, 1, dtype=torch.int64),
+    "aspect_ratio_mask": lambda _: torch.ones(BATCH, 1, 4, dtype=torch.int64),
+    "flattened_patches": lambda batches: batches.normal(BATCH, PATCHES, 2 + 3 * 64),
+    "past_values": lambda batches: batches.normal(
+        BATCH, batches.field("context_length", default=32), 1
+    ),
+    "query_embeds": lambda batches: batches.normal(BATCH, 8, 64),
+    "encoder_hidden_states": lambda batches: batches.normal(BATCH, 9, 64),
+    "audio_mel": _features,
+    "audio_mel_mask": lambda _: torch.zeros(BATCH, FRAMES, dtype=torch.bool),
+    "decoder_input_values": lambda batches: batches.normal(BATCH, TARGET, 16),
+    "task_inputs": lambda batches: batches.tokens(TEXT),
     "input_points": lambda batches: batches.normal(BATCH, 1, 1, 2).abs(),
 }
+IMAGES = (
+    "pixel_values",
+    "image_grid_thw",
+    "image_sizes",
+    "image_merge_sizes",
+    "spatial_shapes",
+    "pixel_attention_mask",
+)
+SOUNDS = ("input_features", "input_features_mask", "feature_attention_mask")
+ALWAYS = set(
+    "image_grid_thw grid_thw bbox input_points input_features_mask feature_attention_mask "
+    "spatial_shapes image_merge_sizes visual_feats visual_pos aspect_ratio_ids "
+    "aspect_ratio_mask".split()
+)
 PLACED = (
-    ("image", "get_image_features", ("pixel_values", "image_grid_thw", "image_sizes")),
-    ("audio", "get_audio_features", ("input_features",)),
+    ("image", "get_image_features", IMAGES),
+    ("audio", "get_audio_features", SOUNDS),
 )

@@ -36,7 +36,7 @@ class Result:
     """What came of one family under one padding.
 
     Attributes:
-        outcome: "exact", "partial", "refused", "wrong" or "not built".
+        outcome: "exact", "partial", "refused", "wrong", "no attention" or "not built".
         way: how the model's attention is called.
         layers: recorded attention calls.
         reference: where the eager weights came from.
@@ -73,6 +73,9 @@ def check(family: str, padding: str = "none", record: Callable[..., Any] = recor
         result.outcome, result.note = "not built", str(error)
         return result
     _describe(result, case, eager)
+    if result.way == NONE:
+        result.outcome = "no attention"
+        return result
     implementations = _implementations(case.model)
     try:
         torch.manual_seed(0)
@@ -145,7 +148,7 @@ def _fuses(case: Case) -> bool:
 
 
 def _is_attention(softmax: Any) -> bool:
-    return "att" in softmax.module.lower() or "att" in softmax.name.rsplit(".", 1)[-1].lower()
+    return "att" in softmax.module.lower()
 
 
 def _implementations(model: nn.Module) -> list[Any]:

@@ -42,6 +42,7 @@ class Eager:
         called: module names of the calls of the family's eager attention function alone.
         softmaxes: every softmax outside scaled_dot_product_attention.
         fused: (module name, class) of the calls of scaled_dot_product_attention.
+        effective: weights that act, by the identity of those that were returned.
     """
 
     output: Any = None
@@ -50,9 +51,11 @@ class Eager:
     softmaxes: list[Softmax] = field(default_factory=list)
     fused: list[tuple[str, str]] = field(default_factory=list)
 
+    effective: dict[int, Tensor] = field(default_factory=dict)
+
     def returned(self) -> list[Tensor]:
         """Return the attention weights in the output, of every part of the model."""
-        return list(_weights_in(self.output))
+        return [self.effective.get(id(weights), weights) for weights in _weights_in(self.output)]
 
 
 def run_eager(model: nn.Module, batch: dict[str, Any], **options: Any) -> Eager:
@@ -167,13 +170,28 @@ def _kept_weights(found: Eager, names: dict[nn.Module, str]) -> Iterator[None]:
             name = names.get(module, type(module).__name__)
             found.called.append(name)
             if isinstance(result[1], Tensor):
-                found.kept.append((name, result[1]))
+                acting = _acting(result[0], result[1], args, kwargs)
+                found.effective[id(result[1])] = acting
+                found.kept.append((name, acting))
             return result
 
         return keeping
 
     with mock.patch.object(AttentionInterface, "get_interface", get_interface):
         yield
+
+
+def _acting(output: Tensor, weights: Tensor, args: Any, kwargs: dict[str, Any]) -> Tensor:
+    """Return the weights that made the output, where a sink took its share after the softmax.
+
+    Such a family returns rows that sum to one and shrinks the output instead (granite_swa).
+    """
+    if kwargs.get("s_aux") is None or not torch.allclose(weights.sum(-1), weights.new_ones(())):
+        return weights
+    value = args[2] if len(args) > 2 else kwargs["value"]
+    plain = weights @ value.repeat_interleave(weights.shape[1] // value.shape[1], dim=1)
+    share = (output.transpose(1, 2) * plain).sum(-1) / plain.square().sum(-1)
+    return weights * share[..., None]
 
 
 @contextlib.contextmanager

@@ -2,6 +2,63 @@
 
 from typing import Any
 
-OVERRIDES: dict[str, dict[str, Any]] = {
-    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1},
+from shrink import HEADS
+
+_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+_MROPE = {"rope_parameters": {**_ROPE, "mrope_section": [2, 3, 3]}}
+_HALF_MROPE = {"rope_parameters": {**_ROPE, "mrope_section": [1, 1, 2], "partial_rotary_factor": 0.5}}
+_SWIN = {
+    "image_size": 64,
+    "patch_size": 4,
+    "embed_dim": 16,
+    "depths": [2, 2],
+    "num_heads": [2, 4],
+    "window_size": 4,
 }
+_NO_GROUPS = {"num_key_value_heads": HEADS}
+_CODEC = {"upsample_groups": 32}
+
+OVERRIDES: dict[str, dict[str, Any]] = {
+    "bamba": {"attn_layer_indices": [1]},
+    "clap": {"audio_config": {"spec_size": 64, "num_mel_bins": 16, "window_size": 4}},
+    "clvp": {},
+    "donut-swin": _SWIN,
+    "dots3_note": {"text_config": _NO_GROUPS},
+    "dots3_note_text": _NO_GROUPS,
+    "esmc": _NO_GROUPS,
+    "falcon_h1": {"mamba_d_ssm": 128, "mamba_n_heads": 8, "mamba_d_head": 16},
+    "gemma3": {"mm_tokens_per_image": 4},
+    "glm5_next": {"text_config": _NO_GROUPS},
+    "glm5_next_text": _NO_GROUPS,
+    "granitemoehybrid": {"layer_types": ["mamba", "attention"]},
+    "jamba": {
+        "attn_layer_period": 2,
+        "attn_layer_offset": 1,
+        "expert_layer_period": 2,
+        "expert_layer_offset": 1,
+    },
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "layoutlmv3": {"coordinate_size": 11, "shape_size": 10, "input_size": 32},
+    "lilt": {"hidden_size": 96, "channel_shrink_ratio": 4},
+    "llama4": {"vision_config": {"vision_output_dim": 64, "projector_input_dim": 64, "projector_output_dim": 64}},
+    "llava_next": {"image_grid_pinpoints": [[32, 32], [32, 64]]},
+    "llava_next_video": {"image_grid_pinpoints": [[32, 32], [32, 64]]},
+    "llava_onevision": {"image_grid_pinpoints": [[32, 32], [32, 64]]},
+    "mamba2": {"hidden_size": 64, "num_heads": 8, "head_dim": 16, "n_groups": 1},
+    "recurrent_gemma": {"num_hidden_layers": 3},
+    "shieldgemma2": {"mm_tokens_per_image": 4},
+    "swin": _SWIN,
+    "swin2sr": {**_SWIN, "patch_size": 1, "image_size": 16},
+    "swinv2": {**_SWIN, "pretrained_window_sizes": [0, 0]},
+    "t5gemma2": {},
+    "xmod": {"default_language": "en_XX"},
+    "zaya": {"num_experts_per_tok": 1},
+}
+for _family in ("qwen2_vl", "qwen2_5_vl", "colqwen2", "paddleocr_vl", "glm_image", "glm4v", "glm46v", "glm_ocr", "glmga"):
+    OVERRIDES[_family] = {"text_config": _MROPE}
+for _family in ("qwen2_vl_text", "qwen2_5_vl_text", "glm4v_text", "glm_image_text", "glm_ocr_text", "qwen2_5_omni_text", "paddleocr_vl_text"):
+    OVERRIDES[_family] = _MROPE
+OVERRIDES["glm4v_moe"] = {"text_config": _HALF_MROPE}
+OVERRIDES["glm4v_moe_text"] = _HALF_MROPE
+for _family in ("mimi", "mimi_encoder", "mimi_decoder", "pocket_tts_audio_tokenizer", "pocket_tts_audio_tokenizer_decoder"):
+    OVERRIDES[_family] = _CODEC

@@ -69,6 +69,11 @@ _GROUPS: tuple[tuple[int, str], ...] = (
     "max_seq_len seq_length max_2d_position_embeddings max_seq_length num_position_embeddings"),
     (20, "max_source_positions"),
 )
+# Fields that some families leave unset and cannot do without.
+UNSET = set(
+    "head_dim num_key_value_heads n_routed_experts num_experts vocab_size "
+    "moe_intermediate_size".split()
+)
 SIZES = {name: size for size, names in _GROUPS for name in names.split()}
 
 LISTS: dict[str, Callable[[list[Any]], list[Any]]] = {
@@ -124,10 +129,14 @@ def _small(name: str, value: Any, fields: dict[str, Any], layers: list[int]) -> 
     """Return the small value of one field; the same value if no rule speaks of it."""
     if name.endswith(("_token_id", "_token_index", "_token_ids")):
         return _token(name, value)
+    if value is None and name in UNSET:
+        return SIZES[name]
     if isinstance(value, bool) or value is None or name in ("id2label", "label2id"):
         return value
     if name in _LAYER_COUNTS:
         return len(layers)
+    if name == "num_key_value_heads" and "kv_lora_rank" in fields:
+        return HEADS  # latent attention makes the keys of every head
     if isinstance(value, int):
         return SIZES.get(name, value)
     if isinstance(value, list | tuple):
