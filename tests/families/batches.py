@@ -15,6 +15,12 @@ TILED = set(
     "idefics2 idefics3 smolvlm modernvbert colmodernvbert ultravbert mllama idefics "
     "granite_docling lightglue superglue".split()
 )
+# Codecs hear one channel of samples; other models hear frames with the bins first.
+CODECS = set(
+    "dac encodec mimi mimi_encoder pe_audio pe_audio_encoder neucodec xcodec xcodec2 "
+    "pocket_tts_audio_tokenizer pocket_tts_audio_tokenizer_encoder".split()
+)
+HIGH = set("glmasr glmasr_encoder voxtral_realtime voxtral_realtime_encoder clvp".split())
 FILMED = set("timesformer vivit videomae vjepa2 videoprism tvp xclip xclip_vision_model".split())
 FIRST_TOKEN, TOKENS = 5, 90  # no special token is drawn
 PADDINGS = ("none", "left", "right")
@@ -67,7 +73,9 @@ class Batches:
         if name.startswith("decoder_"):
             return bool(getattr(self.config, "is_encoder_decoder", False))
         if name == "image_sizes":
-            return hasattr(self.config, "image_grid_pinpoints")
+            vision = getattr(self.config, "vision_config", None)
+            pixtral = getattr(vision, "model_type", None) == "pixtral"
+            return pixtral or hasattr(self.config, "image_grid_pinpoints")
         if name in ALWAYS:
             return True
         if name == "pixel_attention_mask":
@@ -177,11 +185,23 @@ def _images(batches: Batches) -> Tensor:
         return batches.normal(BATCH * PATCHES, channels * time * patch * patch)
     if "spatial_shapes" in batches.parameters:
         return batches.normal(BATCH, PATCHES, channels * patch * patch)
+    if family == "mllama":
+        return batches.normal(BATCH, 1, 4, channels, size, size)
+    if hasattr(batches.config, "image_grid_pinpoints"):
+        return batches.normal(BATCH, 2, channels, size, size)  # the whole and its only tile
     if family in TILED:
         return batches.normal(BATCH, 1, channels, size, size)
     if family in FILMED or "pixel_values_videos" == batches.model.main_input_name:
         return batches.normal(BATCH, batches.field("num_frames", default=2), channels, size, size)
     return batches.normal(BATCH, channels, size, size)
+
+
+def _sounds(batches: Batches) -> Tensor:
+    family = batches.config.model_type
+    if family == "audio-spectrogram-transformer":
+        return batches.normal(BATCH, batches.config.max_length, batches.config.num_mel_bins)
+    length = 4000 if family.startswith("moonshine") else 400
+    return batches.normal(BATCH, *[1] * (family in CODECS), length)
 
 
 def _boxes(batches: Batches) -> Tensor:
@@ -195,6 +215,8 @@ def _features(batches: Batches) -> Tensor:
         "num_mel_bins", "n_mels", "feature_projection_input_dim", "feature_size", "feat_dim", default=16
     )
     positions = batches.field("max_source_positions", default=0)
+    if batches.config.model_type in HIGH:
+        return batches.normal(BATCH, bins, FRAMES)
     if positions and batches.config.model_type not in ("speech_to_text", "speech-encoder-decoder"):
         return batches.normal(BATCH, bins, 2 * positions)
     return batches.normal(BATCH, FRAMES, bins)
@@ -223,7 +245,7 @@ MAKERS: dict[str, Callable[[Batches], Any]] = {
     "image_sizes": _sizes,
     "bbox": _boxes,
     "input_features": _features,
-    "input_values": lambda batches: batches.normal(BATCH, 400),
+    "input_values": _sounds,
     "hidden_states": lambda batches: batches.normal(
         BATCH * PATCHES,
         batches.field("in_channels", "in_chans", "num_channels", default=3)

@@ -19,9 +19,31 @@ _NO_GROUPS = {"num_key_value_heads": HEADS}
 _CODEC = {"upsample_groups": 32}
 
 OVERRIDES: dict[str, dict[str, Any]] = {
+    "audio-spectrogram-transformer": {
+        "max_length": 64,
+        "num_mel_bins": 32,
+        "time_stride": 8,
+        "frequency_stride": 8,
+    },
+    "blip-2": {"image_token_id": 100},
+    "instructblip": {"image_token_id": 100},
+    "esm": {"pad_token_id": 0, "mask_token_id": 4},
+    "exaone4_5": {"text_config": {}, "vision_config": {"window_size": 32}},
+    "exaone4_5_vision": {"window_size": 32},
+    "gemma3n_text": {"num_kv_shared_layers": 0},
+    "hyperclovax_vision_v2": {"vision_config": {"window_size": 32}},
+    "mask2former": {"backbone_config": _SWIN},
+    "oneformer": {"backbone_config": _SWIN},
+    "qwen2_5_omni_thinker": {
+        "text_config": _MROPE,
+        "vision_config": {"window_size": 32},
+    },
+    "qwen2_5_vl_vision": {"window_size": 32},
+    "reformer": {"axial_pos_embds": False},
+    "speech_to_text": {"input_feat_per_channel": 16, "input_channels": 1, "max_source_positions": 64},
+    "zamba2": {"attention_hidden_size": 128, "attention_head_dim": 32},
     "bamba": {"attn_layer_indices": [1]},
     "clap": {"audio_config": {"spec_size": 64, "num_mel_bins": 16, "window_size": 4}},
-    "clvp": {},
     "donut-swin": _SWIN,
     "dots3_note": {"text_config": _NO_GROUPS},
     "dots3_note_text": _NO_GROUPS,
@@ -50,7 +72,6 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "swin": _SWIN,
     "swin2sr": {**_SWIN, "patch_size": 1, "image_size": 16},
     "swinv2": {**_SWIN, "pretrained_window_sizes": [0, 0]},
-    "t5gemma2": {},
     "xmod": {"default_language": "en_XX"},
     "zaya": {"num_experts_per_tok": 1},
 }
@@ -58,6 +79,7 @@ for _family in ("qwen2_vl", "qwen2_5_vl", "colqwen2", "paddleocr_vl", "glm_image
     OVERRIDES[_family] = {"text_config": _MROPE}
 for _family in ("qwen2_vl_text", "qwen2_5_vl_text", "glm4v_text", "glm_image_text", "glm_ocr_text", "qwen2_5_omni_text", "paddleocr_vl_text"):
     OVERRIDES[_family] = _MROPE
+OVERRIDES["qwen2_5_vl"] = {"text_config": _MROPE, "vision_config": {"window_size": 32}}
 OVERRIDES["glm4v_moe"] = {"text_config": _HALF_MROPE}
 OVERRIDES["glm4v_moe_text"] = _HALF_MROPE
 for _family in ("mimi", "mimi_encoder", "mimi_decoder", "pocket_tts_audio_tokenizer", "pocket_tts_audio_tokenizer_decoder"):

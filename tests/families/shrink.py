@@ -72,7 +72,7 @@ _GROUPS: tuple[tuple[int, str], ...] = (
 # Fields that some families leave unset and cannot do without.
 UNSET = set(
     "head_dim num_key_value_heads n_routed_experts num_experts vocab_size "
-    "moe_intermediate_size".split()
+    "moe_intermediate_size num_experts_per_tok n_shared_experts top_k_experts".split()
 )
 SIZES = {name: size for size, names in _GROUPS for name in names.split()}
 

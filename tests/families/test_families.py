@@ -26,7 +26,7 @@ FAST = """
 """.split()
 # Families outside the attention interface, refused with a sentence or, where they call
 # scaled_dot_product_attention, recorded there.
-OUTSIDE = set("ctrl falcon gpt_neo mpt rembert bloom xlnet deberta".split())
+OUTSIDE = set("falcon gpt_neo megatron-bert mpt rembert".split())
 # A pooling head beside the layers attends by nn.MultiheadAttention with need_weights=True.
 PARTIAL = {"aya_vision", "siglip"}
 SLOW = sorted(set(families()) - set(FAST))
