@@ -42,7 +42,8 @@ class Result:
         reference: where the eager weights came from.
         errors: the worst of "output", "entropy", "returned" and "gradient", relative where that
             has a meaning.
-        unseen: modules with attention that was not recorded, ``name (class)``.
+        unseen: modules with attention that was not recorded, ``name (class)``; all of them where
+            nothing was recorded.
         note: why, where the outcome is not exact.
     """
 
@@ -58,7 +59,9 @@ class Result:
     note: str = ""
 
 
-def check(family: str, padding: str = "none", record: Callable[..., Any] = record_entropy) -> Result:
+def check(
+    family: str, padding: str = "none", record: Callable[..., Any] = record_entropy
+) -> Result:
     """Compare a recording of a tiny model of a family with its eager attention.
 
     Args:
@@ -73,6 +76,7 @@ def check(family: str, padding: str = "none", record: Callable[..., Any] = recor
         result.outcome, result.note = "not built", str(error)
         return result
     _describe(result, case, eager)
+    result.unseen = _unseen(set(), eager)
     if result.way == NONE:
         result.outcome = "no attention"
         return result
@@ -102,7 +106,7 @@ def _run_reference(family: str, padding: str, result: Result) -> tuple[Case, Eag
         try:
             case = build(family, padding, dtype)
             torch.manual_seed(0)
-            eager = run_eager(case.model, case.batch, **_asking(case))
+            eager = run_eager(case.model, case.batch, output_attentions=True, return_dict=True)
             if dtype == torch.float64 and not _finite(eager):
                 continue  # a mask of float64's lowest number is -inf to a softmax in float32
         except NotBuiltError:
@@ -118,10 +122,6 @@ def _run_reference(family: str, padding: str, result: Result) -> tuple[Case, Eag
     raise AssertionError("unreachable")
 
 
-def _asking(case: Case) -> dict[str, Any]:
-    return {"output_attentions": True, "return_dict": True}
-
-
 def _finite(eager: Eager) -> bool:
     seen = [weights for _, weights in eager.kept] + eager.returned()
     return all(bool(weights.isfinite().all()) for weights in seen)
@@ -131,14 +131,17 @@ def _describe(result: Result, case: Case, eager: Eager) -> None:
     """Say how the attention is called; what is called neither way is unseen, for now."""
     if eager.called:
         result.way = INTERFACE
-    elif eager.fused or _fuses(case):
+    elif eager.fused or _fuses(case, eager):
         result.way = FUSED
     elif eager.returned() or any(_is_attention(each) for each in eager.softmaxes):
         result.way = OWN
 
 
-def _fuses(case: Case) -> bool:
-    """Tell whether the model calls scaled_dot_product_attention when it is asked to."""
+def _fuses(case: Case, eager: Eager) -> bool:
+    """Tell whether the model calls scaled_dot_product_attention when it is asked to.
+
+    Who calls it is added to what is known of the eager pass.
+    """
     try:
         case.model.set_attn_implementation("sdpa")
         found = run_eager(case.model, case.batch)
@@ -146,12 +149,15 @@ def _fuses(case: Case) -> bool:
         return False
     finally:
         case.model.set_attn_implementation("eager")
+    eager.fused += found.fused
     return bool(found.fused)
 
 
 def _is_attention(softmax: Any) -> bool:
     name = softmax.module.lower()
-    return "att" in name and "residual" not in name  # inkling2 weighs the layers before by a softmax
+    return (
+        "att" in name and "residual" not in name
+    )  # inkling2 weighs the layers before by a softmax
 
 
 def _implementations(model: nn.Module) -> list[Any]:
@@ -162,11 +168,11 @@ def _implementations(model: nn.Module) -> list[Any]:
 def _compare(
     result: Result, case: Case, eager: Eager, recording: EntropyRecording, output: Any
 ) -> None:
-    rows = Rows(case.batch)
+    rows = Rows(case.batch, [weights for _, weights in eager.kept] or eager.returned())
     pairs = pair_by_name(recording, eager.kept)
     returned = pair_returned(recording, eager.returned(), rows)
     result.layers = len(recording)
-    result.unseen = _unseen(recording, eager)
+    result.unseen = _unseen({layer.name for layer in recording}, eager)
     result.reference = " and ".join(
         name for name, found in (("kept", pairs), ("returned", returned)) if found.layers
     )
@@ -175,8 +181,10 @@ def _compare(
         if found.layers:
             result.errors[name] = found.error(rows)
     best = pairs if len(pairs.layers) >= len(returned.layers) else returned
-    losses = (random_loss(eager.output, best.theirs(), rows, best.layers),
-              random_loss(output, best.ours(), rows, best.layers))
+    losses = (
+        random_loss(eager.output, best.theirs(), rows, best.layers),
+        random_loss(output, best.ours(), rows, best.layers),
+    )
     result.errors["gradient"] = gradient_error(case.model, *losses)
     _judge(result, recording, pairs, returned, best)
 
@@ -202,9 +210,8 @@ def _judge(
         result.note = f"{returned.unmatched} returned matrices are none of the recorded"
 
 
-def _unseen(recording: EntropyRecording, eager: Eager) -> list[str]:
+def _unseen(recorded: set[str], eager: Eager) -> list[str]:
     """Return the modules that compute attention and do not stand in the recording."""
-    recorded = {layer.name for layer in recording}
     own = [(each.name, each.module) for each in eager.softmaxes if _is_attention(each)]
     silent = dict.fromkeys(
         f"{name} ({module})" for name, module in (*own, *eager.fused) if name not in recorded

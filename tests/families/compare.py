@@ -13,18 +13,25 @@ from entropy_regularization.recording.recording import EntropyRecording, LayerEn
 
 
 class Rows:
-    """Which rows are text and which are padding, from the batch itself, not from the recording."""
+    """Which rows to compare: no padding, and no row that sees no key.
 
-    def __init__(self, batch: dict[str, Any]) -> None:
+    Both are known from the batch and from eager attention, not from the recording. Eager attention
+    spreads a row without keys evenly over all of them, which no row of a drawn model does.
+    """
+
+    def __init__(self, batch: dict[str, Any], eager_weights: list[Tensor]) -> None:
         masks = (batch.get("attention_mask"), batch.get("decoder_attention_mask"))
-        self._masks = {mask.shape[1]: mask.bool() for mask in masks if mask is not None}
+        self._masks = {tuple(mask.shape): mask.bool() for mask in masks if mask is not None}
+        for weights in eager_weights:
+            if weights.dim() == 4 and weights.shape[-1] > 1:
+                spread = weights.detach().amax(-1) - weights.detach().amin(-1)
+                seen = (spread > 1e-7).any(1)  # in some head
+                self._masks[tuple(seen.shape)] = self.real(*seen.shape) & seen
 
     def real(self, batch: int, length: int) -> Tensor:
-        """Return ``[batch, length]``; all rows if no mask has this shape."""
-        mask = self._masks.get(length)
-        if mask is None or mask.shape[0] != batch:
-            return torch.ones(batch, length, dtype=torch.bool)
-        return mask
+        """Return ``[batch, length]``; all rows if nothing is known of this shape."""
+        mask = self._masks.get((batch, length))
+        return torch.ones(batch, length, dtype=torch.bool) if mask is None else mask
 
 
 @dataclass
@@ -55,16 +62,15 @@ class Pairs:
 
 
 def counted(layer: LayerEntropy, rows: Rows) -> Tensor:
-    """Return the rows to compare, as the entropies are shaped: real, and with a key to see."""
+    """Return the rows to compare, in the shape of the entropies."""
     batch, _, length = layer.entropy.shape
-    real = rows.real(batch, length)[:, None]
-    return (real & (layer.allowed_keys > 0)).expand_as(layer.entropy)
+    return rows.real(batch, length)[:, None].expand_as(layer.entropy)
 
 
 def _worst(layer: LayerEntropy, entropy: Tensor, rows: Rows) -> float:
     where = counted(layer, rows)
     if not where.any():
-        return torch.inf  # nothing compared is nothing shown
+        return 0.0 if layer.keys == 1 else torch.inf  # nothing compared is nothing shown
     difference = (layer.entropy.double() - entropy).abs()[where]
     return float(difference.detach().nan_to_num(torch.inf).max())
 
@@ -131,7 +137,9 @@ def _on_rows(value: Tensor, rows: Rows) -> Tensor:
     return value.masked_fill(~keep.reshape(*keep.shape, *[1] * (value.dim() - 2)), 0.0)
 
 
-def random_loss(output: Any, entropies: list[Tensor], rows: Rows, layers: list[LayerEntropy]) -> Tensor:
+def random_loss(
+    output: Any, entropies: list[Tensor], rows: Rows, layers: list[LayerEntropy]
+) -> Tensor:
     """Return a random projection of the outputs plus a random sum of the entropies."""
     generator = torch.Generator().manual_seed(3)
     loss = torch.zeros((), dtype=torch.float64)

@@ -62,8 +62,10 @@ def run_eager(model: nn.Module, batch: dict[str, Any], **options: Any) -> Eager:
     """Run a model whose attention is eager, and watch it."""
     found = Eager()
     names = {module: name for name, module in model.named_modules()}
-    with _watch(found, names) as where, _kept_weights(found, names), _noted_fused(
-        found, names, where
+    with (
+        _watch(found, names) as where,
+        _kept_weights(found, names),
+        _noted_fused(found, names, where),
     ):
         found.output = model(**batch, **options)
     return found
@@ -195,12 +197,9 @@ def _acting(output: Tensor, weights: Tensor, args: Any, kwargs: dict[str, Any]) 
 
 
 @contextlib.contextmanager
-def _noted_fused(
-    found: Eager, names: dict[nn.Module, str], where: list[Any]
-) -> Iterator[None]:
+def _noted_fused(found: Eager, names: dict[nn.Module, str], where: list[Any]) -> Iterator[None]:
     """Note who calls scaled_dot_product_attention, whose own softmax is not the module's."""
     original = functional.scaled_dot_product_attention
-
 
     def noting(*args: Any, **kwargs: Any) -> Tensor:
         module = where[-1] if where else None

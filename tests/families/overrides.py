@@ -6,7 +6,9 @@ from shrink import HEADS
 
 _ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 _MROPE = {"rope_parameters": {**_ROPE, "mrope_section": [2, 3, 3]}}
-_HALF_MROPE = {"rope_parameters": {**_ROPE, "mrope_section": [1, 1, 2], "partial_rotary_factor": 0.5}}
+_HALF_MROPE = {
+    "rope_parameters": {**_ROPE, "mrope_section": [1, 1, 2], "partial_rotary_factor": 0.5}
+}
 _SWIN = {
     "image_size": 64,
     "patch_size": 4,
@@ -40,7 +42,11 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     },
     "qwen2_5_vl_vision": {"window_size": 32},
     "reformer": {"axial_pos_embds": False},
-    "speech_to_text": {"input_feat_per_channel": 16, "input_channels": 1, "max_source_positions": 64},
+    "speech_to_text": {
+        "input_feat_per_channel": 16,
+        "input_channels": 1,
+        "max_source_positions": 64,
+    },
     "zamba2": {"attention_hidden_size": 128, "attention_head_dim": 32},
     "bamba": {"attn_layer_indices": [1]},
     "clap": {"audio_config": {"spec_size": 64, "num_mel_bins": 16, "window_size": 4}},
@@ -62,7 +68,13 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "layoutlmv3": {"coordinate_size": 11, "shape_size": 10, "input_size": 32},
     "lilt": {"hidden_size": 96, "channel_shrink_ratio": 4},
-    "llama4": {"vision_config": {"vision_output_dim": 64, "projector_input_dim": 64, "projector_output_dim": 64}},
+    "llama4": {
+        "vision_config": {
+            "vision_output_dim": 64,
+            "projector_input_dim": 64,
+            "projector_output_dim": 64,
+        }
+    },
     "llava_next": {"image_grid_pinpoints": [[32, 32], [32, 64]]},
     "llava_next_video": {"image_grid_pinpoints": [[32, 32], [32, 64]]},
     "llava_onevision": {"image_grid_pinpoints": [[32, 32], [32, 64]]},
@@ -75,12 +87,36 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "xmod": {"default_language": "en_XX"},
     "zaya": {"num_experts_per_tok": 1},
 }
-for _family in ("qwen2_vl", "qwen2_5_vl", "colqwen2", "paddleocr_vl", "glm_image", "glm4v", "glm46v", "glm_ocr", "glmga"):
+for _family in (
+    "qwen2_vl",
+    "qwen2_5_vl",
+    "colqwen2",
+    "paddleocr_vl",
+    "glm_image",
+    "glm4v",
+    "glm46v",
+    "glm_ocr",
+    "glmga",
+):
     OVERRIDES[_family] = {"text_config": _MROPE}
-for _family in ("qwen2_vl_text", "qwen2_5_vl_text", "glm4v_text", "glm_image_text", "glm_ocr_text", "qwen2_5_omni_text", "paddleocr_vl_text"):
+for _family in (
+    "qwen2_vl_text",
+    "qwen2_5_vl_text",
+    "glm4v_text",
+    "glm_image_text",
+    "glm_ocr_text",
+    "qwen2_5_omni_text",
+    "paddleocr_vl_text",
+):
     OVERRIDES[_family] = _MROPE
 OVERRIDES["qwen2_5_vl"] = {"text_config": _MROPE, "vision_config": {"window_size": 32}}
 OVERRIDES["glm4v_moe"] = {"text_config": _HALF_MROPE}
 OVERRIDES["glm4v_moe_text"] = _HALF_MROPE
-for _family in ("mimi", "mimi_encoder", "mimi_decoder", "pocket_tts_audio_tokenizer", "pocket_tts_audio_tokenizer_decoder"):
+for _family in (
+    "mimi",
+    "mimi_encoder",
+    "mimi_decoder",
+    "pocket_tts_audio_tokenizer",
+    "pocket_tts_audio_tokenizer_decoder",
+):
     OVERRIDES[_family] = _CODEC

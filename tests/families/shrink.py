@@ -14,60 +14,93 @@ WINDOW = 4  # shorter than any text, so that a sliding window masks something
 MOST_LAYERS = 4
 
 _GROUPS: tuple[tuple[int, str], ...] = (
-    (HIDDEN, "hidden_size d_model n_embd embed_dim emb_dim embedding_size decoder_hidden_size "
-    "encoder_hidden_size dim n_embed hidden_dim out_hidden_size projection_dim text_hidden_size "
-    "word_embed_proj_dim output_hidden_size encoder_hidden_dim attention_hidden_size "
-    "conv_channels decoder_embed_dim vision_output_dim projector_hidden_size lm_hidden_size "
-    "hidden_size_per_layer_input d_hidden shared_image_embedding_size embedding_dim width "
-    "fpn_hidden_size audio_hidden_size enc_to_dec_proj_dim n_state pooler_output_size "
-    "backbone_hidden_size prompt_embed_dim lru_width cross_attention_hidden_size qk_hidden_size"),
-    (96, "intermediate_size ffn_dim encoder_ffn_dim decoder_ffn_dim n_inner d_inner d_ff mlp_dim "
-    "moe_intermediate_size ffn_hidden_size feedforward_size encoder_intermediate_size "
-    "decoder_intermediate_size shared_expert_intermediate_size intermediate_dim ff_dim "
-    "dim_feedforward feed_forward_hidden_size shared_intermediate_size dff inner_dim "
-    "expert_ffn_hidden_size moe_shared_expert_intermediate_size expert_ffn_size "
-    "intermediate_size_mlp block_ff_dim"),
-    (HEADS, "num_attention_heads n_head n_heads num_heads encoder_attention_heads attention_heads "
-    "decoder_num_attention_heads encoder_num_attention_heads num_encoder_attention_heads heads "
-    "num_mem_heads num_codebook_heads num_experts n_routed_experts num_local_experts "
-    "moe_num_experts linear_num_value_heads linear_num_heads index_n_heads "
-    "max_source_text_length mamba_d_conv moe_n_experts num_attn_heads"),
-    (2, "decoder_attention_heads num_decoder_attention_heads num_key_value_heads num_kv_heads "
-    "decoder_num_key_value_heads encoder_num_key_value_heads num_experts_per_tok moe_topk "
-    "moe_k top_k_experts num_hidden_layers encoder_layers decoder_layers n_layer n_layers "
-    "num_layers num_decoder_layers num_encoder_layers depth decoder_num_hidden_layers "
-    "encoder_num_hidden_layers attention_layers resampler_depth num_blocks n_group "
-    "linear_num_key_heads num_adapter_layers decoder_depth num_experts_per_token "
-    "num_query_groups temporal_patch_size n_group_experts num_selected_experts num_codebooks "
-    "text_num_hidden_layers speech_encoder_layers encoder_num_layers predictor_depth "
-    "memory_attention_num_layers refiner_num_hidden_layers num_hidden_groups num_hash_layers "
-    "decoder_num_layers num_memory_blocks n_encoder_layers resampler_n_layers "
-    "qformer_layers num_register_tokens pred_num_hidden_layers"),
-    (HEAD_DIM, "head_dim attention_head_dim attention_head_size d_kv d_head qk_nope_head_dim "
-    "qk_rope_head_dim linear_key_head_dim linear_value_head_dim linear_head_dim index_head_dim "
-    "mamba_d_state mamba_d_head mamba_head_dim mamba_chunk_size num_mel_bins qk_head_dim_ "
-    "kv_channels state_size ssm_state_size num_feature_bins resampler_head_dim dim_head "
-    "swa_head_dim global_head_dim encoder_head_dim decoder_head_dim chunk_length rotary_dim "
-    "nope_head_dim feat_dim n_mels mamba_headdim"),
-    (32, "q_lora_rank kv_lora_rank image_size qk_head_dim o_lora_rank upsample_initial_channel "
-    "n_codebook_dim base_channels residual_hidden_size global_attention_dim img_size "
-    "pretrain_image_size latent_size adapter_hidden_size time_step_rank mlp_hidden_size"),
-    (12, "v_head_dim num_queries"),
-    (8, "patch_size mamba_n_heads mamba_num_heads num_query_tokens num_conv_pos_embeddings "
-    "encoder_stride mamba_dt_rank perceiver_num_latents resampler_n_latents num_latents "
-    "num_image_tokens n_mamba_heads max_text_len"),
-    (WINDOW, "sliding_window local_attention window_size attention_chunk_size local_window_size "
-    "attention_window_size sliding_window_size num_conv_pos_embedding_groups local_attn_window "
-    "swa_window_size window index_topk sliding_attention_window attention_window"),
-    (1, "n_shared_experts num_shared_experts topk_group first_k_dense_replace moe_layer_start_index "
-    "moe_num_shared_experts num_dense_layers num_residual_layers attn_layer_offset_ "
-    "num_nextn_predict_layers_ decoder_start_layer mamba_n_groups n_groups max_window_layers"),
-    (VOCABULARY, "vocab_size decoder_vocab_size vocab_size_per_layer_input text_vocab_size "
-    "codebook_size audio_vocab_size num_embeddings tgt_vocab_size src_vocab_size "
-    "encoder_vocab_size num_codes"),
-    (128, "max_position_embeddings n_positions max_target_positions max_sequence_length n_ctx "
-    "max_seq_len seq_length max_2d_position_embeddings max_seq_length num_position_embeddings"),
-    (20, "max_source_positions"),
+    (
+        HIDDEN,
+        "attention_hidden_size backbone_hidden_size conv_channels d_model "
+        "decoder_hidden_size dim emb_dim embed_dim embedding_dim embedding_size "
+        "encoder_hidden_dim encoder_hidden_size fpn_hidden_size hidden_dim hidden_size "
+        "hidden_size_per_layer_input lru_width n_embd out_hidden_size output_hidden_size "
+        "pooler_output_size projection_dim projector_hidden_size text_hidden_size "
+        "vision_output_dim word_embed_proj_dim",
+    ),
+    (
+        96,
+        "d_ff d_inner decoder_ffn_dim decoder_intermediate_size dff dim_feedforward "
+        "encoder_ffn_dim expert_ffn_hidden_size ffn_dim ffn_hidden_size intermediate_size "
+        "intermediate_size_mlp mlp_dim moe_intermediate_size "
+        "moe_shared_expert_intermediate_size shared_expert_intermediate_size "
+        "shared_intermediate_size",
+    ),
+    (
+        HEADS,
+        "attention_heads decoder_num_attention_heads encoder_attention_heads "
+        "encoder_num_attention_heads index_n_heads linear_num_heads "
+        "linear_num_value_heads mamba_d_conv moe_num_experts n_head n_heads "
+        "n_routed_experts num_attention_heads num_encoder_attention_heads num_experts "
+        "num_heads num_local_experts",
+    ),
+    (
+        2,
+        "attention_layers decoder_attention_heads decoder_layers "
+        "decoder_num_hidden_layers decoder_num_key_value_heads decoder_num_layers depth "
+        "encoder_layers encoder_num_hidden_layers encoder_num_key_value_heads "
+        "linear_num_key_heads memory_attention_num_layers moe_k moe_topk n_group n_layer "
+        "n_layers num_adapter_layers num_blocks num_codebooks num_decoder_attention_heads "
+        "num_decoder_layers num_encoder_layers num_experts_per_tok num_experts_per_token "
+        "num_hidden_groups num_hidden_layers num_key_value_heads num_kv_heads num_layers "
+        "num_query_groups num_register_tokens pred_num_hidden_layers resampler_depth "
+        "speech_encoder_layers temporal_patch_size top_k_experts",
+    ),
+    (
+        HEAD_DIM,
+        "attention_head_dim attention_head_size chunk_length d_head d_kv dim_head "
+        "head_dim index_head_dim kv_channels linear_head_dim linear_key_head_dim "
+        "linear_value_head_dim mamba_chunk_size mamba_d_head mamba_d_state mamba_head_dim "
+        "mamba_headdim num_mel_bins qk_nope_head_dim qk_rope_head_dim resampler_head_dim "
+        "rotary_dim ssm_state_size state_size swa_head_dim",
+    ),
+    (
+        32,
+        "base_channels image_size kv_lora_rank latent_size o_lora_rank "
+        "pretrain_image_size q_lora_rank qk_head_dim time_step_rank "
+        "upsample_initial_channel",
+    ),
+    (
+        12,
+        "num_queries v_head_dim",
+    ),
+    (
+        8,
+        "encoder_stride mamba_dt_rank mamba_n_heads mamba_num_heads max_text_len "
+        "n_mamba_heads num_conv_pos_embeddings num_image_tokens num_latents "
+        "num_query_tokens patch_size resampler_n_latents",
+    ),
+    (
+        WINDOW,
+        "attention_chunk_size attention_window attention_window_size index_topk "
+        "local_attention num_conv_pos_embedding_groups sliding_window sliding_window_size "
+        "window_size",
+    ),
+    (
+        1,
+        "first_k_dense_replace mamba_n_groups max_window_layers moe_layer_start_index "
+        "moe_num_shared_experts n_groups n_shared_experts num_dense_layers "
+        "num_residual_layers num_shared_experts topk_group",
+    ),
+    (
+        VOCABULARY,
+        "audio_vocab_size codebook_size decoder_vocab_size num_embeddings src_vocab_size "
+        "text_vocab_size tgt_vocab_size vocab_size vocab_size_per_layer_input",
+    ),
+    (
+        128,
+        "max_2d_position_embeddings max_position_embeddings max_seq_len "
+        "max_target_positions n_ctx n_positions num_position_embeddings",
+    ),
+    (
+        20,
+        "max_source_positions",
+    ),
 )
 # Fields that some families leave unset and cannot do without.
 UNSET = set(
@@ -79,7 +112,7 @@ SIZES = {name: size for size, names in _GROUPS for name in names.split()}
 LISTS: dict[str, Callable[[list[Any]], list[Any]]] = {
     "depths": lambda old: [2] * len(old),
     "num_heads": lambda old: [2**i for i in range(len(old))],
-    "num_attention_heads": lambda old: [2**min(i, 2) for i in range(len(old))],
+    "num_attention_heads": lambda old: [2 ** min(i, 2) for i in range(len(old))],
     "hidden_sizes": lambda old: [16 * 2**i for i in range(len(old))],
     "neck_hidden_sizes": lambda old: [16 * 2**i for i in range(len(old))],
     "embed_dim": lambda old: [16 * 2**i for i in range(len(old))],
@@ -90,7 +123,16 @@ LISTS: dict[str, Callable[[list[Any]], list[Any]]] = {
     "conv_kernel": lambda _: [8, 3, 3],
     "sliding_window": lambda old: [WINDOW] * len(old),
 }
-_TOKENS = {"pad": 0, "bos": 1, "eos": 2, "cls": 1, "sep": 2, "unk": 3, "mask": 4, "decoder_start": 1}
+_TOKENS = {
+    "pad": 0,
+    "bos": 1,
+    "eos": 2,
+    "cls": 1,
+    "sep": 2,
+    "unk": 3,
+    "mask": 4,
+    "decoder_start": 1,
+}
 _LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "encoder_layers")
 
 
@@ -129,16 +171,10 @@ def _small(name: str, value: Any, fields: dict[str, Any], layers: list[int]) -> 
     """Return the small value of one field; the same value if no rule speaks of it."""
     if name.endswith(("_token_id", "_token_index", "_token_ids")):
         return _token(name, value)
-    if value is None and name in UNSET:
-        return SIZES[name]
-    if isinstance(value, bool) or value is None or name in ("id2label", "label2id"):
-        return value
-    if name in _LAYER_COUNTS:
-        return len(layers)
-    if name == "num_key_value_heads" and "kv_lora_rank" in fields:
-        return HEADS  # latent attention makes the keys of every head
-    if isinstance(value, int):
-        return SIZES.get(name, value)
+    if value is None:
+        return SIZES[name] if name in UNSET else value
+    if isinstance(value, int) and not isinstance(value, bool):
+        return _small_number(name, value, fields, layers)
     if isinstance(value, list | tuple):
         if name in LISTS:
             return LISTS[name](list(value))
@@ -147,6 +183,14 @@ def _small(name: str, value: Any, fields: dict[str, Any], layers: list[int]) -> 
     if isinstance(value, dict):
         return _small_rope(value)
     return value
+
+
+def _small_number(name: str, value: int, fields: dict[str, Any], layers: list[int]) -> int:
+    if name in _LAYER_COUNTS:
+        return len(layers)
+    if name == "num_key_value_heads" and "kv_lora_rank" in fields:
+        return HEADS  # latent attention makes the keys of every head
+    return SIZES.get(name, value)
 
 
 def _small_rope(rope: dict[str, Any]) -> dict[str, Any]:

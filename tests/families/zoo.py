@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from batches import PADDINGS, Batches
+from huggingface_hub.errors import StrictDataclassError
 from overrides import OVERRIDES
 from shrink import shrink
 from torch import nn
