@@ -69,7 +69,6 @@ def build(family: str, padding: str = "none", dtype: torch.dtype = torch.float32
         model = _model(family)
         draw(model, SEED)
         model = model.to(dtype).eval()
-        model.set_attn_implementation("eager")
         batch = Batches(model, torch.Generator().manual_seed(SEED)).make(padding)
     except BUILD_ERRORS as error:
         lines = str(error).strip().splitlines() or [""]
@@ -79,6 +78,7 @@ def build(family: str, padding: str = "none", dtype: torch.dtype = torch.float32
 
 def _model(family: str) -> PreTrainedModel:
     config = shrink(CONFIG_MAPPING[family], OVERRIDES.get(family))
+    config._attn_implementation = "eager"
     model_class = getattr(importlib.import_module("transformers"), _classes()[family])
     model: nn.Module = model_class(config)
     if not isinstance(model, PreTrainedModel):
