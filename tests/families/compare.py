@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from eager import entropy_of, tensors_in
+from eager import entropy_of, seeing, tensors_in
 from torch import Tensor, nn
 
 from entropy_regularization.recording.recording import EntropyRecording, LayerEntropy
@@ -15,17 +15,15 @@ from entropy_regularization.recording.recording import EntropyRecording, LayerEn
 class Rows:
     """Which rows to compare: no padding, and no row that sees no key.
 
-    Both are known from the batch and from eager attention, not from the recording. Eager attention
-    spreads a row without keys evenly over all of them, which no row of a drawn model does.
+    Both are known from the batch and from eager attention, not from the recording.
     """
 
     def __init__(self, batch: dict[str, Any], eager_weights: list[Tensor]) -> None:
         masks = (batch.get("attention_mask"), batch.get("decoder_attention_mask"))
         self._masks = {tuple(mask.shape): mask.bool() for mask in masks if mask is not None}
         for weights in eager_weights:
-            if weights.dim() == 4 and weights.shape[-1] > 1:
-                spread = weights.detach().amax(-1) - weights.detach().amin(-1)
-                seen = (spread > 1e-7).any(1)  # in some head
+            if weights.dim() == 4:
+                seen = seeing(weights)
                 self._masks[tuple(seen.shape)] = self.real(*seen.shape) & seen
 
     def real(self, batch: int, length: int) -> Tensor:
@@ -70,7 +68,7 @@ def counted(layer: LayerEntropy, rows: Rows) -> Tensor:
 def _worst(layer: LayerEntropy, entropy: Tensor, rows: Rows) -> float:
     where = counted(layer, rows)
     if not where.any():
-        return 0.0 if layer.keys == 1 else torch.inf  # nothing compared is nothing shown
+        return torch.inf  # nothing compared is nothing shown
     difference = (layer.entropy.double() - entropy).abs()[where]
     return float(difference.detach().nan_to_num(torch.inf).max())
 
@@ -163,7 +161,7 @@ def gradient_error(model: nn.Module, eager: Tensor, recorded: Tensor) -> float:
     if not (eager.requires_grad and recorded.requires_grad):
         return 0.0 if eager.requires_grad == recorded.requires_grad else torch.inf
     theirs = torch.autograd.grad(eager, parameters, allow_unused=True)
-    ours = torch.autograd.grad(recorded, parameters, allow_unused=True)
+    ours = torch.autograd.grad(recorded, parameters, allow_unused=True, retain_graph=True)
     norms = [0.0 if gradient is None else float(gradient.norm()) for gradient in theirs]
     if not all(math.isfinite(norm) for norm in norms):
         return torch.inf

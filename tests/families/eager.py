@@ -58,13 +58,23 @@ class Eager:
         return [self.effective.get(id(weights), weights) for weights in _weights_in(self.output)]
 
 
-def run_eager(model: nn.Module, batch: dict[str, Any], **options: Any) -> Eager:
-    """Run a model whose attention is eager, and watch it."""
+def run_eager(
+    model: nn.Module, batch: dict[str, Any], *, empty: bool = False, **options: Any
+) -> Eager:
+    """Run a model whose attention is eager, and watch it.
+
+    Args:
+        model: the model.
+        batch: its keywords.
+        empty: give a row that sees no key the output 0, as scaled_dot_product_attention does; eager
+            attention gives it the mean of all values.
+        options: more keywords.
+    """
     found = Eager()
     names = {module: name for name, module in model.named_modules()}
     with (
         _watch(found, names) as where,
-        _kept_weights(found, names),
+        _kept_weights(found, names, empty),
         _noted_fused(found, names, where),
     ):
         found.output = model(**batch, **options)
@@ -77,6 +87,16 @@ def entropy_of(weights: Tensor) -> Tensor:
     positive = weights > 0
     logarithm = torch.where(positive, weights, 1.0).log()
     return -(weights * logarithm).sum(-1)
+
+
+def seeing(weights: Tensor) -> Tensor:
+    """Return which rows see a key, ``[batch, queries]``.
+
+    Eager attention spreads a row without keys evenly over all of them, in all heads, which no row
+    of a drawn model does.
+    """
+    spread = weights.detach().amax(-1) - weights.detach().amin(-1)
+    return (spread > 1e-7).any(1) | (weights.shape[-1] == 1)
 
 
 def tensors_in(value: Any) -> Iterator[tuple[str, Tensor]]:
@@ -160,7 +180,7 @@ def _watch(found: Eager, names: dict[nn.Module, str]) -> Iterator[list[nn.Module
 
 
 @contextlib.contextmanager
-def _kept_weights(found: Eager, names: dict[nn.Module, str]) -> Iterator[None]:
+def _kept_weights(found: Eager, names: dict[nn.Module, str], empty: bool) -> Iterator[None]:
     """Keep the weights that the family's eager attention function returns."""
     original = AttentionInterface.get_interface
 
@@ -175,6 +195,9 @@ def _kept_weights(found: Eager, names: dict[nn.Module, str]) -> Iterator[None]:
                 acting = _acting(result[0], result[1], args, kwargs)
                 found.effective[id(result[1])] = acting
                 found.kept.append((name, acting))
+            if empty:
+                blind = ~seeing(result[1])[:, :, None, None]  # [batch, queries, 1, 1]
+                result = (result[0].masked_fill(blind, 0.0), *result[1:])
             return result
 
         return keeping
