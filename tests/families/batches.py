@@ -22,7 +22,8 @@ SOUNDS = ("input_features", "input_features_mask", "feature_attention_mask")
 ALWAYS = set(
     "image_grid_thw grid_thw bbox input_points input_features_mask feature_attention_mask "
     "spatial_shapes image_merge_sizes visual_feats visual_pos aspect_ratio_ids "
-    "aspect_ratio_mask".split()
+    "aspect_ratio_mask image_attention_mask image_embeds_position_mask past_time_features "
+    "past_observed_mask future_values future_time_features".split()
 )
 PLACED = (
     ("image", "get_image_features", IMAGES),
@@ -84,6 +85,9 @@ class Batches:
             return True
         if name == "pixel_attention_mask":
             return "spatial_shapes" in self.parameters
+        config = {"pixel_values": "vision_config", "input_features": "audio_config"}.get(name)
+        if config is not None and getattr(self.config, config, True) is None:
+            return False
         if name in ("pixel_values", "input_features"):
             return bool({"image", "audio"} & _modalities(self.model))
         return False
@@ -100,12 +104,11 @@ class Batches:
         if "input_ids" not in batch:
             return
         for token, asked, inputs in PLACED:
-            identifier = getattr(self.config, f"{token}_token_id", None)
-            if identifier is None:
-                identifier = getattr(self.config, f"{token}_token_index", None)
-            function = getattr(self.model, asked, None)
+            identifier = self.source.field(f"{token}_token_id", f"{token}_token_index", default=-1)
+            parts = (getattr(part, asked, None) for part in self.model.modules())
+            function = next(filter(None, parts), None)
             given = {name: batch[name] for name in inputs if name in batch}
-            if identifier is None or function is None or not given:
+            if identifier < 0 or function is None or inputs[0] not in given:
                 continue
             asks = inspect.signature(function).parameters
             given = {name: value for name, value in given.items() if name in asks}
@@ -122,9 +125,13 @@ class Batches:
 
     def _pad(self, batch: dict[str, Any], padding: str) -> None:
         """Pad the first text of the batch, on the side asked for."""
-        if padding == "none" or "input_ids" not in batch:
+        if "input_ids" not in batch:
             return
         mask = torch.ones_like(batch["input_ids"])
+        if padding == "none":
+            if self.config.model_type == "qwen2_audio":  # the only one that insists on a mask
+                batch["attention_mask"] = mask
+            return
         place = slice(0, PADDED) if padding == "left" else slice(-PADDED, None)
         mask[0, place] = 0
         fill = getattr(self.config, "pad_token_id", None) or 0

@@ -74,7 +74,7 @@ def _images(source: Source) -> Tensor:
     if {"image_grid_thw", "grid_thw"} & set(source.parameters):
         time = source.field("temporal_patch_size", default=1)
         return source.normal(BATCH * PATCHES, channels * time * patch * patch)
-    if "spatial_shapes" in source.parameters:
+    if "spatial_shapes" in source.parameters or family == "fuyu":
         return source.normal(BATCH, PATCHES, channels * patch * patch)
     if family == "mllama":
         return source.normal(BATCH, 1, 4, channels, size, size)
@@ -126,6 +126,18 @@ def _grid(source: Source) -> Tensor:
     return torch.tensor([[1, 4, 4]] * BATCH)
 
 
+def _has_lags(source: Source) -> bool:
+    return hasattr(source.config, "lags_sequence")
+
+
+def _past(source: Source) -> int:
+    return int(source.config.context_length) + max(source.config.lags_sequence)
+
+
+def _series(source: Source) -> tuple[int, int, int]:
+    return BATCH, source.field("context_length", default=32), 1
+
+
 def _sizes(source: Source) -> Tensor:
     size = source.field("image_size", default=32)
     return torch.tensor([[size, size]] * BATCH)
@@ -161,10 +173,18 @@ MAKERS: dict[str, Callable[[Source], Any]] = {
     "visual_pos": lambda source: source.normal(BATCH, 5, 4),
     "aspect_ratio_ids": lambda _: torch.ones(BATCH, 1, dtype=torch.int64),
     "aspect_ratio_mask": lambda _: torch.ones(BATCH, 1, 4, dtype=torch.int64),
+    "image_attention_mask": lambda _: torch.ones(BATCH, TEXT, 1, dtype=torch.int64),
+    "image_embeds_position_mask": lambda _: (torch.arange(TEXT) < 8).repeat(BATCH, 1),
     "flattened_patches": lambda source: source.normal(BATCH, PATCHES, 2 + 3 * 64),
     "past_values": lambda source: source.normal(
-        BATCH, source.field("context_length", default=32), 1
+        *((BATCH, _past(source)) if _has_lags(source) else _series(source))
     ),
+    "past_time_features": lambda source: source.normal(BATCH, _past(source), 1),
+    "past_observed_mask": lambda source: torch.ones(
+        (BATCH, _past(source)) if _has_lags(source) else _series(source), dtype=source.model.dtype
+    ),
+    "future_values": lambda source: source.normal(BATCH, 4),
+    "future_time_features": lambda source: source.normal(BATCH, 4, 1),
     "query_embeds": lambda source: source.normal(BATCH, 8, 64),
     "encoder_hidden_states": lambda source: source.normal(BATCH, 9, 64),
     "audio_mel": _features,

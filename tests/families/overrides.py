@@ -70,9 +70,10 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "lilt": {"hidden_size": 96, "channel_shrink_ratio": 4},
     "llama4": {
         "vision_config": {
-            "vision_output_dim": 64,
+            "intermediate_size": 256,
             "projector_input_dim": 64,
             "projector_output_dim": 64,
+            "vision_output_dim": 64,
         }
     },
     "llava_next": {"image_grid_pinpoints": [[32, 32], [32, 64]]},
@@ -80,13 +81,70 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "llava_onevision": {"image_grid_pinpoints": [[32, 32], [32, 64]]},
     "mamba2": {"hidden_size": 64, "num_heads": 8, "head_dim": 16, "n_groups": 1},
     "recurrent_gemma": {"num_hidden_layers": 3},
-    "shieldgemma2": {"mm_tokens_per_image": 4},
+    "shieldgemma2": {"mm_tokens_per_image": 4, "yes_token_index": 10, "no_token_index": 11},
     "swin": _SWIN,
     "swin2sr": {**_SWIN, "patch_size": 1, "image_size": 16},
     "swinv2": {**_SWIN, "pretrained_window_sizes": [0, 0]},
     "xmod": {"default_language": "en_XX"},
+    "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0}},
+    "depth_anything": {
+        "reassemble_hidden_size": 64,
+        "backbone_config": {
+            "num_hidden_layers": 4,
+            "out_indices": [1, 2, 3, 4],
+            "reshape_hidden_states": False,
+        },
+    },
+    "granite_speech": {"window_size": 5, "encoder_config": {"input_dim": 16, "output_dim": 16}},
+    "granite_speech5_encoder": {"input_dim": 16},
+    "kosmos-2": {"latent_query_num": 8},
+    "mllama": {
+        "text_config": {"cross_attention_layers": [1]},
+        "vision_config": {
+            "intermediate_layers_indices": [0, 1],
+            "vision_output_dim": 192,
+            "num_global_layers": 2,
+        },
+    },
+    "kyutai_speech_to_text": {"num_codebooks": 2},
+    "levit": {
+        "image_size": 64,
+        "hidden_sizes": [32, 48, 64],
+        "num_attention_heads": [2, 4, 4],
+        "key_dim": [8, 8, 8],
+        "depths": [2, 2, 2],
+        "attention_ratio": [2, 2, 2],
+        "patch_size": 16,
+    },
+    "t5gemma2": {"encoder": {"mm_tokens_per_image": 4}},
+    "prompt_depth_anything": {
+        "reassemble_hidden_size": 64,
+        "backbone_config": {
+            "num_hidden_layers": 4,
+            "out_indices": [1, 2, 3, 4],
+            "reshape_hidden_states": False,
+        },
+    },
+    "vitpose_backbone": {
+        "image_size": [32, 32],
+        "patch_size": [8, 8],
+        "out_indices": [2],
+        "part_features": 16,
+        "num_experts": 1,
+    },
+    "xclip": {"vision_config": {"mit_hidden_size": 64}},
+    "voxtral": {"audio_token_id": 101, "audio_config": {"intermediate_size": 128}},
     "zaya": {"num_experts_per_tok": 1},
 }
+for _family in ("autoformer", "informer", "time_series_transformer"):
+    OVERRIDES[_family] = {
+        "prediction_length": 4,
+        "context_length": 8,
+        "lags_sequence": [1, 2],
+        "num_time_features": 1,
+        "cardinality": [],
+        "embedding_dimension": [],
+    }
 for _family in (
     "qwen2_vl",
     "qwen2_5_vl",
