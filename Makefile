@@ -4,7 +4,7 @@ BIN := .venv/bin
 RUN ?= runs/demo
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check format clean
+.PHONY: help install demo test families check format clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -21,6 +21,9 @@ demo: .venv/installed ## train a small GPT-2 with and without the penalty; write
 
 test: .venv/installed ## run the tests
 	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal
+
+families: .venv/installed ## check the recording of every transformers family; write docs/families.md
+	$(BIN)/python scripts/families
 
 check: .venv/installed ## formatting, lint, types and the rooms of DESIGN.md
 	$(BIN)/ruff format --check .

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from entropy_regularization.attention.api import attend
+from entropy_regularization.attention.api import AttentionOutput, attend
 from entropy_regularization.attention.masking import Structure, split_mask
 from entropy_regularization.integrations.transformers.masks import (
     StructuredMask,
@@ -42,7 +42,8 @@ def entropy_attention(
         dropout: rate; acts on the output, not on the entropy.
         scaling: factor of the scores; 1/sqrt(dim) unless given.
         is_causal: ignored, see above.
-        options: ``softcap``, ``s_aux`` (sinks) and ``position_bias`` act; the others are hints.
+        options: ``softcap``, ``s_aux`` (sinks), ``sinks`` (one of every row) and
+            ``position_bias`` act; the others are hints.
 
     Returns:
         The output ``[batch, queries, heads, value_dim]``, and None in place of the weights.
@@ -79,10 +80,29 @@ def entropy_attention(
         sinks=None if sinks is None else sinks.reshape(-1),
         dropout=dropout,
     )
+    if options.get("sinks") is not None:
+        found = _with_row_sinks(found, options["sinks"])
     recorder = getattr(module, RECORDER, None)
     if recorder is not None:
         recorder.deposit(module, found, key.shape[2])
     return found.output.to(value.dtype).transpose(1, 2).contiguous(), None
+
+
+def _with_row_sinks(found: AttentionOutput, sinks: Tensor) -> AttentionOutput:
+    """Give a sink of its own to every row, ``[batch, heads, queries, 1]`` (inkling2).
+
+    The keys keep the share ``r = Z / (Z + exp(sink))`` of a row's mass ``Z``. Their weights become
+    ``r p``, so that the entropy ``H`` becomes ``r H - r log r``.
+    """
+    sinks = sinks[..., 0].to(found.log_normalizer.dtype)
+    seen = found.log_normalizer.isfinite()
+    above = (found.log_normalizer - sinks).masked_fill(~seen, 0.0)
+    log_share = torch.nn.functional.logsigmoid(above)
+    share = log_share.exp()
+    entropy = (share * (found.entropy - log_share)).masked_fill(~seen, 0.0)
+    output = (found.output * share[..., None]).to(found.output.dtype)
+    log_normalizer = torch.logaddexp(found.log_normalizer, sinks)
+    return found._replace(output=output, entropy=entropy, log_normalizer=log_normalizer)
 
 
 def _mask_of(mask: Tensor | None, query: Tensor, key: Tensor) -> tuple[Structure, Tensor | None]:

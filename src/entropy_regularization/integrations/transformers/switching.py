@@ -45,10 +45,10 @@ class AttentionSwitch:
                         self._saved.append((each, each._attn_implementation))
 
     def _set_copies(self, module: nn.Module, can_set: bool) -> None:
-        """Reach the configs that a part holds as a copy, as clipseg's decoder does."""
+        """Reach the configs that a part holds as a copy (clipseg's decoder; T5 in 5.17)."""
         if isinstance(module, PreTrainedModel):
             can_set = module._can_set_attn_implementation()
-        elif can_set and hasattr(getattr(module, "config", None), "_attn_implementation"):
+        if can_set and hasattr(getattr(module, "config", None), "_attn_implementation"):
             module.config._attn_implementation_internal = NAME  # type: ignore[union-attr]
         for child in module.children():
             self._set_copies(child, can_set)

@@ -1,0 +1,241 @@
+"""Whether what is recorded of one family is what its own eager attention computes."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from compare import (
+    Pairs,
+    Rows,
+    gradient_error,
+    output_error,
+    pair_by_name,
+    pair_returned,
+    random_loss,
+)
+from eager import Eager, run_eager
+from torch import nn
+from zoo import Case, NotBuiltError, build
+
+from entropy_regularization import record_entropy
+from entropy_regularization.recording.recording import EntropyRecording
+
+OUTPUT_TOLERANCE, ENTROPY_TOLERANCE, GRADIENT_TOLERANCE = 1e-4, 1e-4, 1e-3
+INTERFACE, FUSED, OWN, NONE = (
+    "attention interface",
+    "scaled_dot_product_attention",
+    "eager + compute_loss",
+    "no attention",
+)
+RUN_ERRORS = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError)
+
+
+@dataclass
+class Result:
+    """What came of one family under one padding.
+
+    Attributes:
+        outcome: "exact", "partial", "refused", "wrong", "no attention" or "not built".
+        way: how the model's attention is called.
+        layers: recorded attention calls.
+        reference: where the eager weights came from.
+        errors: the worst of "output", "entropy", "returned" and "gradient", relative where that
+            has a meaning.
+        unseen: modules with attention that was not recorded, ``name (class)``; all of them where
+            nothing was recorded.
+        note: why, where the outcome is not exact.
+    """
+
+    family: str
+    padding: str
+    outcome: str = "exact"
+    way: str = NONE
+    layers: int = 0
+    reference: str = ""
+    dtype: str = ""
+    errors: dict[str, float] = field(default_factory=dict)
+    unseen: list[str] = field(default_factory=list)
+    note: str = ""
+
+
+def check(
+    family: str, padding: str = "none", record: Callable[..., Any] = record_entropy
+) -> Result:
+    """Compare a recording of a tiny model of a family with its eager attention.
+
+    Args:
+        family: a model type.
+        padding: "none", "left" or "right".
+        record: record_entropy, or something wrong in its place, to see this function notice.
+    """
+    result = Result(family, padding)
+    try:
+        case, eager = _run_reference(family, padding, result)
+    except NotBuiltError as error:
+        result.outcome, result.note = "not built", str(error)
+        return result
+    _describe(result, case, eager)
+    result.unseen = _unseen(set(), eager)
+    if result.way == NONE:
+        result.outcome = "no attention"
+        return result
+    implementations = _implementations(case.model)
+    try:
+        torch.manual_seed(0)
+        with record(case.model) as recording:
+            output = case.model(**case.batch)
+    except ValueError as error:
+        result.outcome, result.note = "refused", str(error)
+        return result
+    except RUN_ERRORS as error:
+        refused = "use_reentrant" in str(error)  # hrm_text runs layers under no_grad by design
+        result.outcome = "refused" if refused else "wrong"
+        result.note = f"{type(error).__name__}: {error}"[:300]
+        return result
+    if _implementations(case.model) != implementations:
+        result.outcome, result.note = "wrong", "the attention implementation was not put back"
+        return result
+    _compare(result, case, eager, recording, output)
+    if result.outcome == "wrong" and padding != "none":
+        return _compare_empty(result, case, recording, output)
+    return result
+
+
+def _compare_empty(first: Result, case: Case, recording: EntropyRecording, output: Any) -> Result:
+    """Compare again, where rows that see no key give 0 in the eager model too.
+
+    They matter only where a model lets real rows see padding (diffusion_gemma).
+    """
+    result = Result(first.family, first.padding, way=first.way, dtype=first.dtype)
+    torch.manual_seed(0)
+    eager = run_eager(case.model, case.batch, empty=True, output_attentions=True, return_dict=True)
+    _compare(result, case, eager, recording, output)
+    if result.outcome == "wrong":
+        return first
+    said = (
+        "a padding row that sees no key is 0, as with sdpa; eager gives it the mean of all values"
+    )
+    result.note = "; ".join(filter(None, [result.note, said]))
+    return result
+
+
+def _run_reference(family: str, padding: str, result: Result) -> tuple[Case, Eager]:
+    """Run the model eagerly, in float64 if it can."""
+    for dtype in (torch.float64, torch.float32):
+        try:
+            case = build(family, padding, dtype)
+            torch.manual_seed(0)
+            eager = run_eager(case.model, case.batch, output_attentions=True, return_dict=True)
+            if dtype == torch.float64 and not _finite(eager):
+                continue  # a mask of float64's lowest number is -inf to a softmax in float32
+        except NotBuiltError:
+            if dtype == torch.float32:
+                raise
+        except (*RUN_ERRORS, ValueError, NotImplementedError) as error:
+            if dtype == torch.float32:
+                said = (str(error).strip().splitlines() or [""])[-1][:200]
+                raise NotBuiltError(f"does not run: {type(error).__name__}: {said}") from error
+        else:
+            result.dtype = str(dtype).removeprefix("torch.")
+            return case, eager
+    raise AssertionError("unreachable")
+
+
+def _finite(eager: Eager) -> bool:
+    seen = [weights for _, weights in eager.kept] + eager.returned()
+    return all(bool(weights.isfinite().all()) for weights in seen)
+
+
+def _describe(result: Result, case: Case, eager: Eager) -> None:
+    """Say how the attention is called; what is called neither way is unseen, for now."""
+    if eager.called:
+        result.way = INTERFACE
+    elif eager.fused or _fuses(case, eager):
+        result.way = FUSED
+    elif eager.returned() or any(_is_attention(each) for each in eager.softmaxes):
+        result.way = OWN
+
+
+def _fuses(case: Case, eager: Eager) -> bool:
+    """Tell whether the model calls scaled_dot_product_attention when it is asked to.
+
+    Who calls it is added to what is known of the eager pass.
+    """
+    try:
+        case.model.set_attn_implementation("sdpa")
+        found = run_eager(case.model, case.batch)
+    except (*RUN_ERRORS, ValueError, ImportError):
+        return False
+    finally:
+        case.model.set_attn_implementation("eager")
+    eager.fused += found.fused
+    return bool(found.fused)
+
+
+def _is_attention(softmax: Any) -> bool:
+    name = softmax.module.lower()
+    return "att" in name
+
+
+def _implementations(model: nn.Module) -> list[Any]:
+    configs = [getattr(part, "config", None) for part in model.modules()]
+    return [getattr(config, "_attn_implementation", None) for config in configs]
+
+
+def _compare(
+    result: Result, case: Case, eager: Eager, recording: EntropyRecording, output: Any
+) -> None:
+    rows = Rows(case.batch, [weights for _, weights in eager.kept] or eager.returned())
+    pairs = pair_by_name(recording, eager.kept)
+    returned = pair_returned(recording, eager.returned(), rows)
+    result.layers = len(recording)
+    result.unseen = _unseen({layer.name for layer in recording}, eager)
+    result.reference = " and ".join(
+        name for name, found in (("kept", pairs), ("returned", returned)) if found.layers
+    )
+    result.errors["output"] = output_error(eager.output, output, rows)
+    for name, found in (("entropy", pairs), ("returned", returned)):
+        if found.layers:
+            result.errors[name] = found.error(rows)
+    best = pairs if len(pairs.layers) >= len(returned.layers) else returned
+    losses = (
+        random_loss(eager.output, best.theirs(), rows, best.layers),
+        random_loss(output, best.ours(), rows, best.layers),
+    )
+    result.errors["gradient"] = gradient_error(case.model, *losses)
+    _judge(result, recording, pairs, returned, best)
+
+
+def _judge(
+    result: Result, recording: EntropyRecording, pairs: Pairs, returned: Pairs, best: Pairs
+) -> None:
+    limits = {
+        "output": OUTPUT_TOLERANCE,
+        "entropy": ENTROPY_TOLERANCE,
+        "returned": ENTROPY_TOLERANCE,
+        "gradient": GRADIENT_TOLERANCE,
+    }
+    off = [f"{k} {v:.1e}" for k, v in result.errors.items() if not v <= limits[k]]
+    if len(best.layers) < len(recording):
+        off.append(f"{len(recording) - len(best.layers)} recorded calls have no eager weights")
+    if off:
+        result.outcome, result.note = "wrong", "; ".join(off)
+    elif result.unseen or recording.missing:
+        result.outcome = "partial"
+        result.note = "not recorded: " + ", ".join(result.unseen or recording.missing)
+    elif returned.unmatched:
+        result.note = f"{returned.unmatched} returned matrices are none of the recorded"
+
+
+def _unseen(recorded: set[str], eager: Eager) -> list[str]:
+    """Return the modules that compute attention and do not stand in the recording."""
+    own = [(each.name, each.module) for each in eager.softmaxes if _is_attention(each)]
+    silent = dict.fromkeys(
+        f"{name} ({module})" for name, module in (*own, *eager.fused) if name not in recorded
+    )
+    named = {each.split(" (")[0] for each in silent}
+    silent |= dict.fromkeys(
+        name for name in eager.called if name not in recorded and name not in named
+    )
+    return list(silent)

@@ -1,0 +1,180 @@
+"""What the rules of shrink.py get wrong, family by family."""
+
+from typing import Any
+
+from shrink import HEADS
+
+_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+_MROPE = {"rope_parameters": {**_ROPE, "mrope_section": [2, 3, 3]}}
+_HALF_MROPE = {
+    "rope_parameters": {**_ROPE, "mrope_section": [1, 1, 2], "partial_rotary_factor": 0.5}
+}
+_SWIN = {
+    "image_size": 64,
+    "patch_size": 4,
+    "embed_dim": 16,
+    "depths": [2, 2],
+    "num_heads": [2, 4],
+    "window_size": 4,
+}
+_NO_GROUPS = {"num_key_value_heads": HEADS}
+_CODEC = {"upsample_groups": 32}
+
+OVERRIDES: dict[str, dict[str, Any]] = {
+    "audio-spectrogram-transformer": {
+        "max_length": 64,
+        "num_mel_bins": 32,
+        "time_stride": 8,
+        "frequency_stride": 8,
+    },
+    "blip-2": {"image_token_id": 100},
+    "instructblip": {"image_token_id": 100},
+    "esm": {"pad_token_id": 0, "mask_token_id": 4},
+    "exaone4_5": {"text_config": {}, "vision_config": {"window_size": 32}},
+    "exaone4_5_vision": {"window_size": 32},
+    "gemma3n_text": {"num_kv_shared_layers": 0},
+    "hyperclovax_vision_v2": {"vision_config": {"window_size": 32}},
+    "mask2former": {"backbone_config": _SWIN},
+    "oneformer": {"backbone_config": _SWIN},
+    "qwen2_5_omni_thinker": {
+        "text_config": _MROPE,
+        "vision_config": {"window_size": 32},
+    },
+    "qwen2_5_vl_vision": {"window_size": 32},
+    "reformer": {"axial_pos_embds": False},
+    "speech_to_text": {
+        "input_feat_per_channel": 16,
+        "input_channels": 1,
+        "max_source_positions": 64,
+    },
+    "zamba2": {"attention_hidden_size": 128, "attention_head_dim": 32},
+    "bamba": {"attn_layer_indices": [1]},
+    "clap": {"audio_config": {"spec_size": 64, "num_mel_bins": 16, "window_size": 4}},
+    "donut-swin": _SWIN,
+    "dots3_note": {"text_config": _NO_GROUPS},
+    "dots3_note_text": _NO_GROUPS,
+    "esmc": _NO_GROUPS,
+    "falcon_h1": {"mamba_d_ssm": 128, "mamba_n_heads": 8, "mamba_d_head": 16},
+    "gemma3": {"mm_tokens_per_image": 4},
+    "glm5_next": {"text_config": _NO_GROUPS},
+    "glm5_next_text": _NO_GROUPS,
+    "granitemoehybrid": {"layer_types": ["mamba", "attention"]},
+    "jamba": {
+        "attn_layer_period": 2,
+        "attn_layer_offset": 1,
+        "expert_layer_period": 2,
+        "expert_layer_offset": 1,
+    },
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "layoutlmv3": {"coordinate_size": 11, "shape_size": 10, "input_size": 32},
+    "lilt": {"hidden_size": 96, "channel_shrink_ratio": 4},
+    "llama4": {
+        "vision_config": {
+            "intermediate_size": 256,
+            "projector_input_dim": 64,
+            "projector_output_dim": 64,
+            "vision_output_dim": 64,
+        }
+    },
+    "llava_next": {"image_grid_pinpoints": [[32, 32], [32, 64]]},
+    "llava_next_video": {"image_grid_pinpoints": [[32, 32], [32, 64]]},
+    "llava_onevision": {"image_grid_pinpoints": [[32, 32], [32, 64]]},
+    "mamba2": {"hidden_size": 64, "num_heads": 8, "head_dim": 16, "n_groups": 1},
+    "recurrent_gemma": {"num_hidden_layers": 3},
+    "shieldgemma2": {"mm_tokens_per_image": 4, "yes_token_index": 10, "no_token_index": 11},
+    "swin": _SWIN,
+    "swin2sr": {**_SWIN, "patch_size": 1, "image_size": 16},
+    "swinv2": {**_SWIN, "pretrained_window_sizes": [0, 0]},
+    "xmod": {"default_language": "en_XX"},
+    "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0}},
+    "depth_anything": {
+        "reassemble_hidden_size": 64,
+        "backbone_config": {
+            "num_hidden_layers": 4,
+            "out_indices": [1, 2, 3, 4],
+            "reshape_hidden_states": False,
+        },
+    },
+    "granite_speech": {"window_size": 5, "encoder_config": {"input_dim": 16, "output_dim": 16}},
+    "granite_speech5_encoder": {"input_dim": 16},
+    "kosmos-2": {"latent_query_num": 8},
+    "mllama": {
+        "text_config": {"cross_attention_layers": [1]},
+        "vision_config": {
+            "intermediate_layers_indices": [0, 1],
+            "vision_output_dim": 192,
+            "num_global_layers": 2,
+        },
+    },
+    "kyutai_speech_to_text": {"num_codebooks": 2},
+    "levit": {
+        "image_size": 64,
+        "hidden_sizes": [32, 48, 64],
+        "num_attention_heads": [2, 4, 4],
+        "key_dim": [8, 8, 8],
+        "depths": [2, 2, 2],
+        "attention_ratio": [2, 2, 2],
+        "patch_size": 16,
+    },
+    "t5gemma2": {"encoder": {"mm_tokens_per_image": 4}},
+    "prompt_depth_anything": {
+        "reassemble_hidden_size": 64,
+        "backbone_config": {
+            "num_hidden_layers": 4,
+            "out_indices": [1, 2, 3, 4],
+            "reshape_hidden_states": False,
+        },
+    },
+    "vitpose_backbone": {
+        "image_size": [32, 32],
+        "patch_size": [8, 8],
+        "out_indices": [2],
+        "part_features": 16,
+        "num_experts": 1,
+    },
+    "xclip": {"vision_config": {"mit_hidden_size": 64}},
+    "voxtral": {"audio_token_id": 101, "audio_config": {"intermediate_size": 128}},
+    "zaya": {"num_experts_per_tok": 1},
+}
+for _family in ("autoformer", "informer", "time_series_transformer"):
+    OVERRIDES[_family] = {
+        "prediction_length": 4,
+        "context_length": 8,
+        "lags_sequence": [1, 2],
+        "num_time_features": 1,
+        "cardinality": [],
+        "embedding_dimension": [],
+    }
+for _family in (
+    "qwen2_vl",
+    "qwen2_5_vl",
+    "colqwen2",
+    "paddleocr_vl",
+    "glm_image",
+    "glm4v",
+    "glm46v",
+    "glm_ocr",
+    "glmga",
+):
+    OVERRIDES[_family] = {"text_config": _MROPE}
+for _family in (
+    "qwen2_vl_text",
+    "qwen2_5_vl_text",
+    "glm4v_text",
+    "glm_image_text",
+    "glm_ocr_text",
+    "qwen2_5_omni_text",
+    "paddleocr_vl_text",
+):
+    OVERRIDES[_family] = _MROPE
+OVERRIDES["qwen2_5_vl"] = {"text_config": _MROPE, "vision_config": {"window_size": 32}}
+OVERRIDES["glm4v_moe"] = {"text_config": _HALF_MROPE}
+OVERRIDES["glm4v_moe_text"] = _HALF_MROPE
+for _family in (
+    "mimi",
+    "mimi_encoder",
+    "mimi_decoder",
+    "pocket_tts_audio_tokenizer",
+    "pocket_tts_audio_tokenizer_decoder",
+):
+    OVERRIDES[_family] = _CODEC
