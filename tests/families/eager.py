@@ -76,6 +76,7 @@ def run_eager(
         _watch(found, names) as where,
         _kept_weights(found, names, empty),
         _noted_fused(found, names, where),
+        _kept_multi_head(found, names, where),
     ):
         found.output = model(**batch, **options)
     return found
@@ -226,6 +227,8 @@ def _noted_fused(found: Eager, names: dict[nn.Module, str], where: list[Any]) ->
 
     def noting(*args: Any, **kwargs: Any) -> Tensor:
         module = where[-1] if where else None
+        if where and module is None:  # inside nn.MultiheadAttention, whose weights are kept already
+            return original(*args, **kwargs)
         name = names.get(module, "")
         found.fused.append((name, type(module).__name__))
         where.append(None)
@@ -237,4 +240,23 @@ def _noted_fused(found: Eager, names: dict[nn.Module, str], where: list[Any]) ->
             where.pop()
 
     with mock.patch.object(functional, "scaled_dot_product_attention", noting):
+        yield
+
+
+@contextlib.contextmanager
+def _kept_multi_head(found: Eager, names: dict[nn.Module, str], where: list[Any]) -> Iterator[None]:
+    """Keep the weights of torch's nn.MultiheadAttention, which a family may hold (siglip)."""
+    original = functional.multi_head_attention_forward
+
+    def keeping(*args: Any, **kwargs: Any) -> Any:
+        name = names.get(where[-1], "") if where else ""
+        where.append(None)
+        try:
+            asked = {**kwargs, "need_weights": True, "average_attn_weights": False}
+            found.kept.append((name, original(*args, **asked)[1]))
+            return original(*args, **kwargs)
+        finally:
+            where.pop()
+
+    with mock.patch.object(functional, "multi_head_attention_forward", keeping):
         yield

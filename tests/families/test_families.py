@@ -29,9 +29,7 @@ FAST = [family for family in _FAST if family in families()]  # older transformer
 # Families outside the attention interface, refused with a sentence or, where they call
 # scaled_dot_product_attention, recorded there.
 OUTSIDE = set("falcon gpt_neo megatron-bert mpt rembert".split())
-# A pooling head attends by nn.MultiheadAttention with need_weights=True; inkling2 attends over its
-# own depth.
-PARTIAL = {"aya_vision", "inkling2_text", "siglip"}
+PARTIAL = {"inkling2_text"}  # it attends over its own depth
 SLOW = sorted(set(families()) - set(FAST))
 
 

@@ -7,6 +7,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 
 @dataclass(frozen=True)
@@ -122,11 +123,18 @@ class EntropyRecording:
         *,
         kind: Literal["self", "cross"] | None = None,
         indices: Iterable[int] | None = None,
+        heads: Sequence[int] | None = None,
     ) -> "EntropyRecording":
         """Keep the layers whose name matches a shell pattern, of one kind, or at some indices.
 
+        Args:
+            pattern: of module names, for instance ``"*.layers.1?.*"``.
+            kind: "self" or "cross"; None for both.
+            indices: places in the order of the calls; None for all.
+            heads: the heads to keep of each layer, in this order; None for all.
+
         Raises:
-            LookupError: if nothing is left.
+            LookupError: if nothing is left, or an index or head is not there.
         """
         wanted = range(len(self.layers)) if indices is None else list(indices)
         for index in wanted:
@@ -144,6 +152,8 @@ class EntropyRecording:
                 f"no recorded layer matches pattern {pattern!r} and kind {kind!r}; there are: "
                 f"{names}."
             )
+        if heads is not None:
+            kept = [layer.select_heads(heads) for layer in kept]
         return EntropyRecording(kept, list(self.missing))
 
     def detach(self) -> "EntropyRecording":
@@ -165,35 +175,41 @@ class EntropyRecording:
     def concatenate(recordings: Sequence["EntropyRecording"]) -> "EntropyRecording":
         """Join recordings of several batches of the same model along the batch dimension.
 
+        Batches may have different lengths: shorter ones are filled with rows that do not count.
+
         Raises:
-            ValueError: if there is nothing to join, or the layers or lengths differ.
+            ValueError: if there is nothing to join, or the layers differ.
         """
         if not recordings:
             raise ValueError("no recording was given; pass at least one.")
-        first = recordings[0]
         for other in recordings[1:]:
-            ours = [(layer.name, layer.entropy.shape[1:], layer.keys) for layer in first]
-            theirs = [(layer.name, layer.entropy.shape[1:], layer.keys) for layer in other]
+            ours, theirs = ([(x.name, x.heads) for x in each] for each in (recordings[0], other))
             if ours != theirs:
                 raise ValueError(
-                    "the recordings have different layers, heads or lengths; join batches of the "
-                    "same model padded to the same length."
+                    f"the recordings have different layers ({len(ours)} and {len(theirs)} calls) "
+                    "or heads; join batches of the same model."
                 )
-        joined = []
-        for calls in zip(*(recording.layers for recording in recordings), strict=True):
-            allowed = [_expand_batch(call) for call in calls]
-            heads = max(tensor.shape[1] for tensor in allowed)
-            joined.append(
-                replace(
-                    calls[0],
-                    entropy=torch.cat([call.entropy for call in calls]),
-                    allowed_keys=torch.cat([a.expand(-1, heads, -1) for a in allowed]),
-                    rows=torch.cat([call.rows for call in calls]),
-                )
-            )
+        joined = [
+            _join(calls)
+            for calls in zip(*(recording.layers for recording in recordings), strict=True)
+        ]
         missing = sorted({name for recording in recordings for name in recording.missing})
         return EntropyRecording(joined, missing)
 
 
-def _expand_batch(layer: LayerEntropy) -> Tensor:
-    return layer.allowed_keys.expand(layer.entropy.shape[0], -1, -1)
+def _join(calls: Sequence[LayerEntropy]) -> LayerEntropy:
+    """Join the calls of one layer along the batch, all as long as the longest."""
+    length = max(call.entropy.shape[-1] for call in calls)
+    heads = max(call.allowed_keys.shape[1] for call in calls)
+
+    def fill(tensor: Tensor) -> Tensor:
+        return pad(tensor, (0, length - tensor.shape[-1]))
+
+    allowed = [fill(c.allowed_keys).expand(c.entropy.shape[0], heads, -1) for c in calls]
+    return replace(
+        calls[0],
+        entropy=torch.cat([fill(call.entropy) for call in calls]),
+        allowed_keys=torch.cat(allowed),
+        rows=torch.cat([fill(call.rows) for call in calls]),
+        keys=max(call.keys for call in calls),
+    )
