@@ -1,5 +1,6 @@
 """Whether what is recorded of one family is what its own eager attention computes."""
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -158,18 +159,24 @@ def _describe(result: Result, case: Case, eager: Eager) -> None:
 
 
 def _fuses(case: Case, eager: Eager) -> bool:
-    """Tell whether the model calls scaled_dot_product_attention when it is asked to.
+    """Tell whether the model calls scaled_dot_product_attention when it is built to.
 
-    Who calls it is added to what is known of the eager pass.
+    If so the case's model becomes one that does, with the same parameters; who calls it is added
+    to what is known of the eager pass.
     """
     try:
-        case.model.set_attn_implementation("sdpa")
-        found = run_eager(case.model, case.batch)
+        twin = type(case.model)._from_config(
+            copy.deepcopy(case.model.config), attn_implementation="sdpa"
+        )
+        for name, part in twin.eval().named_modules():
+            source = case.model.get_submodule(name)
+            part._parameters, part._buffers = source._parameters, source._buffers
+        found = run_eager(twin, case.batch)
     except (*RUN_ERRORS, ValueError, ImportError):
         return False
-    finally:
-        case.model.set_attn_implementation("eager")
-    eager.fused += found.fused
+    if found.fused:
+        case.model = twin
+        eager.fused += found.fused
     return bool(found.fused)
 
 
