@@ -24,6 +24,8 @@ class Rows:
         for weights in eager_weights:
             if weights.dim() == 4:
                 seen = seeing(weights)
+                if not seen.any():
+                    continue  # all keys are the same, not all masked
                 self._masks[tuple(seen.shape)] = self.real(*seen.shape) & seen
 
     def real(self, batch: int, length: int) -> Tensor:
