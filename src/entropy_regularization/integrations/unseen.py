@@ -31,6 +31,7 @@ PRODUCTS = {
     torch.baddbmm,
     torch.einsum,
 }
+SCALINGS = {torch.mul, Tensor.mul, Tensor.__mul__}
 # What may lie between the softmax and the product, where the number of elements may change.
 CUTS = {Tensor.__getitem__, Tensor.expand, torch.cat, Tensor.narrow, functional.pad}
 
@@ -49,6 +50,7 @@ class UnseenAttention(TorchFunctionMode):
         super().__init__()
         self.found: dict[str, str] = {}
         self._names = names
+        self._kinds = {name: type(part).__name__.lower() for part, name in names.items()}
         self._weights = WeakIdKeyDictionary()  # tensors that came from a softmax -> the module
 
     def __torch_function__(
@@ -76,6 +78,11 @@ class UnseenAttention(TorchFunctionMode):
             others = [each for each in tensors if each is not source]
             if not any(isinstance(each, nn.Parameter) for each in others):
                 self._note(self._weights[source], "computes a softmax of its own")
+        elif func in SCALINGS and result.numel() > source.numel():
+            # Deformable attention weighs the values that it samples; so does a mixture of experts.
+            name = self._weights[source]
+            if "attention" in self._kinds.get(name, ""):
+                self._note(name, "weighs sampled values by a softmax of its own")
         elif isinstance(result, Tensor) and (func in CUTS or result.numel() == source.numel()):
             self._weights[result] = self._weights[source]
 

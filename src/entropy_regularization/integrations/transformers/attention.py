@@ -42,26 +42,23 @@ def entropy_attention(
         dropout: rate; acts on the output, not on the entropy.
         scaling: factor of the scores; 1/sqrt(dim) unless given.
         is_causal: ignored, see above.
-        options: ``softcap``, ``s_aux`` (sinks), ``sinks`` (one of every row) and
-            ``position_bias`` act; the others are hints.
+        options: ``softcap``, ``s_aux`` (sinks), ``sinks`` (one of every row), ``position_bias`` and
+            ``indices`` (of the keys chosen for each query) act; the others are hints.
 
     Returns:
         The output ``[batch, queries, heads, value_dim]``, and None in place of the weights.
 
     Raises:
-        ValueError: if weights are asked for, which are never made, or sparse indices are given.
+        ValueError: if weights are asked for, which are never made.
     """
     if options.get("output_attentions"):
         raise ValueError(
             "output_attentions=True was asked for while entropies are recorded, but no attention "
             "matrix is ever made; leave it out, the recording holds the entropies."
         )
-    if options.get("indices") is not None:
-        raise ValueError(
-            f"{type(module).__name__} attends to keys chosen by index, which is not supported; "
-            "record it with attn_implementation='eager' and compute_loss."
-        )
     structure, bias = _mask_of(attention_mask, query, key)
+    if options.get("indices") is not None:
+        structure = structure._replace(allowed=_chosen(options["indices"], structure, key))
     position_bias = options.get("position_bias")
     if position_bias is not None:
         position_bias = position_bias[..., : key.shape[2]]
@@ -105,12 +102,23 @@ def _with_row_sinks(found: AttentionOutput, sinks: Tensor) -> AttentionOutput:
     return found._replace(output=output, entropy=entropy, log_normalizer=log_normalizer)
 
 
+def _chosen(indices: Tensor, structure: Structure, key: Tensor) -> Tensor:
+    """Return what is allowed of the keys that ``[batch, queries, chosen]`` indices choose.
+
+    Families with an indexer (deepseek_v32) hand the keys over by index, a negative one being none.
+    """
+    chosen = indices.new_zeros(*indices.shape[:2], key.shape[2] + 1, dtype=torch.bool)
+    chosen.scatter_(-1, indices.long().masked_fill(indices < 0, key.shape[2]), True)
+    allowed = chosen[:, None, :, : key.shape[2]]
+    return allowed if structure.allowed is None else allowed & structure.allowed
+
+
 def _mask_of(mask: Tensor | None, query: Tensor, key: Tensor) -> tuple[Structure, Tensor | None]:
     """Return the structure and the additive bias that a mask stands for."""
     if mask is None:
         return Structure(), None
     if isinstance(mask, StructuredMask):
-        if mask.shape[-2:] == (query.shape[2], key.shape[2]):
+        if mask.structure is not None and mask.shape[-2:] == (query.shape[2], key.shape[2]):
             return mask.structure, None
         mask = mask.make_dense()
     mask = mask[..., : key.shape[2]]  # a mask may be longer than the keys

@@ -6,6 +6,7 @@ but no storage; a model that only hands it on never pays for it, and one that co
 the dense mask at that moment. A composition that is not recognised becomes the dense mask at once.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -14,25 +15,26 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 from transformers import masking_utils
 
-from entropy_regularization.attention.masking import Structure
+from entropy_regularization.attention.masking import Structure, split_mask
 
 
 class StructuredMask(Tensor):
     """An additive ``[batch, 1, queries, keys]`` mask that is made only if someone computes with it.
 
     Attributes:
-        structure: what the mask says, aligned as attention_with_entropy aligns.
+        structure: what the mask says, aligned as attention_with_entropy aligns; None if only the
+            mask itself can say it.
         make_dense: makes the mask itself.
     """
 
-    structure: Structure
+    structure: Structure | None
     make_dense: Callable[[], Tensor]
 
     @staticmethod
     def __new__(
         cls,
-        structure: Structure,
-        shape: tuple[int, int, int, int],
+        structure: Structure | None,
+        shape: tuple[int, ...],
         dtype: torch.dtype,
         device: torch.device,
         make_dense: Callable[[], Tensor],
@@ -49,10 +51,22 @@ class StructuredMask(Tensor):
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        """Make the dense mask and compute with that."""
+        """Make the dense mask and compute with that.
+
+        Only a boolean mask is ever negated: parakeet and nemotron_asr_streaming, whose own masks
+        are those of sdpa, do so. An additive one, 0 where a key may be seen, would be turned round.
+        """
+        if func is torch.ops.aten.logical_not.default:
+            return ~split_mask(args[0].make_dense())[0]
+
+        # A view may be written to later, as the mask itself is by an operation in place.
+        shared = func._schema.is_mutable or any(r.alias_info for r in func._schema.returns)
 
         def dense(value: Any) -> Any:
-            return value.make_dense() if isinstance(value, cls) else value
+            if not isinstance(value, cls):
+                return value
+            value.structure = None if shared else value.structure
+            return value.make_dense()
 
         return func(*tree_map(dense, args), **tree_map(dense, kwargs or {}))
 
@@ -155,20 +169,20 @@ def entropy_mask(
         "dtype": dtype,
     }
 
+    @functools.cache
     def make_dense() -> Tensor:
         kept = {**options, "allow_is_bidirectional_skip": False}
         dense: Tensor = masking_utils.eager_mask(**given, **kept)
         return dense
 
-    said = recognise(mask_function)
-    if (
-        said is None
-        or torch.compiler.is_compiling()
-        or isinstance(q_offset, Tensor)
-        or (said.document is not None and q_length != kv_length)
-    ):
+    said = None if torch.compiler.is_compiling() else recognise(mask_function)
+    packed_with_cache = said is not None and said.document is not None and q_length != kv_length
+    device = torch.device(options.get("device", "cpu"))
+    if said is None or packed_with_cache or isinstance(q_offset, Tensor):
         dense: Tensor | None = masking_utils.eager_mask(**given, **options)
-        return dense
+        if dense is None or torch.compiler.is_compiling():
+            return dense
+        return StructuredMask(None, tuple(dense.shape), dtype, dense.device, lambda: dense)
     padding = masking_utils.prepare_padding_mask(attention_mask, kv_length, kv_offset)
     if padding is not None:
         padding = padding[:, kv_offset : kv_offset + kv_length].bool()
@@ -182,6 +196,5 @@ def entropy_mask(
     )
     if structure == Structure() and options.get("allow_is_bidirectional_skip", False):
         return None
-    device = torch.device(options.get("device", "cpu"))
     shape = (batch_size, 1, q_length, kv_length)
     return StructuredMask(structure, shape, dtype, device, make_dense)
