@@ -230,10 +230,12 @@ class TransformersRecorder:
                         seen.add(id(each))
                         self._saved.append((each, each._attn_implementation))
         self.model.set_attn_implementation(NAME)
-        # It passes by a part whose configuration is a copy of the whole's (T5 in 5.17, clipseg).
-        for part in self.model.modules():
-            if isinstance(part, PreTrainedModel) and part._can_set_attn_implementation():
-                part.config._attn_implementation_internal = NAME
+        # It passes by configurations that a part holds as a copy (T5 in 5.17, clipseg, xclip).
+        models = [part for part in self.model.modules() if isinstance(part, PreTrainedModel)]
+        deaf = {id(part.config) for part in models if not part._can_set_attn_implementation()}
+        for config, _ in self._saved:
+            if id(config) not in deaf:
+                config._attn_implementation_internal = NAME
 
     def _restore(self) -> None:
         if self._pending is not None:
