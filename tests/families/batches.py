@@ -4,7 +4,7 @@ import inspect
 from typing import Any
 
 import torch
-from makers import BATCH, MAKERS, Source
+from makers import BATCH, FIRST_TOKEN, MAKERS, Source
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -135,6 +135,7 @@ class Batches:
         place = slice(0, PADDED) if padding == "left" else slice(-PADDED, None)
         mask[0, place] = 0
         fill = getattr(self.config, "pad_token_id", None) or 0
+        fill = fill if fill < FIRST_TOKEN else 0  # some wholes say what their text part does not
         batch["input_ids"] = batch["input_ids"].masked_fill(mask == 0, fill)
         batch["attention_mask"] = mask
         if "decoder_input_ids" in batch and "decoder_attention_mask" in self.parameters:

@@ -1,6 +1,5 @@
 """Whether what is recorded of one family is what its own eager attention computes."""
 
-import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -60,6 +59,15 @@ class Result:
     note: str = ""
 
 
+@dataclass
+class Recorded:
+    """A recorded forward pass."""
+
+    model: nn.Module
+    recording: EntropyRecording
+    output: Any
+
+
 def check(
     family: str, padding: str = "none", record: Callable[..., Any] = record_entropy
 ) -> Result:
@@ -76,16 +84,15 @@ def check(
     except NotBuiltError as error:
         result.outcome, result.note = "not built", str(error)
         return result
-    _describe(result, case, eager)
-    result.unseen = _unseen(set(), eager)
+    subject = _describe(result, case, eager)
     if result.way == NONE:
         result.outcome = "no attention"
         return result
-    implementations = _implementations(case.model)
+    implementations = _implementations(subject.model)
     try:
         torch.manual_seed(0)
-        with record(case.model) as recording:
-            output = case.model(**case.batch)
+        with record(subject.model) as recording:
+            output = subject.model(**subject.batch)
     except ValueError as error:
         result.outcome, result.note = "refused", str(error)
         return result
@@ -94,16 +101,17 @@ def check(
         result.outcome = "refused" if refused else "wrong"
         result.note = f"{type(error).__name__}: {error}"[:300]
         return result
-    if _implementations(case.model) != implementations:
+    if _implementations(subject.model) != implementations:
         result.outcome, result.note = "wrong", "the attention implementation was not put back"
         return result
-    _compare(result, case, eager, recording, output)
+    recorded = Recorded(subject.model, recording, output)
+    _compare(result, case, eager, recorded)
     if result.outcome == "wrong" and padding != "none":
-        return _compare_empty(result, case, recording, output)
+        return _compare_empty(result, case, recorded)
     return result
 
 
-def _compare_empty(first: Result, case: Case, recording: EntropyRecording, output: Any) -> Result:
+def _compare_empty(first: Result, case: Case, recorded: Recorded) -> Result:
     """Compare again, where rows that see no key give 0 in the eager model too.
 
     They matter only where a model lets real rows see padding (diffusion_gemma).
@@ -111,7 +119,7 @@ def _compare_empty(first: Result, case: Case, recording: EntropyRecording, outpu
     result = Result(first.family, first.padding, way=first.way, dtype=first.dtype)
     torch.manual_seed(0)
     eager = run_eager(case.model, case.batch, empty=True, output_attentions=True, return_dict=True)
-    _compare(result, case, eager, recording, output)
+    _compare(result, case, eager, recorded)
     if result.outcome == "wrong":
         return first
     said = (
@@ -151,36 +159,32 @@ def _finite(eager: Eager) -> bool:
     return all(bool(weights.isfinite().all()) for weights in seen)
 
 
-def _describe(result: Result, case: Case, eager: Eager) -> None:
-    """Say how the attention is called; what is called neither way is unseen, for now."""
+def _describe(result: Result, case: Case, eager: Eager) -> Case:
+    """Say how the attention is called; return the model to record."""
+    recorded = case
     if eager.called:
         result.way = INTERFACE
-    elif eager.fused or _fuses(case, eager):
-        result.way = FUSED
+    elif (fused := _fused(case, result.padding, eager)) or eager.fused:
+        result.way, recorded = FUSED, fused or case
     elif eager.returned() or any(_is_attention(each) for each in eager.softmaxes):
         result.way = OWN
+    result.unseen = _unseen(set(), eager)
+    return recorded
 
 
-def _fuses(case: Case, eager: Eager) -> bool:
-    """Tell whether the model calls scaled_dot_product_attention when it is built to.
+def _fused(case: Case, padding: str, eager: Eager) -> Case | None:
+    """Return the same model made to call scaled_dot_product_attention; None if it never does.
 
-    If so the case's model becomes one that does, with the same parameters; who calls it is added
-    to what is known of the eager pass.
+    Who calls it is added to what is known of the eager pass.
     """
     try:
-        twin = type(case.model)._from_config(
-            copy.deepcopy(case.model.config), attn_implementation="sdpa"
-        )
-        for name, part in twin.eval().named_modules():
-            source = case.model.get_submodule(name)
-            part._parameters, part._buffers = source._parameters, source._buffers
-        found = run_eager(twin, case.batch)
-    except (*RUN_ERRORS, ValueError, ImportError):
-        return False
-    if found.fused:
-        case.model = twin
-        eager.fused += found.fused
-    return bool(found.fused)
+        other = build(case.family, padding, case.model.dtype, "sdpa")
+        torch.manual_seed(0)
+        found = run_eager(other.model, other.batch)
+    except (NotBuiltError, *RUN_ERRORS, ValueError):
+        return None
+    eager.fused += found.fused
+    return other if found.fused else None
 
 
 def _is_attention(softmax: Any) -> bool:
@@ -193,9 +197,8 @@ def _implementations(model: nn.Module) -> list[Any]:
     return [getattr(config, "_attn_implementation", None) for config in configs]
 
 
-def _compare(
-    result: Result, case: Case, eager: Eager, recording: EntropyRecording, output: Any
-) -> None:
+def _compare(result: Result, case: Case, eager: Eager, recorded: Recorded) -> None:
+    recording, output = recorded.recording, recorded.output
     rows = Rows(case.batch, [weights for _, weights in eager.kept] or eager.returned())
     pairs = pair_by_name(recording, eager.kept)
     returned = pair_returned(recording, eager.returned(), rows)
@@ -213,7 +216,8 @@ def _compare(
         random_loss(eager.output, best.theirs(), rows, best.layers),
         random_loss(output, best.ours(), rows, best.layers),
     )
-    result.errors["gradient"] = gradient_error(case.model, *losses)
+    models = (case.model, recorded.model)
+    result.errors["gradient"] = gradient_error(*models, *losses)
     _judge(result, recording, pairs, returned, best)
 
 

@@ -154,16 +154,19 @@ def random_loss(
     return loss
 
 
-def gradient_error(model: nn.Module, eager: Tensor, recorded: Tensor) -> float:
+def gradient_error(
+    model: nn.Module, recorded_model: nn.Module, eager: Tensor, recorded: Tensor
+) -> float:
     """Return the worst relative difference of the gradient of any parameter.
 
     A parameter whose gradient is a thousandth of the largest is measured against that thousandth.
     """
     parameters = [each for each in model.parameters() if each.requires_grad]
+    same = [each for each in recorded_model.parameters() if each.requires_grad]
     if not (eager.requires_grad and recorded.requires_grad):
         return 0.0 if eager.requires_grad == recorded.requires_grad else torch.inf
     theirs = torch.autograd.grad(eager, parameters, allow_unused=True)
-    ours = torch.autograd.grad(recorded, parameters, allow_unused=True, retain_graph=True)
+    ours = torch.autograd.grad(recorded, same, allow_unused=True, retain_graph=True)
     norms = [0.0 if gradient is None else float(gradient.norm()) for gradient in theirs]
     if not all(math.isfinite(norm) for norm in norms):
         return torch.inf

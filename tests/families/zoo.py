@@ -50,13 +50,19 @@ def families() -> list[str]:
     return sorted(_classes())
 
 
-def build(family: str, padding: str = "none", dtype: torch.dtype = torch.float32) -> Case:
+def build(
+    family: str,
+    padding: str = "none",
+    dtype: torch.dtype = torch.float32,
+    implementation: str = "eager",
+) -> Case:
     """Build a model of a family, in eval mode, and a batch for it.
 
     Args:
         family: a model type, for instance ``"gpt2"``.
         padding: "none", "left" or "right"; the last two only matter to text.
         dtype: of the weights.
+        implementation: of attention, "eager" or "sdpa"; some families choose their modules by it.
 
     Raises:
         NotBuiltError: if the model or the batch cannot be made.
@@ -66,7 +72,7 @@ def build(family: str, padding: str = "none", dtype: torch.dtype = torch.float32
     torch.manual_seed(SEED)
     random.seed(SEED)
     try:
-        model = _model(family)
+        model = _model(family, implementation)
         draw(model, SEED)
         model = model.to(dtype).eval()
         batch = Batches(model, torch.Generator().manual_seed(SEED)).make(padding)
@@ -76,9 +82,9 @@ def build(family: str, padding: str = "none", dtype: torch.dtype = torch.float32
     return Case(family, model, batch)
 
 
-def _model(family: str) -> PreTrainedModel:
+def _model(family: str, implementation: str) -> PreTrainedModel:
     config = shrink(CONFIG_MAPPING[family], OVERRIDES.get(family))
-    config._attn_implementation = "eager"
+    config._attn_implementation = implementation
     model_class = getattr(importlib.import_module("transformers"), _classes()[family])
     model: nn.Module = model_class(config)
     if not isinstance(model, PreTrainedModel):
