@@ -6,7 +6,6 @@ but no storage; a model that only hands it on never pays for it, and one that co
 the dense mask at that moment. A composition that is not recognised becomes the dense mask at once.
 """
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -24,11 +23,11 @@ class StructuredMask(Tensor):
     Attributes:
         structure: what the mask says, aligned as attention_with_entropy aligns; None if only the
             mask itself can say it.
-        make_dense: makes the mask itself.
     """
 
     structure: Structure | None
-    make_dense: Callable[[], Tensor]
+    _make: Callable[[], Tensor]
+    _dense: Tensor | None
 
     @staticmethod
     def __new__(
@@ -42,8 +41,14 @@ class StructuredMask(Tensor):
         """Make a tensor with a shape and no storage."""
         mask: StructuredMask = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
         mask.structure = structure
-        mask.make_dense = make_dense
+        mask._make, mask._dense = make_dense, None
         return mask
+
+    def make_dense(self) -> Tensor:
+        """Return the mask itself, made when first asked for."""
+        if self._dense is None:
+            self._dense = self._make()
+        return self._dense
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
@@ -169,7 +174,6 @@ def entropy_mask(
         "dtype": dtype,
     }
 
-    @functools.cache
     def make_dense() -> Tensor:
         kept = {**options, "allow_is_bidirectional_skip": False}
         dense: Tensor = masking_utils.eager_mask(**given, **kept)
