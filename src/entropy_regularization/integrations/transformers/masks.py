@@ -104,6 +104,11 @@ _REMAPPED = _probe(
 )
 
 
+# Families whose code takes a mask to be boolean, as that of sdpa is, in more ways than negation;
+# their own eager attention gives NaN.
+BOOLEAN = {"nemotron_asr_streaming_encoder"}
+
+
 def recognise(function: Callable[..., Any]) -> Structure | None:
     """Return what a mask function says in terms of (left, right, document); None if unknown.
 
@@ -175,10 +180,12 @@ def entropy_mask(
     }
 
     def make_dense() -> Tensor:
-        kept = {**options, "allow_is_bidirectional_skip": False}
-        dense: Tensor = masking_utils.eager_mask(**given, **kept)
+        dense: Tensor = masking_utils.eager_mask(**given, **_never_skipped(options))
         return dense
 
+    if getattr(options.get("config"), "model_type", None) in BOOLEAN:
+        boolean: Tensor | None = masking_utils.sdpa_mask(**given, **_never_skipped(options))
+        return boolean
     said = None if torch.compiler.is_compiling() else recognise(mask_function)
     packed_with_cache = said is not None and said.document is not None and q_length != kv_length
     device = torch.device(options.get("device", "cpu"))
@@ -202,3 +209,8 @@ def entropy_mask(
         return None
     shape = (batch_size, 1, q_length, kv_length)
     return StructuredMask(structure, shape, dtype, device, make_dense)
+
+
+def _never_skipped(options: dict[str, Any]) -> dict[str, Any]:
+    """Ask for the mask itself, also where a fused attention would do without it."""
+    return {**options, "allow_is_bidirectional_skip": False, "allow_is_causal_skip": False}
