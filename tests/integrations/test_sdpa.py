@@ -335,7 +335,7 @@ class Alias(nn.Module):
 
 def test_a_function_imported_by_name_is_refused(x: Tensor) -> None:
     model = nn.Sequential(Stack(), Alias())
-    message = "1 calls scaled_dot_product_attention by a name"
+    message = "1 calls scaled_dot_product_attention by another name"
     with pytest.raises(ValueError, match=message), record_entropy(model):
         model(x)
 

@@ -80,7 +80,7 @@ class SdpaRecorder:
         torch.backends.mha.set_fastpath_enabled(False)  # it calls no attention function
         interception.listen(self)
         if self._keeps_hooks or runs_compiled():
-            self._watch.read(self._names)
+            self._watch.read(self._names, torch_is_heard=True)
         if call is not None:
             self._begin(*call)
             interception.places().append((self, self._names[self.model]))

@@ -31,6 +31,9 @@ PRODUCTS = {
     torch.baddbmm,
     torch.einsum,
 }
+OWN_SOFTMAX = "computes a softmax of its own"
+CALLS_TORCH = "calls torch's own attention, which cannot be heard in a compiled model"
+
 SCALINGS = {torch.mul, Tensor.mul, Tensor.__mul__}
 # What may lie between the softmax and the product, where the number of elements may change.
 CUTS = {Tensor.__getitem__, Tensor.expand, torch.cat, Tensor.narrow, functional.pad}
@@ -64,7 +67,8 @@ class UnseenAttention(TorchFunctionMode):
             if name is not None:
                 self._weights[result] = name
         elif func is original_attention:
-            self._note(calling_module(self._names), "calls scaled_dot_product_attention by a name")
+            how = "calls scaled_dot_product_attention by another name"
+            self._note(calling_module(self._names), how)
         elif self._weights:
             self._follow(func, [*args, *kwargs.values()], result)
         return result
@@ -77,7 +81,7 @@ class UnseenAttention(TorchFunctionMode):
         if func in PRODUCTS:
             others = [each for each in tensors if each is not source]
             if not any(isinstance(each, nn.Parameter) for each in others):
-                self._note(self._weights[source], "computes a softmax of its own")
+                self._note(self._weights[source], OWN_SOFTMAX)
         elif func in SCALINGS and result.numel() > source.numel():
             # Deformable attention weighs the values that it samples; so does a mixture of experts.
             name = self._weights[source]
@@ -136,11 +140,17 @@ class Watch:
             self._mode = UnseenAttention(names)
             self._mode.__enter__()  # type: ignore[no-untyped-call]
 
-    def read(self, names: Mapping[nn.Module, str]) -> None:
-        """Read the source of a compiled model's modules, since its pass cannot be watched."""
+    def read(self, names: Mapping[nn.Module, str], *, torch_is_heard: bool) -> None:
+        """Read the source of a compiled model's modules, since its pass cannot be watched.
+
+        Args:
+            names: the modules and their names.
+            torch_is_heard: whether calls of torch's own function are recorded nevertheless.
+        """
         for part, name in names.items():
-            if attends_by_source(type(part)):  # type: ignore[arg-type]
-                self.found[name] = "computes a softmax of its own"
+            how = attends_by_source(type(part))  # type: ignore[arg-type]
+            if how is not None and not (torch_is_heard and how == CALLS_TORCH):
+                self.found[name] = how
 
     def leave(self) -> None:
         """End the watch of this pass."""
@@ -154,14 +164,17 @@ class Watch:
 
 
 @functools.cache
-def attends_by_source(kind: Any) -> bool:
-    """Tell whether a module's class takes a softmax and a product in its own code."""
+def attends_by_source(kind: type[nn.Module]) -> str | None:
+    """Tell how a module's class attends in its own code, outside the attention interface."""
+    if issubclass(kind, nn.MultiheadAttention):
+        return CALLS_TORCH
     try:
         source = inspect.getsource(kind)
     except (OSError, TypeError):  # made at run time, or written in C
-        return False
-    own = "softmax(" in source and any(
-        word in source for word in ("matmul", "bmm", "einsum", " @ ")
-    )
-    heard = ("ALL_ATTENTION_FUNCTIONS", "scaled_dot_product_attention")
-    return own and not any(word in source for word in heard)
+        return None
+    if "ALL_ATTENTION_FUNCTIONS" in source:
+        return None
+    if "scaled_dot_product_attention(" in source:
+        return CALLS_TORCH
+    product = any(word in source for word in ("matmul", "bmm", "einsum", " @ "))
+    return OWN_SOFTMAX if product and "softmax(" in source else None

@@ -189,6 +189,15 @@ def test_compiled_models_are_read_since_they_cannot_be_watched() -> None:
         compiled(tokens())
 
 
+def test_compiled_parts_that_call_torch_are_refused_by_name() -> None:
+    model = sharpen(SiglipVisionModel(SiglipVisionConfig(**VISION)))
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="eager")
+    message = "head.attention calls torch's own attention, which cannot be heard in a compiled"
+    with pytest.raises(ValueError, match=message), record_entropy(compiled):
+        compiled(torch.randn(2, 3, 16, 16))
+
+
 @pytest.mark.parametrize(
     ("model_class", "config", "message"),
     [

@@ -104,7 +104,7 @@ class TransformersRecorder:
         interception.listen(self)
         self._padding.active = True
         if self._keeps_hooks or runs_compiled():
-            self._watch.read(self._names)
+            self._watch.read(self._names, torch_is_heard=False)
         if call is not None and not self._kept:
             # Hooks of a module whose pass has begun must not change: torch walks over them.
             self._kept = self._padding.follow(*self.model.children())
@@ -170,7 +170,8 @@ class TransformersRecorder:
     def deposit_call(self, place: str | None, found: AttentionOutput, n_keys: int) -> None:
         """Take the rows of one call of torch's own attention function."""
         name = place or calling_module(self._names) or type(self.model).__name__
-        self._deposit(name, self.model.get_submodule(name), found, n_keys)
+        module = next((part for part, each in self._names.items() if each == name), self.model)
+        self._deposit(name, module, found, n_keys)
 
     def _deposit(self, name: str, module: nn.Module, found: AttentionOutput, n_keys: int) -> None:
         if runs_in_backward():
@@ -225,7 +226,7 @@ class TransformersRecorder:
             return
         self._forwards += 1
         self._grad_at_entry = torch.is_grad_enabled()
-        if not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling() and not runs_compiled():
             self._watch.enter(self._names, arguments_of(part, args, kwargs))
             interception.places().append((self, None))
 
