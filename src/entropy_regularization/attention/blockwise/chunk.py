@@ -166,8 +166,8 @@ class ChunkView:
 
     def sources(self, name: str, cut: Tensor) -> Iterator[Tensor]:
         """Walk over ``[units, group rows, dim]`` blocks of ``[units, group, queries, dim]``."""
-        blocks = cut.split(self.rows_in_block, dim=2)
-        return (self.widen(name, block).flatten(1, 2) for block in blocks)
+        blocks = self.widen(name, cut).split(self.rows_in_block, dim=2)
+        return (block.flatten(1, 2) for block in blocks)
 
     def scores(self, tile: Tile, query: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return scores in base 2, not masked, and their tanh if capped: ``[units, rows, keys]``.
