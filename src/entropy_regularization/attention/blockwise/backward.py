@@ -103,9 +103,12 @@ def _backward_chunk(
     given = {"query": problem.query, "d_output": output_gradient, **constants._asdict()}
     sources = (view.sources(name, view.by_unit(tensor)) for name, tensor in given.items())
     d_bias = None if gradients.bias is None else view.chunk.of(gradients.bias, problem.group)
-    d_queries = None if gradients.query is None else view.targets(gradients.query)
-    key_sum = _accumulator("key_sum", gradients.key, view)
-    value_sum = _accumulator("value_sum", gradients.value, view)
+    cuts = _cuts(view, gradients)
+    totals = {name: view.room_for(f"d_{name}", cut) for name, cut in cuts.items()}
+    key_sum, value_sum = (
+        totals[name].zero_() if name in totals else None for name in ("key", "value")
+    )
+    d_queries = view.targets(totals["query"]) if "query" in totals else None
     for index, (tile, query, d_output, *rows) in enumerate(
         zip(view.tiles(), *sources, strict=False)
     ):
@@ -126,21 +129,23 @@ def _backward_chunk(
             product = view.scratch.take("product", *d_score.shape[:2], target.shape[-1])
             torch.bmm(d_score, view.key[:, keys], out=product)
             torch.mul(product.view(target.shape), problem.scale, out=target)
-    for gradient, total in ((gradients.key, key_sum), (gradients.value, value_sum)):
-        if gradient is not None and total is not None and gradient.dtype != problem.wide:
-            narrow = gradient[view.chunk.batches, view.chunk.heads]
-            narrow.copy_(total.view(narrow.shape))
+    for name, cut in cuts.items():
+        if totals[name] is not cut:
+            cut.copy_(totals[name])
 
 
-def _accumulator(name: str, gradient: Tensor | None, view: ChunkView) -> Tensor | None:
-    """Return zeros ``[units, keys, dim]``: the gradient itself, unless it is in low precision."""
-    if gradient is None:
-        return None
-    # A view: a chunk is either whole batch entries or some heads of one.
-    cut = gradient[view.chunk.batches, view.chunk.heads].flatten(0, 1)
-    if gradient.dtype != view.problem.wide:
-        cut = view.scratch.take(name, *cut.shape)
-    return cut.zero_()
+def _cuts(view: ChunkView, gradients: Gradients) -> dict[str, Tensor]:
+    """Return the chunk's part of the gradients that are wanted; views of them.
+
+    That of the queries is ``[units, group, queries, dim]``, the others ``[units, keys, dim]``: a
+    chunk is either whole batch entries or some heads of one.
+    """
+    chunk = view.chunk
+    cuts = {} if gradients.query is None else {"query": view.by_unit(gradients.query)}
+    for name, gradient in (("key", gradients.key), ("value", gradients.value)):
+        if gradient is not None:
+            cuts[name] = gradient[chunk.batches, chunk.heads].flatten(0, 1)
+    return cuts
 
 
 def _add_product(

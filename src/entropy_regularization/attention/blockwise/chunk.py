@@ -159,9 +159,13 @@ class ChunkView:
             stop = min(start + self.rows_in_block, n_queries)
             yield Tile(start, stop, *visible_keys(self.structure, start, stop, n_queries, n_keys))
 
-    def targets(self, tensor: Tensor) -> tuple[Tensor, ...]:
-        """Cut ``[batch, query heads, queries, dim]`` to ``[units, group, rows, dim]`` blocks."""
-        blocks: tuple[Tensor, ...] = self.by_unit(tensor).split(self.rows_in_block, dim=2)
+    def room_for(self, name: str, cut: Tensor) -> Tensor:
+        """Return where to compute a result: itself, or wide scratch if it is in low precision."""
+        return cut if cut.dtype == self.problem.wide else self.scratch.take(name, *cut.shape)
+
+    def targets(self, cut: Tensor) -> tuple[Tensor, ...]:
+        """Split ``[units, group, queries, dim]`` into ``[units, group, rows, dim]`` blocks."""
+        blocks: tuple[Tensor, ...] = cut.split(self.rows_in_block, dim=2)
         return blocks
 
     def sources(self, name: str, cut: Tensor) -> Iterator[Tensor]:

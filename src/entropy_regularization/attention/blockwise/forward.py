@@ -38,7 +38,9 @@ def forward(
 
 def _forward_chunk(view: ChunkView, results: tuple[Tensor, ...]) -> None:
     """Fill one chunk of the output and the statistics."""
-    targets = (view.targets(result) for result in results)
+    output, *statistics = (view.by_unit(result) for result in results)
+    wide_output = view.room_for("output", output)
+    targets = (view.targets(result) for result in (wide_output, *statistics))
     queries = view.sources("query", view.by_unit(view.problem.query))
     for tile, query, *rows in zip(view.tiles(), queries, *targets, strict=False):
         if tile.key_start == tile.key_stop:
@@ -46,6 +48,8 @@ def _forward_chunk(view: ChunkView, results: tuple[Tensor, ...]) -> None:
                 target.fill_(nothing)
         else:
             _forward_block(view, tile, query, *rows)
+    if wide_output is not output:
+        output.copy_(wide_output)
 
 
 def _forward_block(
