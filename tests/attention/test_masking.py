@@ -116,3 +116,22 @@ def test_tiles_without_gaps_are_whole() -> None:
     assert not sees_all(Structure(allowed=torch.ones(1, 1, 6, 6).bool()), whole, 6, 6)
     # three queries stand at the last three keys
     assert sees_all(Structure(document=documents), Tile(0, 3, 3, 6), 3, 6)
+
+
+@given(structures())
+@settings(deadline=None)
+def test_rows_said_to_see_something_do(drawn: tuple[Structure, int, int]) -> None:
+    structure, n_queries, n_keys = drawn
+    if n_queries and not structure.may_leave_rows_empty(n_queries, n_keys):
+        assert count_allowed_keys(structure, n_queries, n_keys, CPU).min() > 0
+
+
+@pytest.mark.parametrize("left", [None, -1, 0, 2])
+@pytest.mark.parametrize("right", [None, -2, -1, 0, 1])
+@pytest.mark.parametrize("n_keys", [1, 3, 4, 6])
+def test_a_band_that_may_leave_rows_empty_is_known(
+    left: int | None, right: int | None, n_keys: int
+) -> None:
+    structure = Structure(left=left, right=right)
+    if not structure.may_leave_rows_empty(4, n_keys):
+        assert count_allowed_keys(structure, 4, n_keys, CPU).min() > 0

@@ -328,6 +328,21 @@ def test_a_softmax_that_does_not_attend_is_let_pass(x: Tensor) -> None:
     assert (len(recording), recording.missing) == (2, [])
 
 
+class DeformableAttention(nn.Module):
+    """Weighs values sampled at a few places, as deformable DETR does."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights = functional.softmax(x[..., :4], -1)  # [batch, queries, places]
+        return (x[:, :, None, :].expand(-1, -1, 4, -1) * weights[..., None]).sum(2)
+
+
+def test_deformable_attention_is_refused_by_name(x: Tensor) -> None:
+    model = nn.Sequential(Stack(), DeformableAttention())
+    message = "1 weighs sampled values by a softmax of its own"
+    with pytest.raises(ValueError, match=message), record_entropy(model):
+        model(x)
+
+
 class Alias(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return ORIGINAL(x, x, x)

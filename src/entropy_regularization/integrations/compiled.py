@@ -1,10 +1,8 @@
 """torch.compile: who is compiled, and recorders that are not compiled anew at every recording."""
 
-import sys
 from collections.abc import Callable
 from typing import Any, Protocol, TypeVar
 
-import torch
 from torch import nn
 
 KEPT = "_entropy_recorders"  # attribute of a compiled model that holds its recorders
@@ -45,16 +43,3 @@ def is_compiled(module: nn.Module) -> bool:
         or getattr(module, "_compiled_call_impl", None) is not None
         or hasattr(module.forward, "_torchdynamo_orig_callable")
     )
-
-
-def runs_compiled() -> bool:
-    """Tell whether this runs inside a compiled function, perhaps at a break of its graph."""
-    if torch.compiler.is_compiling():
-        return True
-    frame = sys._getframe(1)
-    while frame.f_back is not None:
-        frame = frame.f_back
-        code = frame.f_code
-        if code.co_name == "compile_wrapper" and code.co_filename.endswith("eval_frame.py"):
-            return True
-    return False

@@ -8,8 +8,9 @@ from torch.utils.hooks import RemovableHandle
 
 from entropy_regularization.attention.api import AttentionOutput
 from entropy_regularization.integrations import interception
-from entropy_regularization.integrations.compiled import is_compiled, runs_compiled
-from entropy_regularization.integrations.layers import is_wanted, kind_of, runs_in_backward
+from entropy_regularization.integrations.compiled import is_compiled
+from entropy_regularization.integrations.layers import is_wanted, kind_of
+from entropy_regularization.integrations.stack import runs_compiled, runs_in_backward
 from entropy_regularization.integrations.unseen import Watch
 from entropy_regularization.recording.recorder import ForwardCall, Layers
 from entropy_regularization.recording.recording import EntropyRecording, LayerEntropy

@@ -17,18 +17,21 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
-from entropy_regularization.integrations.compiled import is_compiled, runs_compiled
+from entropy_regularization.integrations.compiled import is_compiled
 from entropy_regularization.integrations.interception import original_attention
-from entropy_regularization.integrations.layers import calling_module
+from entropy_regularization.integrations.stack import calling_module, runs_compiled
 
 SOFTMAX = {functional.softmax, torch.softmax, Tensor.softmax, torch.special.softmax}
 PRODUCTS = {
     torch.matmul,
     Tensor.matmul,
     Tensor.__matmul__,
+    torch.mm,
+    Tensor.mm,
     torch.bmm,
     Tensor.bmm,
     torch.baddbmm,
+    Tensor.baddbmm,
     torch.einsum,
 }
 OWN_SOFTMAX = "computes a softmax of its own"
@@ -76,7 +79,7 @@ class UnseenAttention(TorchFunctionMode):
     def _follow(self, func: Callable[..., Any], given: list[Any], result: Any) -> None:
         tensors = [each for each in _flat(given) if isinstance(each, Tensor)]
         source = next((each for each in tensors if each in self._weights), None)
-        if source is None:
+        if source is None or not isinstance(result, Tensor):
             return
         if func in PRODUCTS:
             others = [each for each in tensors if each is not source]
@@ -87,7 +90,7 @@ class UnseenAttention(TorchFunctionMode):
             name = self._weights[source]
             if "attention" in self._kinds.get(name, ""):
                 self._note(name, "weighs sampled values by a softmax of its own")
-        elif isinstance(result, Tensor) and (func in CUTS or result.numel() == source.numel()):
+        elif func in CUTS or result.numel() == source.numel():
             self._weights[result] = self._weights[source]
 
     def _note(self, name: str | None, how: str) -> None:

@@ -9,12 +9,12 @@ from transformers import PreTrainedModel
 
 from entropy_regularization.attention.api import AttentionOutput
 from entropy_regularization.integrations import interception
-from entropy_regularization.integrations.compiled import is_compiled, runs_compiled
-from entropy_regularization.integrations.layers import (
+from entropy_regularization.integrations.compiled import is_compiled
+from entropy_regularization.integrations.layers import is_wanted, kind_of
+from entropy_regularization.integrations.stack import (
     calling_module,
     in_reentrant_checkpoint,
-    is_wanted,
-    kind_of,
+    runs_compiled,
     runs_in_backward,
 )
 from entropy_regularization.integrations.transformers.attention import RECORDER

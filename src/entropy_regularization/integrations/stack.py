@@ -1,0 +1,50 @@
+"""What is running around a call, read from the stack of Python frames."""
+
+import sys
+from collections.abc import Iterator, Mapping
+from types import FrameType
+
+import torch
+from torch import nn
+
+
+def _frames() -> Iterator[FrameType]:
+    """Walk over the frames above, the innermost first."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        yield frame
+        frame = frame.f_back
+
+
+def _runs(function: str, file: str) -> bool:
+    return any(
+        frame.f_code.co_name == function and frame.f_code.co_filename.endswith(file)
+        for frame in _frames()
+    )
+
+
+def runs_compiled() -> bool:
+    """Tell whether this runs inside a compiled function, perhaps at a break of its graph."""
+    return torch.compiler.is_compiling() or _runs("compile_wrapper", "eval_frame.py")
+
+
+def in_reentrant_checkpoint() -> bool:
+    """Tell whether this runs inside a reentrant checkpoint, which cuts gradients of what leaves."""
+    return _runs("forward", "utils/checkpoint.py")
+
+
+def runs_in_backward() -> bool:
+    """Tell whether checkpointing computes a layer again: it is recorded already."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+def calling_module(names: Mapping[nn.Module, str]) -> str | None:
+    """Return the name of the innermost module of a model whose method is running, None if none is.
+
+    A model needs no hook on each of its modules for it.
+    """
+    for frame in _frames():
+        part = frame.f_locals.get("self")
+        if isinstance(part, nn.Module) and not isinstance(part, nn.Softmax) and part in names:
+            return names[part] or type(part).__name__
+    return None
