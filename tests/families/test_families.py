@@ -17,13 +17,13 @@ from entropy_regularization import record_entropy
 
 _FAST = """
     albert apertus arcee aya_vision bart beit bert bert-generation biogpt bitnet blenderbot
-    camembert clip cohere cohere2 ctrl data2vec-text deepseek_v3 deit dinov2 distilbert doge
+    camembert clip cohere cohere2 ctrl data2vec-text deepseek_v3 deepseek_v32 deit dinov2 distilbert doge
     electra ernie exaone4 falcon gemma gemma2 gemma3_text glm glm4 gpt2 gpt_bigcode gpt_neo
     gpt_neox gpt_oss granite granite_swa granitemoe helium hubert inkling2_text jamba jetmoe
     lfm2 llama llava m2m_100 marian mbart megatron-bert mistral mixtral modernbert mpt nemotron
     olmo olmo2 olmoe opt pegasus persimmon phi phi3 pixtral plbart qwen2 qwen2_moe qwen2_vl
     qwen3 qwen3_moe rembert roberta seed_oss siglip smollm3 stablelm starcoder2 swin t5 umt5 vit
-    vit_mae wav2vec2 whisper xlm-roberta
+    vit_mae wav2vec2 whisper xclip xlm-roberta
 """.split()
 FAST = [family for family in _FAST if family in families()]  # older transformers have fewer
 # Families outside the attention interface, refused with a sentence or, where they call

@@ -258,7 +258,7 @@ def test_attention_of_torch_inside_a_transformers_model() -> None:
     torch.testing.assert_close(recording[2].entropy, expected, rtol=0, atol=1e-5)
 
 
-def test_a_config_held_as_a_copy_is_switched_too() -> None:
+def test_every_part_of_clipseg_is_heard_and_put_back() -> None:
     decoder = {"reduce_dim": 16, "decoder_num_attention_heads": 4, "decoder_intermediate_size": 16}
     config = CLIPSegConfig(
         text_config=TEXT,

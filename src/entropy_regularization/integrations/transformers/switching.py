@@ -45,7 +45,7 @@ class AttentionSwitch:
                         self._saved.append((each, each._attn_implementation))
 
     def _set_copies(self, module: nn.Module, can_set: bool) -> None:
-        """Reach the configs that a part holds as a copy (clipseg's decoder; T5 in 5.17)."""
+        """Reach the configs that a part holds as a copy (xclip; T5 in 5.17)."""
         if isinstance(module, PreTrainedModel):
             can_set = module._can_set_attn_implementation()
         if can_set and hasattr(getattr(module, "config", None), "_attn_implementation"):
