@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 from rich.console import Console
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainingArguments
 from transformers.utils import logging as transformers_logging
@@ -45,12 +46,22 @@ def run_training(options: TrainOptions, folder: RunFolder, *, resume: bool = Fal
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     check_precision(options)
-    with _failures_in_words(folder):
+    with _failures_in_words(folder), _ranks_part_in_order():
         arguments = training_arguments(options, folder)
         main_process = arguments.process_index == 0
         console = Console(soft_wrap=True, highlight=False, quiet=not main_process)
         materials = prepare(options, folder, arguments, console)
         Run(options, folder, materials, arguments, console).run(resume=resume)
+
+
+@contextmanager
+def _ranks_part_in_order() -> Iterator[None]:
+    """Take the ranks apart before the interpreter ends, which aborts on their running threads."""
+    try:
+        yield
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 @contextmanager

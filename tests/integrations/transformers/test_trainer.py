@@ -245,6 +245,7 @@ trainer.train()
 if trainer.is_world_process_zero():
     result = {key: lines(trainer, key) for key in ("loss", "penalty")}
     torch.save({**result, "weights": weights(model)}, sys.argv[4])
+torch.distributed.destroy_process_group()  # else its threads may abort the end of the program
 """
 
 
