@@ -12,6 +12,8 @@ from entropy_regularization.attention.masking import visible_keys
 SCRATCH_ELEMENTS = 800_000
 LONGEST_BUFFER = 4_000_000  # beyond the cache anyway: from here on memory counts
 
+WHOLE_SCORES = 40_000  # of one head: a matrix so small is not cut, unless half of it is masked
+
 
 class Chunk(NamedTuple):
     """Some key heads of some batch entries; they are multiplied in one batched product."""
@@ -54,9 +56,12 @@ def choose_blocks(problem: Problem) -> Blocks:
     if problem.structure.document is not None or problem.structure.key_padding is not None:
         n_keys = min(n_keys, _widest(problem, rows))
     rows = min(rows, max(32, LONGEST_BUFFER // max(2 * n_keys, 1)))
-    rows = min(max(16, rows // group), max(n_queries, 1))
-    whole = batch * kv_heads * group * n_queries * problem.key.shape[2]
-    if whole <= SCRATCH_ELEMENTS // 4:
+    rows = max(16, rows // group)
+    whole = group * n_queries * problem.key.shape[2]
+    if right is None and whole <= WHOLE_SCORES:
+        rows = n_queries
+    rows = _even(n_queries, rows)
+    if batch * kv_heads * whole <= SCRATCH_ELEMENTS // 4:
         return Blocks(max(n_queries, 1), max(batch, 1), max(kv_heads, 1), n_keys)
     room = max(2, SCRATCH_ELEMENTS // max(group * rows * n_keys, 1))
     if room >= kv_heads:
@@ -64,6 +69,12 @@ def choose_blocks(problem: Problem) -> Blocks:
     # An even share for every core, and no smaller chunk at the end.
     even = [units for units in range(2, room + 1, 2) if kv_heads % units == 0]
     return Blocks(rows, 1, max(even, default=room), n_keys)
+
+
+def _even(n_queries: int, rows: int) -> int:
+    """Return about so many rows, such that no small block is left at the end."""
+    blocks = max(1, round(n_queries / max(rows, 1)))
+    return max(1, -(-n_queries // blocks))
 
 
 def _widest(problem: Problem, rows: int) -> int:

@@ -19,8 +19,8 @@ from entropy_regularization.attention.masking import (
     visible_keys,
 )
 
-# A contiguous transpose of the keys costs as much as a product with few of them saves.
-WORTH_A_TRANSPOSE = 2048
+# A contiguous transpose of the keys costs as much as products with few keys, or few rows, save.
+LONG, MANY_ROWS = 2048, 1024
 
 # Scratch buffers up to this size stay for the next call.
 KEPT_BYTES = 32 * 2**20
@@ -105,11 +105,13 @@ class ChunkView:
         self.structure = problem.structure.of_batches(chunk.batches)
         inner = self.structure._replace(left=None, right=None)
         self.inner = None if inner == Structure() else inner  # what no edge of a tile says
-        self.rows_in_block, self.keys_in_block = blocks.rows, blocks.keys
+        self.rows_in_block = blocks.rows
         self._key = problem.key[chunk.batches, chunk.heads]
         self._value = problem.value[chunk.batches, chunk.heads]
         self.shape = (self._key.shape[0], self._key.shape[1], problem.group)
         self.bias = None if problem.bias is None else chunk.of(problem.bias, problem.group)
+        many = problem.group * problem.query.shape[2] >= MANY_ROWS
+        self._transposes = many and blocks.keys >= LONG
 
     # Each ``[units, keys, dim]`` or ``[units, dim, keys]``, made when first asked for: the forward
     # pass needs no keys beside their transpose, the backward pass no values beside theirs.
@@ -127,16 +129,16 @@ class ChunkView:
     @cached_property
     def key_t(self) -> Tensor:
         """The keys, transposed."""
-        if self.keys_in_block < WORTH_A_TRANSPOSE:
-            return self.key.transpose(1, 2)
-        return self._contiguous("key_t", self._key)
+        if self._transposes:
+            return self._contiguous("key_t", self._key)
+        return self.key.transpose(1, 2)
 
     @cached_property
     def value_t(self) -> Tensor:
         """The values, transposed."""
-        if self.keys_in_block < WORTH_A_TRANSPOSE:
-            return self.value.transpose(1, 2)
-        return self._contiguous("value_t", self._value)
+        if self._transposes:
+            return self._contiguous("value_t", self._value)
+        return self.value.transpose(1, 2)
 
     def _contiguous(self, name: str, tensor: Tensor) -> Tensor:
         transposed = tensor.transpose(2, 3)
