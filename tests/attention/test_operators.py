@@ -3,6 +3,7 @@
 import pytest
 import torch
 from cases import CASES, Case, gradients, worst_error
+from torch.autograd import forward_ad
 from torch.library import opcheck
 from torch.utils.checkpoint import checkpoint
 
@@ -82,6 +83,12 @@ def test_torch_func() -> None:
     torch.testing.assert_close(stacked[1], entropy(2 * query))
     with pytest.raises(NotImplementedError, match=r"torch\.func"):
         torch.func.grad(lambda q: entropy(q).sum())(query)
+    with pytest.raises(NotImplementedError, match=r"torch\.func"):
+        torch.func.grad(
+            lambda sinks: attention_with_entropy(query, key, value, sinks=sinks)[1].sum()
+        )(torch.zeros(query.shape[1], dtype=query.dtype))
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="a dual tensor"):
+        entropy(forward_ad.make_dual(query, query))
 
 
 def test_nothing_is_saved_and_nothing_requires_a_gradient_when_none_is_wanted() -> None:

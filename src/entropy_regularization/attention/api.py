@@ -17,6 +17,7 @@ from entropy_regularization.attention.validation import (
     check_masks,
     check_scores,
     check_tensors,
+    check_transforms,
     check_window,
 )
 
@@ -105,6 +106,8 @@ def attention_with_entropy(
         TypeError: if a tensor has the wrong dtype.
         ValueError: if shapes, devices or numbers do not fit together, or the implementation is
             unknown or cannot run.
+        NotImplementedError: inside torch.func.grad and its relatives, in forward-mode
+            differentiation, and when differentiated twice, unless by ``reference``; vmap works.
 
     Example:
         A row that sees n keys of equal score has entropy log n:
@@ -152,6 +155,8 @@ def attend(
     """
     options = {"bias": bias, "softcap": softcap, "sinks": sinks, "dropout": dropout}
     name = choose_implementation(implementation, query, key, value, structure, scale, options)
+    if name != "reference":
+        check_transforms(query, key, value, bias, sinks)
     rows = _IMPLEMENTATIONS[name](query, key, value, structure, scale=scale, **options)
     counts = count_allowed_keys(structure, query.shape[2], key.shape[2], query.device)
     return AttentionOutput(*rows, allowed_keys=counts)

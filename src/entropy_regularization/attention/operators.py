@@ -171,17 +171,7 @@ def blockwise_attention(
 
     The dropout mask is drawn from a seed that comes from torch's default generator, so
     ``torch.manual_seed`` reproduces it and checkpointing draws it again.
-
-    Raises:
-        NotImplementedError: inside torch.func.grad and its relatives (vmap works).
     """
-    if not torch.compiler.is_compiling() and any(
-        torch._C._functorch.is_gradtrackingtensor(tensor) for tensor in (query, key, value)
-    ):
-        raise NotImplementedError(
-            "attention_with_entropy was called inside torch.func.grad, which cannot see its fused "
-            "backward; use implementation='reference' there, or torch.autograd.grad."
-        )
     seed = None
     if dropout > 0.0:
         seed = torch.randint(2**62, (1,), dtype=torch.int64)
