@@ -19,7 +19,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -166,6 +166,74 @@ def measure_structure() -> dict[str, Any]:
             flush=True,
         )
     return found
+
+
+class Shape(NamedTuple):
+    """One attention as models make it; causal, if it is, with the last query at the last key."""
+
+    batch: int
+    heads: int
+    kv_heads: int
+    queries: int
+    keys: int
+    dim: int
+    causal: bool
+
+
+SHAPES = {
+    "batch of 8, 128 tokens": Shape(8, 12, 12, 128, 128, 64, True),
+    "batch of 8, 512 tokens": Shape(8, 12, 12, 512, 512, 64, True),
+    "32 sentences of 64 tokens, all see all": Shape(32, 12, 12, 64, 64, 64, False),
+    "4 images of 197 patches": Shape(4, 12, 12, 197, 197, 64, False),
+    "32 heads over 8, width 128": Shape(1, 32, 8, 1024, 1024, 128, True),
+    "512 tokens after 3584": Shape(1, 12, 12, 512, 4096, 64, True),
+    "1 token after 4095": Shape(1, 12, 12, 1, 4096, 64, True),
+}
+
+
+def runs_of_shape(shape: Shape) -> dict[str, dict[str, Callable[[], Any]]]:
+    """Return forward, and forward and backward, of both functions on one shape."""
+    generator = torch.Generator().manual_seed(0)
+    batch, heads, kv_heads, queries, keys, dim, causal = shape
+    sizes = ((heads, queries), (kv_heads, keys), (kv_heads, keys), (heads, queries))
+    query, key, value, gradient = (
+        torch.randn(batch, *size, dim, generator=generator) for size in sizes
+    )
+    given = [tensor.requires_grad_() for tensor in (query, key, value)]
+    seen = torch.ones(queries, keys, dtype=torch.bool).tril(keys - queries)
+    mask = seen if causal and 1 < queries < keys else None
+    options = {"is_causal": causal and queries == keys, "enable_gqa": heads != kv_heads}
+
+    def plain() -> Tensor:
+        return scaled_dot_product_attention(*given, mask, **options)
+
+    def with_entropy() -> tuple[Tensor, Tensor]:
+        return attention_with_entropy(*given, causal=causal)[:2]
+
+    def without_gradient(function: Callable[[], Any]) -> Callable[[], Any]:
+        return torch.no_grad()(function)
+
+    return {
+        "forward": {"sdpa": without_gradient(plain), "ours": without_gradient(with_entropy)},
+        "both": {
+            "sdpa": lambda: torch.autograd.grad(plain(), given, gradient),
+            "ours": lambda: torch.autograd.grad(
+                with_entropy(), given, (gradient, gradient[..., 0])
+            ),
+        },
+    }
+
+
+def measure_shapes() -> dict[str, Any]:
+    """Ours against SDPA on the shapes that models make."""
+    rows: dict[str, Any] = {}
+    for name, shape in SHAPES.items():
+        rows[name] = {kind: take_turns(runs, 15) for kind, runs in runs_of_shape(shape).items()}
+        text = "  ".join(
+            f"{kind} {row['ours']['ratio_median']:.2f}" for kind, row in rows[name].items()
+        )
+        print(f"{name}: {text} times SDPA", flush=True)
+    return rows
 
 
 def measure_precision() -> dict[str, Any]:
@@ -316,6 +384,7 @@ def main() -> None:
         name: {str(n): measure_memory(name, n) for n in lengths} for name in ("sdpa", "ours")
     }
     if not options.quick:
+        result["shapes"] = measure_shapes()
         result["structure_of_8192"] = measure_structure()
         result["precision"] = measure_precision()
         result["65536_tokens_2_heads"] = measure_memory("ours", 65536, 2)
