@@ -1,5 +1,8 @@
 """Any PyTorch model that calls scaled_dot_product_attention: entropies, gradients, refusals."""
 
+import contextlib
+import copy
+import io
 from collections.abc import Callable
 
 import pytest
@@ -9,6 +12,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from entropy_regularization import EntropyRegularization, record_entropy
+from entropy_regularization.recording.recorder import Layers
 
 ORIGINAL = functional.scaled_dot_product_attention
 
@@ -209,6 +213,122 @@ def test_models_that_cannot_be_seen_are_refused_by_name(x: Tensor) -> None:
     assert len(recording) == 1
 
 
+class Chooses(nn.Module):
+    """Attends by torch's function, and sometimes by a softmax of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fused, self.own = SelfAttention(16, 4, True), OwnSoftmax()
+        self.part, self.fuse = nn.Identity(), True
+
+    def forward(self, x: Tensor, fuse: bool = True, fails: bool = False) -> Tensor:
+        x = self.fused(x)
+        if fails:
+            raise ValueError("before the rest has run")
+        y: Tensor = x if fuse and self.fuse and not self.part.training else self.own(x)
+        return y
+
+
+@pytest.mark.parametrize("change", ["an exception", "a flag", "an argument", "a part's mode"])
+def test_a_pass_of_another_kind_is_watched_again(change: str, x: Tensor) -> None:
+    model, stops = Chooses().eval(), contextlib.nullcontext()
+    if change == "an exception":
+        model.fuse, stops = False, contextlib.suppress(ValueError)
+    with record_entropy(model), stops:
+        model(x, fuse=True, fails=change == "an exception")
+    model.fuse = change not in ("a flag", "an exception")
+    model.part.training = change == "a part's mode"
+    with pytest.raises(ValueError, match="attention computes a softmax"), record_entropy(model):
+        model(x, fuse=change != "an argument", fails=False)
+
+
+class Encoder(nn.Module):
+    """Is run by another method than forward, as modules of Lightning are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stack, self.own = Stack(), OwnSoftmax()
+
+    def encode(self, x: Tensor) -> Tensor:
+        y: Tensor = self.own(self.stack(x))
+        return y
+
+
+def test_parts_that_are_called_alone_are_watched(x: Tensor) -> None:
+    model = Encoder()
+    with pytest.raises(ValueError, match="attention computes"), record_entropy(model):
+        model.encode(x)
+    with record_entropy(model, layers=[1]) as recording:
+        model.stack(x)
+        model.stack(x)
+    assert [layer.name for layer in recording] == ["stack.blocks.1"] * 2
+
+
+@pytest.mark.parametrize(
+    ("layers", "kept", "message"),
+    [
+        ([1], ["blocks.1"], None),
+        ((name for name in ("*.1", "blocks.0")), ["blocks.0", "blocks.1"], None),
+        (1, None, "layers is 1; pass a list of indices"),
+        ([-1], None, r"layers is \[-1\], .* count from the first one"),
+        (["blocks.0", "block.1"], None, "pattern 'block.1' matches no module of Stack"),
+        ([2, 3], None, r"layers=\[2, 3\] keeps none of .* in this order: blocks.0, blocks.1\."),
+        ("*.out", None, r"layers='\*.out' keeps none"),
+    ],
+)
+def test_layers_are_chosen_or_refused(
+    layers: Layers, kept: list[str] | None, message: str | None, x: Tensor
+) -> None:
+    model = nn.parallel.DataParallel(Stack())
+    if kept is None:
+        with (
+            pytest.raises((TypeError, ValueError), match=message),
+            record_entropy(model, layers=layers),
+        ):
+            model(x)
+        assert not model.module._forward_hooks
+    else:
+        with record_entropy(model, layers=layers) as recording:
+            model(x)
+        assert [layer.name for layer in recording] == kept
+
+
+def test_recordings_may_end_in_another_order_than_they_began(x: Tensor) -> None:
+    options = {"d_model": 16, "nhead": 4, "dim_feedforward": 16, "batch_first": True}
+    one, two = (nn.TransformerEncoderLayer(**options).eval() for _ in range(2))
+    first, second = contextlib.ExitStack(), contextlib.ExitStack()
+    with torch.no_grad():
+        first.enter_context(record_entropy(one))
+        recording = second.enter_context(record_entropy(two))
+        first.close()
+        for _ in range(2):  # the second pass is not watched
+            two(x)
+        second.close()
+    assert len(recording) == 2
+    assert torch.backends.mha.get_fastpath_enabled()
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_copies_and_pickles_are_apart(compiled: bool, x: Tensor) -> None:
+    model = Stack()
+    torch._dynamo.reset()
+    forward = torch.compile(model, backend="eager") if compiled else model
+    with record_entropy(forward) as recording:
+        forward(x)
+        twin, file = copy.deepcopy(model), io.BytesIO()
+        torch.save(model, file)
+        file.seek(0)
+        loaded = torch.load(file, weights_only=False)
+        for other in (twin, loaded):
+            other(x)
+    assert len(recording) == 2
+    for other in (twin, loaded):
+        with record_entropy(other) as apart:
+            other(x)
+        torch.testing.assert_close(apart[1].entropy, recording[1].entropy)
+        assert compiled or not other._forward_hooks
+
+
 def test_state_is_restored_after_an_exception_and_two_models_do_not_mix(x: Tensor) -> None:
     one, two = Stack(layers=1), Stack(layers=2)
     with pytest.raises(RuntimeError, match="mine"), record_entropy(one):
@@ -227,13 +347,15 @@ def test_state_is_restored_after_an_exception_and_two_models_do_not_mix(x: Tenso
     assert not inner[0].entropy.requires_grad
 
 
-def penalised(model: nn.Module, x: Tensor) -> list[Tensor]:
-    """Return gradients of a sum of outputs and entropies, backward inside the context."""
+def penalised(model: nn.Module, x: Tensor, inside: bool = True) -> list[Tensor]:
+    """Return gradients of a sum of outputs and entropies, backward inside the context or after."""
     parameters = list(model.parameters())
     with record_entropy(model) as recording:
         total = model(x).square().mean()
         total = total + sum(layer.entropy.square().sum() for layer in recording)
-        return list(torch.autograd.grad(total, parameters))
+        if inside:
+            return list(torch.autograd.grad(total, parameters))
+    return list(torch.autograd.grad(total, parameters))
 
 
 def test_compiled_direct_calls_break_no_graph_and_are_compiled_once(x: Tensor) -> None:
@@ -256,21 +378,38 @@ def test_compiled_direct_calls_break_no_graph_and_are_compiled_once(x: Tensor) -
 
 
 class Checkpointed(Stack):
+    reentrant = False
+
     def forward(self, x: Tensor) -> Tensor:
         for block in self.blocks:
-            x = x + checkpoint(block, x, use_reentrant=False)
+            x = x + checkpoint(block, x, use_reentrant=self.reentrant)
         return x
 
 
-def test_checkpointing_with_backward_inside_the_context(x: Tensor) -> None:
+@pytest.mark.parametrize("inside", [True, False])
+def test_checkpointing_is_exact_wherever_backward_runs(inside: bool, x: Tensor) -> None:
     plain, model = Stack(), Checkpointed()
     model.load_state_dict(plain.state_dict())
-    for one, two in zip(penalised(model, x), penalised(plain, x), strict=True):
-        torch.testing.assert_close(one, two)
-    with record_entropy(model) as recording:
+    expected = penalised(plain, x)
+    for _ in range(2):  # the second pass begins while the first one's attention is still there
+        for one, two in zip(penalised(model, x, inside), expected, strict=True):
+            torch.testing.assert_close(one, two)
+    with record_entropy(model, gradient=False):
         output = model(x)
-    with pytest.raises(torch.utils.checkpoint.CheckpointError):  # never a wrong gradient
-        (output.sum() + recording[0].entropy.sum()).backward()
+    Checkpointed()(x).sum().backward()  # another model computes its own attention again
+    output.sum().backward()
+    model(x)
+    assert functional.scaled_dot_product_attention is ORIGINAL
+
+
+def test_reentrant_checkpointing_is_refused(x: Tensor) -> None:
+    model = Checkpointed()
+    model.reentrant = True
+    with pytest.raises(RuntimeError, match="use_reentrant=False"), record_entropy(model):
+        model(x.requires_grad_())
+    with record_entropy(model, gradient=False) as recording:
+        model(x).sum().backward()
+    assert len(recording) == 2
 
 
 class Einsum(nn.Module):

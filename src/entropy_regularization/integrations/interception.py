@@ -7,13 +7,16 @@ modules, and from other threads, go straight to the originals.
 """
 
 import threading
+import weakref
 from typing import Any, Protocol
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 from torch.nn import functional
 
 from entropy_regularization.attention.api import AttentionOutput, attend
 from entropy_regularization.attention.masking import Structure, split_mask
+from entropy_regularization.integrations.stack import runs_in_backward
 
 original_attention = functional.scaled_dot_product_attention
 original_multi_head = functional.multi_head_attention_forward
@@ -25,30 +28,69 @@ DROPOUT, NEED_WEIGHTS = 10, 15
 class Listener(Protocol):
     """A recorder that wants to hear torch's attention functions."""
 
+    model: nn.Module
+
+    def is_running(self) -> bool:
+        """Tell whether a module of the model is running in this thread."""
+
     def deposit_call(self, place: str | None, found: AttentionOutput, n_keys: int) -> None:
         """Take the rows of one call; ``place`` is the module's name if the listener gave one."""
 
 
-_listeners: list[Listener] = []
+_listeners: list[tuple[Listener, int]] = []  # each with the thread that it was started in
+# Stopped; backward, after the context, computes their checkpointed calls again.
+_lingering: "weakref.WeakSet[Listener]" = weakref.WeakSet()
+_lock = threading.RLock()  # the functions and the fast path are those of all threads
+_fast_path: list[bool] = []  # as it was found, while anyone listens
 _thread = threading.local()  # places: (listener, module name or None), the innermost last
 
 
 def listen(listener: Listener) -> None:
-    """Put the wrappers in place for one more listener."""
-    if not _listeners:
-        functional.scaled_dot_product_attention = _attention
-        functional.multi_head_attention_forward = _multi_head
-    _listeners.append(listener)
+    """Put the wrappers in place for one more listener.
+
+    Raises:
+        RuntimeError: if another thread listens to the same model, whose calls would mix.
+    """
+    thread = threading.get_ident()
+    with _lock:
+        if any(each.model is listener.model and at != thread for each, at in _listeners):
+            raise RuntimeError(
+                f"another thread records the same {type(listener.model).__name__}; let one thread "
+                "record it at a time, or give each thread a copy of the model."
+            )
+        if not _listeners:
+            _fast_path.append(torch.backends.mha.get_fastpath_enabled())
+            torch.backends.mha.set_fastpath_enabled(False)  # it calls no attention function
+            functional.scaled_dot_product_attention = _attention
+            functional.multi_head_attention_forward = _multi_head
+        _listeners.append((listener, thread))
+        _lingering.discard(listener)
 
 
-def stop_listening(listener: Listener) -> None:
-    """Take one listener away, and the wrappers with the last one."""
-    if listener in _listeners:
-        _listeners.remove(listener)
-    if not _listeners:
-        functional.scaled_dot_product_attention = original_attention
-        functional.multi_head_attention_forward = original_multi_head
+def stop_listening(listener: Listener, *, lingers: bool = False) -> None:
+    """Take one listener away, and the wrappers with the last one.
+
+    Args:
+        listener: who stops.
+        lingers: keep the wrappers for what backward computes again; a later call ends that.
+    """
+    with _lock:
+        remaining = [each for each in _listeners if each[0] is not listener]
+        if _listeners and not remaining:
+            torch.backends.mha.set_fastpath_enabled(_fast_path.pop())
+        _listeners[:] = remaining
+        _lingering.add(listener) if lingers else _lingering.discard(listener)
+        if not _listeners and not _lingering:
+            functional.scaled_dot_product_attention = original_attention
+            functional.multi_head_attention_forward = original_multi_head
     places()[:] = [place for place in places() if place[0] is not listener]
+
+
+def _is_computed_again() -> bool:
+    """Tell whether backward computes a checkpointed call of a listener that has stopped."""
+    if torch.compiler.is_compiling() or not _lingering:
+        return False
+    return runs_in_backward() and any(each.is_running() for each in list(_lingering))
 
 
 def places() -> list[tuple[Listener, str | None]]:
@@ -79,7 +121,7 @@ def _attention(
 ) -> Tensor:
     """Attend as scaled_dot_product_attention does, and deposit the entropies."""
     where = dict(places())
-    if not where:
+    if not where and not _is_computed_again():
         return original_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
@@ -112,7 +154,8 @@ def _multi_head(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
     """
     weights = args[NEED_WEIGHTS] if len(args) > NEED_WEIGHTS else kwargs.get("need_weights", True)
     # A mode that watches torch's functions calls this once more from inside the original.
-    if weights and places() and not getattr(_thread, "in_multi_head", False):
+    inside = getattr(_thread, "in_multi_head", False)
+    if weights and not inside and (places() or _is_computed_again()):
         given = list(args)
         again = {**kwargs}
         for position, name, value in (

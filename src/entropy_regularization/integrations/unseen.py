@@ -65,6 +65,8 @@ class UnseenAttention(TorchFunctionMode):
         """Run a function of torch; note where softmaxes come from and go to."""
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
+        if torch.compiler.is_compiling():  # a compiled function inside; nothing can be followed
+            return result
         if func in SOFTMAX:
             name = calling_module(self._names)
             if name is not None:
@@ -113,11 +115,10 @@ _sound: "weakref.WeakKeyDictionary[nn.Module, set[object]]" = weakref.WeakKeyDic
 
 
 class Watch:
-    """Watches the first forward pass of each kind that a model makes.
+    """Watches the first forward pass of each kind that a model makes, see _kind_of.
 
-    A pass differs in kind when other arguments are given (an image beside the text), the model was
-    switched between training and evaluation, or modules were added. A compiled model is not
-    watched, because a compiler that meets a watch compiles everything anew; its source is read.
+    A compiled model is not watched, because a compiler that meets a watch compiles everything anew;
+    its source is read.
 
     Attributes:
         found: the modules that attend unheard, each with how.
@@ -133,13 +134,20 @@ class Watch:
         """A copied model is not being watched."""
         return {**self.__dict__, "_mode": None}
 
-    def enter(self, names: Mapping[nn.Module, str], given: Mapping[str, Any]) -> None:
-        """Begin to watch, unless a pass of this kind was found sound before."""
-        arguments = frozenset(name for name, value in given.items() if value is not None)
-        self._kind = (self._model.training, arguments, len(names))
-        if self._mode is not None or self._kind in _sound.get(self._model, ()):
+    def enter(
+        self, names: Mapping[nn.Module, str], part: nn.Module, given: Mapping[str, Any]
+    ) -> None:
+        """Begin to watch, unless a pass of this kind was found sound before.
+
+        Args:
+            names: the modules of the model and their names.
+            part: the module whose pass begins, the model itself or a part that is called alone.
+            given: its arguments, by name.
+        """
+        if self._mode is not None or runs_compiled() or any(map(is_compiled, names)):
             return
-        if not runs_compiled() and not any(map(is_compiled, names)):
+        self._kind = _kind_of(names, part, given)
+        if self._kind not in _sound.get(self._model, ()):
             self._mode = UnseenAttention(names)
             self._mode.__enter__()  # type: ignore[no-untyped-call]
 
@@ -155,15 +163,41 @@ class Watch:
             if how is not None and not (torch_is_heard and how == CALLS_TORCH):
                 self.found[name] = how
 
-    def leave(self) -> None:
-        """End the watch of this pass."""
+    def leave(self, *, finished: bool) -> None:
+        """End the watch of this pass.
+
+        Args:
+            finished: whether it came to its end; otherwise nothing is known about its rest.
+        """
         if self._mode is None:
             return
         mode, self._mode = self._mode, None
         mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
         self.found.update(mode.found)
-        if not mode.found:
+        if finished and not mode.found:
             _sound.setdefault(self._model, set()).add(self._kind)
+
+
+def _kind_of(names: Mapping[nn.Module, str], part: nn.Module, given: Mapping[str, Any]) -> object:
+    """Return what tells passes apart that may run different code.
+
+    Which arguments are given (an image beside the text), and the switches: those among the
+    arguments, and those of every module (``training``, a flag for a fused function).
+    """
+    switches = [
+        (
+            type(each),
+            *(value for value in vars(each).values() if isinstance(value, bool | str)),
+            getattr(getattr(each, "config", None), "_attn_implementation", None),
+        )
+        for each in names
+    ]
+    arguments = frozenset(
+        (name, value if isinstance(value, bool) else None)
+        for name, value in given.items()
+        if value is not None
+    )
+    return hash((names.get(part), arguments, torch.is_grad_enabled(), *switches))
 
 
 @functools.cache

@@ -1,6 +1,8 @@
 """record_entropy on transformers models: whose rows, which layers, and nothing left behind."""
 
+import contextlib
 import copy
+import io
 import math
 import threading
 from collections.abc import Callable
@@ -10,12 +12,15 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import (
     AutoModelForCausalLM,
     BartConfig,
     BartForConditionalGeneration,
     BloomConfig,
     BloomForCausalLM,
+    CLIPConfig,
+    CLIPModel,
     CLIPSegConfig,
     CLIPSegForImageSegmentation,
     FalconConfig,
@@ -32,9 +37,12 @@ from transformers import (
     SiglipVisionConfig,
     SiglipVisionModel,
     StaticCache,
+    Wav2Vec2Config,
+    Wav2Vec2Model,
 )
 
 from entropy_regularization import EntropyRegularization, record_entropy
+from entropy_regularization.integrations.transformers import regularize
 
 TEXT = {
     "vocab_size": 64,
@@ -149,7 +157,96 @@ def test_prompt_tuning_lengthens_the_rows() -> None:
         assert layer.entropy.shape == (2, 4, 12)
 
 
+def test_an_image_beside_the_text_has_no_padding_of_the_text() -> None:
+    config = CLIPConfig(text_config=TEXT, vision_config=VISION, projection_dim=16)
+    model, mask = CLIPModel(config).eval(), padding("right", count=6)
+    with record_entropy(model) as recording:
+        model(tokens(), torch.randn(2, 3, 16, 16), attention_mask=mask)
+    for layer in recording:
+        text = "text" in layer.name
+        assert torch.equal(layer.rows, mask.bool() if text else torch.ones(2, 5).bool())
+
+
+def test_frames_of_a_padded_sound_are_no_rows() -> None:
+    front = {"conv_dim": (8, 8), "conv_kernel": (10, 3), "conv_stride": (5, 2)}
+    sizes = {"num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2}
+    model = Wav2Vec2Model(Wav2Vec2Config(**TEXT, **front, **sizes, num_feat_extract_layers=2))
+    mask = torch.ones(2, 200, dtype=torch.int64)
+    mask[1, 100:] = 0  # of samples; 200 are 19 frames, 100 are 9
+    with record_entropy(model.eval()) as recording:
+        model(torch.randn(2, 200), attention_mask=mask)
+    assert torch.equal(recording[0].rows, torch.arange(19) < torch.tensor([[19], [9]]))
+    assert recording[0].allowed_keys[:, 0, 0].tolist() == [19, 9]
+
+
 # Which layers: all, or a refusal that names them
+
+
+class Towers(nn.Module):
+    """Two transformers models and attention of its own, as users put them together."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = llama().model, gpt2().transformer
+        self.attention = nn.MultiheadAttention(16, 4, batch_first=True)
+
+    def forward(self, ids: Tensor, attention_mask: Tensor) -> Tensor:
+        one = self.one(ids, attention_mask=attention_mask).last_hidden_state
+        two = self.two(ids).last_hidden_state
+        found: Tensor = self.attention(one, two, two)[0]
+        return found
+
+
+def test_everything_around_transformers_models_is_heard() -> None:
+    model, mask = Towers().eval(), padding("right")
+    plain = model(tokens(), mask)
+    with record_entropy(model) as recording:
+        torch.testing.assert_close(model(tokens(), mask), plain, rtol=1e-4, atol=1e-5)
+    names = ["one.layers.0.self_attn", "one.layers.1.self_attn"]
+    assert [layer.name for layer in recording] == [
+        *names,
+        "two.h.0.attn",
+        "two.h.1.attn",
+        "attention",
+    ]
+    assert [bool(layer.rows.all()) for layer in recording] == [False, False, True, True, True]
+    assert {part.config._attn_implementation for part in (model.one, model.two)} == {"sdpa"}
+    with pytest.raises(ValueError, match=r"several transformers models \(one, two\)"):
+        regularize(model)
+    wrapped = nn.parallel.DataParallel(nn.Sequential(llama()))
+    with record_entropy(wrapped) as recording:
+        wrapped(tokens())
+    assert recording[0].name == "model.layers.0.self_attn"
+
+
+class Fused(PreTrainedModel):
+    """Holds a layer that torch runs fused in evaluation, calling no attention function."""
+
+    config_class = LlamaConfig
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__(config)
+        self.inner = llama().model
+        self.layer = nn.TransformerEncoderLayer(16, 4, 16, batch_first=True)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        y: Tensor = self.layer(self.inner(ids).last_hidden_state)
+        return y
+
+
+@torch.no_grad()
+def test_layers_that_torch_would_run_fused_are_heard() -> None:
+    model = Fused(LlamaConfig(**TEXT)).eval()
+    for _ in range(2):  # the second pass is not watched
+        with record_entropy(model) as recording:
+            model(tokens())
+        assert recording[-1].name == "layer.self_attn"
+
+
+def test_parts_that_are_called_alone_are_watched() -> None:
+    model, inputs = git()
+    with pytest.raises(ValueError, match="computes a softmax"), record_entropy(model):
+        model.git(**inputs)
 
 
 def git() -> tuple[PreTrainedModel, dict[str, Tensor]]:
@@ -223,14 +320,13 @@ def test_models_without_attention_that_can_be_heard(
 
 
 def test_a_family_outside_the_interface_is_heard_through_torch() -> None:
-    config = FalconConfig(vocab_size=64, hidden_size=16, num_hidden_layers=2, num_attention_heads=4)
-    model, mask = sharpen(FalconForCausalLM(config)), padding("left")
+    model, mask = falcon(), padding("left")
     plain = model(tokens(), attention_mask=mask).logits
     with record_entropy(model) as recording:
         output = model(tokens(), attention_mask=mask).logits
     real = mask.bool()
     torch.testing.assert_close(output[real], plain[real], rtol=1e-4, atol=1e-5)
-    eager = sharpen(FalconForCausalLM._from_config(config, attn_implementation="eager"))
+    eager = sharpen(FalconForCausalLM._from_config(model.config, attn_implementation="eager"))
     weights = eager(tokens(), attention_mask=mask, output_attentions=True).attentions
     for layer, matrix in zip(recording, weights, strict=True):
         expected = torch.special.entr(matrix).sum(-1)
@@ -317,10 +413,17 @@ def test_a_copy_made_inside_a_recording_is_apart() -> None:
     with record_entropy(model) as recording:
         model(tokens())
         twin = copy.deepcopy(model)
-    with record_entropy(twin) as other:
-        twin(tokens())
-    assert len(recording) == len(other) == 2
-    torch.testing.assert_close(other[1].entropy, recording[1].entropy)
+        file = io.BytesIO()
+        torch.save(model, file)
+        file.seek(0)
+        loaded = torch.load(file, weights_only=False)
+    assert len(recording) == 2
+    for other in (twin, loaded):
+        other(tokens())  # the first pass finds that nobody listens
+        assert state_of(other) == state_of(model)
+        with record_entropy(other) as apart:
+            other(tokens())
+        torch.testing.assert_close(apart[1].entropy, recording[1].entropy)
 
 
 def test_recordings_nest_and_do_not_mix() -> None:
@@ -334,6 +437,34 @@ def test_recordings_nest_and_do_not_mix() -> None:
     assert [layer.name for layer in inner] == ["model.layers.1.self_attn"]
     assert not inner[0].entropy.requires_grad
     assert [layer.name for layer in other] == ["transformer.h.0.attn", "transformer.h.1.attn"]
+
+
+def test_recordings_may_end_in_another_order_than_they_began() -> None:
+    model, first, second = llama(), contextlib.ExitStack(), contextlib.ExitStack()
+    before = state_of(model)
+    one = first.enter_context(record_entropy(model))
+    two = second.enter_context(record_entropy(model))
+    model(tokens())
+    first.close()
+    model(tokens())
+    second.close()
+    assert (len(one), len(two)) == (2, 4)
+    assert state_of(model) == before
+
+
+def test_one_model_is_recorded_by_one_thread_at_a_time() -> None:
+    model = llama()
+
+    def record() -> None:
+        with record_entropy(model):
+            model(tokens())
+
+    with record_entropy(model) as recording, ThreadPoolExecutor(1) as pool:
+        model(tokens())
+        with pytest.raises(RuntimeError, match="another thread records the same LlamaForCausalLM"):
+            pool.submit(record).result()
+    assert len(recording) == 2
+    record()
 
 
 def test_threads_record_their_own_models() -> None:
@@ -386,10 +517,39 @@ def test_checkpointing_is_exact_or_refused(reentrant: bool) -> None:
         with pytest.raises(RuntimeError, match="use_reentrant': False"):
             penalised(model)
     else:
-        assert_near(penalised(model), expected, 1e-5)
+        for _ in range(2):  # the second pass begins while the attention of the first is still set
+            assert_near(penalised(model), expected, 1e-5)
     assert model.config._attn_implementation in ("sdpa", "entropy_regularization")
     model(tokens())  # the next pass is the model's own again
     assert model.config._attn_implementation == "sdpa"
+
+
+def falcon() -> PreTrainedModel:
+    config = FalconConfig(vocab_size=64, hidden_size=16, num_hidden_layers=2, num_attention_heads=4)
+    return sharpen(FalconForCausalLM(config))
+
+
+class WholeCheckpointed(nn.Module):
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, *args: Tensor) -> object:
+        return checkpoint(self.model, *args, use_reentrant=False)
+
+
+@pytest.mark.parametrize("kind", ["through torch", "direct"])
+def test_checkpointing_of_other_kinds_is_exact(kind: str) -> None:
+    model = (falcon() if kind == "through torch" else llama()).train()
+    model.config.use_cache = False
+    expected = penalised(model)
+    if kind == "through torch":
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        found = penalised(model)
+    else:
+        found = penalised(WholeCheckpointed(model))
+        found = {name.removeprefix("model."): gradient for name, gradient in found.items()}
+    assert_near(found, expected, 1e-5)
 
 
 @pytest.mark.parametrize("part", ["model", "layers"])
