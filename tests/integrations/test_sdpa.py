@@ -2,8 +2,10 @@
 
 import contextlib
 import copy
+import gc
 import io
-from collections.abc import Callable
+import itertools
+from typing import Any
 
 import pytest
 import torch
@@ -47,6 +49,11 @@ class Stack(nn.Module):
         return x
 
 
+def is_restored() -> bool:
+    gc.collect()  # a dropped model may still wait for its backward
+    return functional.scaled_dot_product_attention is ORIGINAL
+
+
 def by_hand(q: Tensor, k: Tensor, allowed: Tensor | None = None) -> Tensor:
     scores = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5
     if allowed is not None:
@@ -80,7 +87,7 @@ def test_direct_calls(causal: bool, x: Tensor) -> None:
     (wanted,) = torch.autograd.grad(expected.square().sum(), weight)
     torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
     assert EntropyRegularization.calibrated()(recording, 0.5) > 0
-    assert functional.scaled_dot_product_attention is ORIGINAL
+    assert is_restored()
 
 
 def test_causal_is_aligned_upper_left_as_torch_does(x: Tensor) -> None:
@@ -98,34 +105,143 @@ def test_causal_is_aligned_upper_left_as_torch_does(x: Tensor) -> None:
     assert recording[0].allowed_keys.flatten().tolist() == [1, 2, 3, 4]
 
 
-@pytest.mark.parametrize("kind", ["boolean", "additive", "3-D", "grouped", "two dimensions"])
-def test_masks_and_shapes(kind: str, x: Tensor) -> None:
-    q = x.unflatten(-1, (4, 4)).transpose(1, 2)
-    allowed = torch.rand(2, 1, 7, 7, generator=torch.Generator().manual_seed(1)) > 0.4
+def shapes_and_masks() -> dict[str, tuple[Tensor, Tensor, dict[str, Any]]]:
+    """Return query, key (which is the value, too) and options."""
+    draw = torch.Generator().manual_seed(1)
+    q = 2 * torch.randn(2, 4, 7, 4, generator=draw)
+    allowed = torch.rand(2, 1, 7, 7, generator=draw) > 0.4
     allowed |= torch.eye(7, dtype=torch.bool)
-    calls: dict[str, Callable[[], Tensor]] = {
-        "boolean": lambda: functional.scaled_dot_product_attention(q, q, q, attn_mask=allowed),
-        "additive": lambda: functional.scaled_dot_product_attention(
-            q, q, q, attn_mask=torch.zeros(7, 7).masked_fill(~allowed[0, 0], -torch.inf)
-        ),
-        "3-D": lambda: functional.scaled_dot_product_attention(x, x, x, attn_mask=allowed[:, 0]),
-        "grouped": lambda: functional.scaled_dot_product_attention(
-            q, q[:, :2], q[:, :2], enable_gqa=True, scale=0.3
-        ),
-        "two dimensions": lambda: functional.scaled_dot_product_attention(x[0], x[0], x[0]),
+    additive = torch.zeros(7, 7).masked_fill(~allowed[0, 0], -torch.inf)
+    grouped = {"enable_gqa": True, "scale": 0.3}
+    return {
+        "boolean": (q, q, {"attn_mask": allowed}),
+        "additive": (q, q, {"attn_mask": additive}),
+        "of heads": (q, q, {"attn_mask": torch.randn(4, 7, 7, generator=draw)}),
+        "3-D": (q[:, 0], q[:, 0], {"attn_mask": allowed[:, 0]}),
+        "5-D": (torch.stack((q, -q)), torch.stack((q, q)), {"attn_mask": allowed}),
+        "2-D": (q[0, 0], q[0, 0], {}),
+        "grouped": (q, q[:, :2], grouped),
+        "grouped, masked": (q, q[:, :2], {**grouped, "attn_mask": allowed}),
+        "grouped, 3-D": (q[0], q[0, :2], {**grouped, "attn_mask": additive}),
+        "one query for all": (q[:1], q, {"attn_mask": allowed}),
+        "one key for all": (q, q[:1], {}),
+        "one head of keys": (q, q[:, :1], {"is_causal": True}),
     }
 
-    class Caller(nn.Module):
-        def forward(self, _: Tensor) -> Tensor:
-            return calls[kind]()
 
-    plain = calls[kind]()
-    model = Caller()
+@pytest.mark.parametrize("kind", shapes_and_masks())
+def test_masks_and_shapes(kind: str) -> None:
+    q, k, options = shapes_and_masks()[kind]
+
+    class Caller(nn.Module):
+        def forward(self, q: Tensor, k: Tensor) -> Tensor:
+            return functional.scaled_dot_product_attention(q, k, k, **options)
+
+    plain, model = Caller()(q, k), Caller()
     with record_entropy(model) as recording:
-        output = model(x)
+        output = model(q, k)
     torch.testing.assert_close(output, plain)
-    if kind == "boolean":
-        torch.testing.assert_close(recording[0].entropy, by_hand(q, q, allowed), rtol=0, atol=1e-5)
+    heads = k.repeat_interleave(2, -3) if "enable_gqa" in options else k
+    scores = q @ heads.mT * options.get("scale", 0.5)
+    mask = options.get("attn_mask", torch.zeros(7, 7))
+    if options.get("is_causal"):
+        mask = torch.ones(7, 7, dtype=torch.bool).tril()
+    if mask.dtype == torch.bool:
+        mask = torch.zeros(mask.shape).masked_fill(~mask, -torch.inf)
+    weights = torch.softmax(scores + mask, -1)
+    expected = torch.special.entr(weights).sum(-1)
+    found = recording[0].entropy
+    torch.testing.assert_close(found.reshape(expected.shape), expected, rtol=0, atol=1e-5)
+    counts = recording[0].allowed_keys.expand(found.shape).reshape(expected.shape)
+    assert torch.equal(counts, mask.isfinite().sum(-1).expand(expected.shape))
+    assert found.shape[1] == (4 if kind == "grouped, 3-D" or q.dim() > 3 else 1)
+
+
+class Transparent(nn.Module):
+    """Hands its input on to nn.MultiheadAttention with options."""
+
+    def __init__(self, need_weights: bool, call: dict[str, Any], **options: Any) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.attention = nn.MultiheadAttention(16, 4, **options)
+        self.call, self.need_weights = call, need_weights
+
+    def forward(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor | None]:
+        options = {**self.call, "need_weights": self.need_weights}
+        found: tuple[Tensor, Tensor | None] = self.attention(q, k, k, **options)
+        return found
+
+
+FUTURE = torch.ones(7, 7, dtype=torch.bool).triu(1)
+PAD = torch.arange(7) >= torch.tensor([[7], [5]])
+CALLS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "causal": {"attn_mask": FUTURE, "is_causal": True},
+    "padded": {"key_padding_mask": PAD, "attn_mask": FUTURE},
+    "additive": {
+        "key_padding_mask": torch.zeros(2, 7).masked_fill(PAD, -torch.inf),
+        "attn_mask": torch.arange(49.0).view(7, 7) / 20,
+    },
+    "3-D": {"attn_mask": FUTURE | (torch.arange(8)[:, None, None] == torch.arange(7)) & FUTURE.T},
+}
+
+
+@pytest.mark.parametrize(
+    ("call", "need_weights", "extra"),
+    [
+        each
+        for each in itertools.product(CALLS, (False, True), (None, "add_bias_kv", "add_zero_attn"))
+        if each[0] != "causal"
+        or each[1]
+        or each[2] is None  # torch itself then hides what is added
+    ],
+)
+def test_multihead_attention_with_every_option(
+    call: str, need_weights: bool, extra: str | None, x: Tensor
+) -> None:
+    options = {"batch_first": call != "causal", **({extra: True} if extra else {})}
+    model = Transparent(need_weights, CALLS[call], **options).eval()
+    q, k = (x, x) if options["batch_first"] else (x.transpose(0, 1), x.transpose(0, 1))
+    whole = {**CALLS[call], "average_attn_weights": False}
+    weights = model.attention(q, k, k, **whole)[1]
+    plain = model(q, k)
+    for gradient in (True, False):
+        with torch.set_grad_enabled(gradient), record_entropy(model) as recording:
+            output = model(q, k)
+        for one, two in zip(output, plain, strict=True):
+            torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5)
+        expected = torch.special.entr(weights).sum(-1)
+        torch.testing.assert_close(recording[0].entropy, expected, rtol=0, atol=1e-5)
+        counts = recording[0].allowed_keys.expand(expected.shape)
+        assert torch.equal(counts, (weights > 0).sum(-1))
+
+
+@pytest.mark.parametrize("kind", ["attention", "function"])
+def test_nested_tensors_are_refused(kind: str) -> None:
+    parts = [torch.randn(3, 16), torch.randn(5, 16)]
+    nested = torch.nested.nested_tensor(parts, layout=torch.jagged)
+    model = nn.Sequential(nn.TransformerEncoderLayer(16, 4, 16, batch_first=True)).eval()
+    if kind == "function":
+        model = nn.Sequential(SelfAttention(16, 4, False))
+        model[0].split = lambda x: [x.unflatten(-1, [4, 4]).transpose(1, 2)] * 3
+    with torch.no_grad(), pytest.raises(ValueError, match="nested tensor"), record_entropy(model):
+        model(nested)
+
+
+def test_autocast_casts_what_torch_casts(x: Tensor) -> None:
+    class Wide(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            y = x.bfloat16()
+            return functional.scaled_dot_product_attention(x, x, y, attn_mask=x.new_zeros(7, 7))
+
+    model = Wide()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        plain = model(x)
+        with record_entropy(model) as recording:
+            output = model(x)
+    assert output.dtype == plain.dtype == torch.bfloat16
+    torch.testing.assert_close(output, plain)
+    assert recording[0].entropy.dtype == torch.float32
 
 
 def test_multihead_attention(x: Tensor) -> None:
@@ -153,7 +269,7 @@ def test_multihead_attention(x: Tensor) -> None:
         again = model(x, need_weights=True)[1]
     torch.testing.assert_close(again, weights)
     torch.testing.assert_close(recording[0].entropy, expected, rtol=0, atol=1e-5)
-    assert functional.scaled_dot_product_attention is ORIGINAL
+    assert is_restored()
     with (
         pytest.raises(ValueError, match=r"before torch\.compile"),
         record_entropy(torch.compile(model)),
@@ -333,7 +449,7 @@ def test_state_is_restored_after_an_exception_and_two_models_do_not_mix(x: Tenso
     one, two = Stack(layers=1), Stack(layers=2)
     with pytest.raises(RuntimeError, match="mine"), record_entropy(one):
         raise RuntimeError("mine")
-    assert functional.scaled_dot_product_attention is ORIGINAL
+    assert is_restored()
     assert not one._forward_hooks
     assert not one.blocks[0]._forward_pre_hooks
     with record_entropy(one) as first, record_entropy(two) as second:
@@ -399,7 +515,7 @@ def test_checkpointing_is_exact_wherever_backward_runs(inside: bool, x: Tensor) 
     Checkpointed()(x).sum().backward()  # another model computes its own attention again
     output.sum().backward()
     model(x)
-    assert functional.scaled_dot_product_attention is ORIGINAL
+    assert is_restored()
 
 
 def test_reentrant_checkpointing_is_refused(x: Tensor) -> None:

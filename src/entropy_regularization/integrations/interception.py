@@ -22,7 +22,7 @@ original_attention = functional.scaled_dot_product_attention
 original_multi_head = functional.multi_head_attention_forward
 
 # Positions of arguments of multi_head_attention_forward.
-DROPOUT, NEED_WEIGHTS = 10, 15
+DROPOUT, NEED_WEIGHTS, IS_CAUSAL = 10, 15, 24
 
 
 class Listener(Protocol):
@@ -79,11 +79,20 @@ def stop_listening(listener: Listener, *, lingers: bool = False) -> None:
         if _listeners and not remaining:
             torch.backends.mha.set_fastpath_enabled(_fast_path.pop())
         _listeners[:] = remaining
-        _lingering.add(listener) if lingers else _lingering.discard(listener)
-        if not _listeners and not _lingering:
+        _lingering.discard(listener)
+        if lingers:
+            _lingering.add(listener)
+            weakref.finalize(listener, _restore).atexit = False  # or its model is dropped
+        _restore()
+    places()[:] = [place for place in places() if place[0] is not listener]
+
+
+def _restore() -> None:
+    """Take the wrappers away, if nobody needs them."""
+    with _lock:
+        if not _listeners and not list(_lingering):
             functional.scaled_dot_product_attention = original_attention
             functional.multi_head_attention_forward = original_multi_head
-    places()[:] = [place for place in places() if place[0] is not listener]
 
 
 def _is_computed_again() -> bool:
@@ -125,12 +134,15 @@ def _attention(
         return original_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
-    q, k, v = (_four(tensor) for tensor in (query, key, value))
+    refuse_nested("query, key or value", query, key, value)
+    query, key, value, attn_mask = _as_autocast(query, key, value, attn_mask)
+    query, key, value = _broadcast(query, key, value, enable_gqa)
+    q, k, v = (_four(tensor, enable_gqa) for tensor in (query, key, value))
     shift = q.shape[2] - k.shape[2]
     structure = Structure(right=shift) if is_causal else Structure()  # aligned upper left
     bias = None
     if attn_mask is not None:
-        allowed, bias = split_mask(_mask_of_four(attn_mask, query, key))
+        allowed, bias = split_mask(_mask_of_four(attn_mask, query, key, enable_gqa))
         structure = structure._replace(allowed=allowed)
     found = attend(
         q,
@@ -161,6 +173,8 @@ def _multi_head(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         for position, name, value in (
             (DROPOUT, "dropout_p", 0.0),
             (NEED_WEIGHTS, "need_weights", False),
+            # With weights the mask decides; without them this would replace it, unlike with a bias.
+            (IS_CAUSAL, "is_causal", False),
         ):
             if len(given) > position:
                 given[position] = value
@@ -175,16 +189,48 @@ def _multi_head(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
     return result
 
 
-def _mask_of_four(mask: Tensor, query: Tensor, key: Tensor) -> Tensor:
+def refuse_nested(what: str, *tensors: object) -> None:
+    """Refuse tensors of different lengths, which are not computed here.
+
+    Raises:
+        ValueError: if one is nested.
+    """
+    if any(isinstance(tensor, Tensor) and tensor.is_nested for tensor in tensors):
+        raise ValueError(
+            f"{what} came as a nested tensor, whose entropies cannot be recorded; pad it "
+            "(torch.nested.to_padded_tensor) and pass a mask."
+        )
+
+
+def _as_autocast(*tensors: Tensor | None) -> list[Any]:
+    """Cast as autocast casts the arguments of scaled_dot_product_attention."""
+    first = next(tensor for tensor in tensors if tensor is not None)
+    if not torch.is_autocast_enabled(first.device.type):
+        return list(tensors)
+    dtype, kept = torch.get_autocast_dtype(first.device.type), (None, torch.bool, torch.float64)
+    return [t if getattr(t, "dtype", None) in kept else t.to(dtype) for t in tensors]  # type: ignore[union-attr]
+
+
+def _broadcast(query: Tensor, key: Tensor, value: Tensor, grouped: bool) -> list[Tensor]:
+    """Give all the same dimensions before the last two; but grouped keys keep their heads."""
+    given, own = (query, key, value), 3 if grouped else 2
+    shape = torch.broadcast_shapes(*(tensor.shape[:-own] for tensor in given))
+    return [tensor.expand(*shape, *tensor.shape[-own:]) for tensor in given]
+
+
+def _mask_of_four(mask: Tensor, query: Tensor, key: Tensor, grouped: bool) -> Tensor:
     if mask.dim() == 2 and query.dim() == 4:
         return mask[None, None]
-    return _four(mask.expand(*query.shape[:-1], key.shape[-2]))
+    return _four(mask.expand(*query.shape[:-1], key.shape[-2]), grouped)
 
 
-def _four(tensor: Tensor) -> Tensor:
-    """Bring ``[..., heads, length, dim]`` or ``[batch, length, dim]`` to four dimensions."""
+def _four(tensor: Tensor, grouped: bool) -> Tensor:
+    """Bring ``[..., heads, length, dim]``, or without heads ``[batch, length, dim]``, to four.
+
+    Only grouped keys tell that the first of three dimensions is that of heads.
+    """
     if tensor.dim() == 3:
-        return tensor[:, None]
+        return tensor[None] if grouped else tensor[:, None]
     if tensor.dim() < 3:
         return tensor[None, None]
     return tensor.reshape(-1, *tensor.shape[-3:])

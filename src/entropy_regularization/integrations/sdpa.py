@@ -163,6 +163,8 @@ class SdpaRecorder:
         """A module begins to run."""
         if not self.listens:
             return
+        if isinstance(part, nn.MultiheadAttention):
+            interception.refuse_nested(f"the input of {name}", *args, *kwargs.values())
         if not self._is_inside():
             self._begin(part, args, kwargs)
         interception.places().append((self, name))
