@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.attention import flex_attention
 from torch.utils.checkpoint import checkpoint
 
 from entropy_regularization import EntropyRegularization, record_entropy
@@ -596,6 +597,52 @@ def test_deformable_attention_is_refused_by_name(x: Tensor) -> None:
     message = "1 weighs sampled values by a softmax of its own"
     with pytest.raises(ValueError, match=message), record_entropy(model):
         model(x)
+
+
+class Flex(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = flex_attention.flex_attention(x[:, None], x[:, None], x[:, None])
+        return found
+
+
+class Scripted(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.softmax(x @ x.transpose(-1, -2), -1) @ x
+
+
+@torch.no_grad()
+def test_attention_inside_flex_attention_or_torch_jit_is_refused(x: Tensor) -> None:
+    for part, message in (
+        (Flex(), "1 calls flex_attention"),
+        (torch.jit.script(Scripted()), r"1 attends inside torch\.jit"),
+    ):
+        model = nn.Sequential(Stack(), part)
+        with pytest.raises(ValueError, match=message), record_entropy(model):
+            model(x)
+
+
+def test_a_compiled_function_inside_a_model_is_left_alone(x: Tensor) -> None:
+    class Doubles(Stack):
+        double = staticmethod(torch.compile(lambda x: 2 * x, backend="eager", fullgraph=True))
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = super().forward(x).softmax(-1)
+            return self.double(x)
+
+    torch._dynamo.reset()
+    model = Doubles()
+    with record_entropy(model) as recording:
+        model(x)
+    assert len(recording) == 2
+
+
+def test_on_the_meta_device() -> None:
+    with torch.device("meta"):
+        model, x = Stack(), torch.randn(2, 7, 16)
+    with record_entropy(model) as recording:
+        model(x)
+    assert "blocks.1 (self) (2, 4, 7)" in repr(recording)
+    assert recording[1].entropy.is_meta
 
 
 class Alias(nn.Module):

@@ -204,10 +204,10 @@ def refuse_nested(what: str, *tensors: object) -> None:
 
 def _as_autocast(*tensors: Tensor | None) -> list[Any]:
     """Cast as autocast casts the arguments of scaled_dot_product_attention."""
-    first = next(tensor for tensor in tensors if tensor is not None)
-    if not torch.is_autocast_enabled(first.device.type):
+    device = next(tensor.device.type for tensor in tensors if tensor is not None)
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return list(tensors)
-    dtype, kept = torch.get_autocast_dtype(first.device.type), (None, torch.bool, torch.float64)
+    dtype, kept = torch.get_autocast_dtype(device), (None, torch.bool, torch.float64)
     return [t if getattr(t, "dtype", None) in kept else t.to(dtype) for t in tensors]  # type: ignore[union-attr]
 
 

@@ -106,6 +106,7 @@ class SdpaRecorder:
                 another way, or none of the calls was asked for.
         """
         self._watch.leave(finished=True)
+        recording = self._recording
         self.abort()
         unseen = self._watch.found
         listed = "; ".join(f"{name} {how}" for name, how in sorted(unseen.items())[:8])
@@ -116,16 +117,16 @@ class SdpaRecorder:
                 f"{f' ({listed})' if listed else ''}; call it, or attention_with_entropy, in the "
                 "model's attention."
             )
-        self._recording.missing = sorted(unseen)
+        recording.missing = sorted(unseen)
         if unseen and not self.allow_partial:
             raise ValueError(
                 f"{type(self.model).__name__} attends where it cannot be recorded: {listed}; call "
                 "torch.nn.functional.scaled_dot_product_attention there, or pass "
                 "allow_partial=True to leave it out."
             )
-        if self._calls and not self._recording.layers:
+        if self._calls and not recording.layers:
             self.layers.refuse_nothing(self.model, self._heard)
-        return self._recording
+        return recording
 
     def abort(self) -> None:
         """Stop listening; everything is as it was found.
@@ -133,6 +134,7 @@ class SdpaRecorder:
         If backward computes a part of the pass again, the wrappers stay until the next pass.
         """
         self.listens = False
+        self._recording = EntropyRecording()  # a recorder that is kept must not keep the graph
         while self._hooks and not self._keeps_hooks:  # new ones would be compiled anew
             self._hooks.pop().remove()
         self._watch.leave(finished=False)

@@ -7,6 +7,7 @@ makes it attention; a router's softmax, which is sorted and scattered, is not.
 
 import functools
 import inspect
+import sys
 import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -34,6 +35,7 @@ PRODUCTS = {
     Tensor.baddbmm,
     torch.einsum,
 }
+FLEX = "attention/flex_attention.py"  # of torch; computes everything where no watch sees it
 OWN_SOFTMAX = "computes a softmax of its own"
 CALLS_TORCH = "calls torch's own attention, which cannot be heard in a compiled model"
 
@@ -67,6 +69,8 @@ class UnseenAttention(TorchFunctionMode):
         result = func(*args, **kwargs)
         if torch.compiler.is_compiling():  # a compiled function inside; nothing can be followed
             return result
+        if sys._getframe(1).f_code.co_filename.endswith(FLEX):
+            self._note(calling_module(self._names), "calls flex_attention")
         if func in SOFTMAX:
             name = calling_module(self._names)
             if name is not None:
@@ -149,6 +153,7 @@ class Watch:
         self._kind = _kind_of(names, part, given)
         if self._kind not in _sound.get(self._model, ()):
             self._mode = UnseenAttention(names)
+            self._mode.found.update(_scripted(names))
             self._mode.__enter__()  # type: ignore[no-untyped-call]
 
     def read(self, names: Mapping[nn.Module, str], *, torch_is_heard: bool) -> None:
@@ -198,6 +203,17 @@ def _kind_of(names: Mapping[nn.Module, str], part: nn.Module, given: Mapping[str
         if value is not None
     )
     return hash((names.get(part), arguments, torch.is_grad_enabled(), *switches))
+
+
+def _scripted(names: Mapping[nn.Module, str]) -> dict[str, str]:
+    """Return the modules that attend inside torch.jit, where nothing is heard."""
+    found = {}
+    for part, name in names.items():
+        if isinstance(part, torch.jit.ScriptModule) and hasattr(part, "inlined_graph"):
+            graph = str(part.inlined_graph)
+            if "softmax" in graph or "scaled_dot_product_attention" in graph:
+                found[name] = "attends inside torch.jit"
+    return found
 
 
 @functools.cache

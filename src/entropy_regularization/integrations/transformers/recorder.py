@@ -168,11 +168,12 @@ class TransformersRecorder:
             ValueError: if the model attended where it cannot be heard, or no call was asked for.
         """
         self._watch.leave(finished=True)
+        recording = self._recording
         self.abort()
-        self._refuse_unheard()
-        if self._calls and not self._recording.layers:
+        self._refuse_unheard(recording)
+        if self._calls and not recording.layers:
             self.layers.refuse_nothing(self.model, self._heard)
-        return self._recording
+        return recording
 
     def abort(self) -> None:
         """Leave the model as it was found.
@@ -180,6 +181,7 @@ class TransformersRecorder:
         If backward computes a part of the pass again, the attention stays until the next pass.
         """
         self._watch.leave(finished=False)
+        self._recording = EntropyRecording()  # a recorder that is kept must not keep the graph
         lingers = self._recomputes_in_backward()
         interception.stop_listening(self, lingers=lingers)
         for part in self.model.modules():
@@ -251,10 +253,10 @@ class TransformersRecorder:
             LayerEntropy(name, kind, entropy, found.allowed_keys, rows, n_keys)
         )
 
-    def _refuse_unheard(self) -> None:
+    def _refuse_unheard(self, recording: EntropyRecording) -> None:
         """Raise if some attention was not heard and that was not accepted."""
         unheard = self._watch.found
-        self._recording.missing = sorted(unheard)
+        recording.missing = sorted(unheard)
         if not self._forwards or (self._calls and (self.allow_partial or not unheard)):
             return
         listed = "; ".join(f"{part} {how}" for part, how in sorted(unheard.items())[:8])
