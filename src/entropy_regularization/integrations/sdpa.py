@@ -64,7 +64,8 @@ class SdpaRecorder:
         self._recording = EntropyRecording()
         self._watch = Watch(self.model)
         self.listens = False
-        self._forwards = self._calls = 0
+        # No counts: compiled code would be compiled anew for each.
+        self._ran = self._attended = False
         self._index = 0  # of the next call in its pass
         self._heard: list[str] = []
         self._grad_at_entry = False
@@ -83,7 +84,8 @@ class SdpaRecorder:
             call: the forward pass that is already beginning, see Recorder.
         """
         self._recording = EntropyRecording()
-        self._forwards = self._calls = self._index = 0
+        self._ran = self._attended = False
+        self._index = 0
         self._heard = []
         self._checkpointed = False
         self._next_forward.cancel()
@@ -110,7 +112,7 @@ class SdpaRecorder:
         self.abort()
         unseen = self._watch.found
         listed = "; ".join(f"{name} {how}" for name, how in sorted(unseen.items())[:8])
-        if self._forwards and not self._calls:
+        if self._ran and not self._attended:
             raise ValueError(
                 f"{type(self.model).__name__} ran without calling "
                 "torch.nn.functional.scaled_dot_product_attention"
@@ -124,7 +126,7 @@ class SdpaRecorder:
                 "torch.nn.functional.scaled_dot_product_attention there, or pass "
                 "allow_partial=True to leave it out."
             )
-        if self._calls and not recording.layers:
+        if self._attended and not recording.layers:
             self.layers.refuse_nothing(self.model, self._heard)
         return recording
 
@@ -190,7 +192,7 @@ class SdpaRecorder:
         """The forward pass of the model, or of a part that is called alone, begins."""
         if runs_in_backward():
             return
-        self._forwards += 1
+        self._ran = True
         self._index = 0
         self._grad_at_entry = torch.is_grad_enabled()
         if not torch.compiler.is_compiling():
@@ -206,7 +208,7 @@ class SdpaRecorder:
         if runs_in_backward():
             return
         index, name = self._index, place or type(self.model).__name__
-        self._calls += 1
+        self._attended = True
         self._index += 1
         if not torch.compiler.is_compiling():
             self._heard.append(name)

@@ -92,7 +92,8 @@ class TransformersRecorder:
         self._padding = PaddingTracker()
         self._names: dict[nn.Module, str] = {}
         self._recording = EntropyRecording()
-        self._forwards = self._calls = 0
+        # No counts: compiled code would be compiled anew for each.
+        self._ran = self._attended = False
         self._index = 0  # of the next call in its pass
         self._depth = 0  # of transformers models that run
         self._heard: list[str] = []
@@ -120,7 +121,8 @@ class TransformersRecorder:
             call: the forward pass that is already beginning, see Recorder.
         """
         self._recording = EntropyRecording()
-        self._forwards = self._calls = self._index = self._depth = 0
+        self._ran = self._attended = False
+        self._index = self._depth = 0
         self._heard = []
         self._checkpointed = False
         # now, not when built: a copied or wrapped model has other modules and names
@@ -171,7 +173,7 @@ class TransformersRecorder:
         recording = self._recording
         self.abort()
         self._refuse_unheard(recording)
-        if self._calls and not recording.layers:
+        if self._attended and not recording.layers:
             self.layers.refuse_nothing(self.model, self._heard)
         return recording
 
@@ -238,7 +240,7 @@ class TransformersRecorder:
             return
         index = self._index
         self._index += 1
-        self._calls += 1
+        self._attended = True
         if not torch.compiler.is_compiling():
             self._heard.append(name)
             if self.gradient and self._grad_at_entry:
@@ -257,14 +259,14 @@ class TransformersRecorder:
         """Raise if some attention was not heard and that was not accepted."""
         unheard = self._watch.found
         recording.missing = sorted(unheard)
-        if not self._forwards or (self._calls and (self.allow_partial or not unheard)):
+        if not self._ran or (self._attended and (self.allow_partial or not unheard)):
             return
         listed = "; ".join(f"{part} {how}" for part, how in sorted(unheard.items())[:8])
         if len(unheard) > 8:
             listed += f"; and {len(unheard) - 8} more"
         elsewhere = "load it with attn_implementation='eager' and use compute_loss on "
         elsewhere += "output_attentions=True."
-        if self._calls:
+        if self._attended:
             why = f"a part of its attention cannot be recorded: {listed}; pass allow_partial=True "
             why += f"to leave that part out, or {elsewhere}"
         elif listed:
@@ -282,7 +284,7 @@ class TransformersRecorder:
         self._depth += 1
         if self._depth > 1 or runs_in_backward():
             return
-        self._forwards += 1
+        self._ran = True
         self._index = 0
         self._grad_at_entry = torch.is_grad_enabled()
         if not torch.compiler.is_compiling() and not runs_compiled():
@@ -305,7 +307,7 @@ class TransformersRecorder:
     def _recomputes_in_backward(self) -> bool:
         """Tell whether backward, after the context, will run the attention of this pass again."""
         enabled = any(getattr(part, "gradient_checkpointing", False) for part in self._names)
-        return self._checkpointed or (enabled and self.model.training and self._calls > 0)
+        return self._checkpointed or (enabled and self.model.training and self._attended)
 
 
 def _names_of(model: nn.Module) -> dict[nn.Module, str]:
