@@ -124,6 +124,26 @@ def test_padding_queries_are_no_rows(build: Callable[[], PreTrainedModel], side:
         torch.testing.assert_close(layer.entropy[real], wanted[real], rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["positional", "boolean", "float", "4-D", "4-D, boolean"])
+def test_masks_may_be_given_in_every_form(kind: str) -> None:
+    model, mask = llama(), padding("left")
+    expected = eager_entropies(model, input_ids=tokens(), attention_mask=mask)[1]
+    allowed = mask.bool()[:, None, None] & torch.ones(9, 9, dtype=torch.bool).tril()
+    given = {
+        "positional": mask,
+        "boolean": mask.bool(),
+        "float": mask.float(),
+        "4-D": torch.zeros(allowed.shape).masked_fill(~allowed, torch.finfo(torch.float32).min),
+        "4-D, boolean": allowed,
+    }[kind]
+    with record_entropy(model) as recording:
+        model(tokens(), given) if kind == "positional" else model(tokens(), attention_mask=given)
+    assert torch.equal(recording[1].rows, mask.bool())
+    assert torch.equal(recording[1].allowed_keys, allowed.sum(-1))
+    real = mask.bool()[:, None].expand_as(expected)
+    torch.testing.assert_close(recording[1].entropy[real], expected[real], rtol=0, atol=1e-5)
+
+
 def test_encoder_and_decoder_have_masks_of_their_own() -> None:
     model, encoder, decoder = bart(), padding("left"), padding("right", n=7, count=2)
     with record_entropy(model) as recording:
@@ -514,8 +534,10 @@ def test_checkpointing_is_exact_or_refused(reentrant: bool) -> None:
     model.gradient_checkpointing_enable({"use_reentrant": reentrant})
     if reentrant:
         model.enable_input_require_grads()
-        with pytest.raises(RuntimeError, match="use_reentrant': False"):
-            penalised(model)
+        for frozen in (False, True):  # what is frozen still hands a gradient on to what is not
+            model.model.layers.requires_grad_(not frozen)
+            with pytest.raises(RuntimeError, match="use_reentrant': False"):
+                penalised(model)
     else:
         for _ in range(2):  # the second pass begins while the attention of the first is still set
             assert_near(penalised(model), expected, 1e-5)
@@ -655,6 +677,31 @@ def test_generation_is_that_of_sdpa_and_gives_one_row_a_step(cache: str) -> None
     seen = [layer.allowed_keys.flatten().tolist() for layer in recording.layers[2::2]]
     assert seen == [[10 + step, 7 + step] for step in range(steps - 1)]
     assert torch.equal(recording[0].rows, mask.bool())
+
+
+@pytest.mark.parametrize("kind", ["beams", "sampling", "assisted", "encoder and decoder"])
+def test_generation_of_other_kinds_is_that_of_sdpa(kind: str) -> None:
+    model = bart() if kind == "encoder and decoder" else llama()
+    options: dict[str, object] = {
+        "beams": {"num_beams": 3},
+        "sampling": {"do_sample": True, "num_return_sequences": 2},
+        "assisted": {"assistant_model": llama(), "do_sample": False},
+        "encoder and decoder": {"num_beams": 2},
+    }[kind]
+    ids = tokens(batch=1) if kind == "assisted" else tokens()
+    mask = padding("left")[: len(ids)]
+    options |= {"attention_mask": mask, "max_new_tokens": 5, "pad_token_id": 0, "eos_token_id": 63}
+    torch.manual_seed(0)
+    expected = model.generate(ids, **options)
+    torch.manual_seed(0)
+    with record_entropy(model, gradient=False) as recording:
+        found = model.generate(ids, **options)
+    assert torch.equal(found, expected)
+    assert recording[0].entropy.shape[-1] == (10 if kind == "assisted" else 9)  # with a candidate
+    assert recording[0].rows[:, :9].sum() % mask.sum() == 0
+    if kind == "encoder and decoder":
+        assert [layer.kind for layer in recording][:6] == ["self", "self", *["self", "cross"] * 2]
+        assert recording[3].keys == 9
 
 
 def test_static_cache_by_hand() -> None:
