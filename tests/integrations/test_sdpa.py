@@ -592,9 +592,33 @@ class DeformableAttention(nn.Module):
         return (x[:, :, None, :].expand(-1, -1, 4, -1) * weights[..., None]).sum(2)
 
 
-def test_deformable_attention_is_refused_by_name(x: Tensor) -> None:
-    model = nn.Sequential(Stack(), DeformableAttention())
-    message = "1 weighs sampled values by a softmax of its own"
+class BroadcastAttn(nn.Module):
+    """Multiplies and sums, where others call a product of matrices."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights = (x @ x.transpose(-1, -2)).softmax(-1)
+        return (weights[..., None] * x[:, None]).sum(2)
+
+
+class LogAttention(nn.Module):
+    """Normalises in the logarithm."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.log_softmax(x @ x.transpose(-1, -2), -1).exp() @ x
+
+
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [
+        (DeformableAttention, "1 weighs sampled values by a softmax of its own"),
+        (BroadcastAttn, "1 weighs sampled values by a softmax of its own"),
+        (LogAttention, "1 computes a softmax of its own"),
+    ],
+)
+def test_attention_in_another_guise_is_refused_by_name(
+    part: type[nn.Module], message: str, x: Tensor
+) -> None:
+    model = nn.Sequential(Stack(), part())
     with pytest.raises(ValueError, match=message), record_entropy(model):
         model(x)
 

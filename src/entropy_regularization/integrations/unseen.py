@@ -23,6 +23,8 @@ from entropy_regularization.integrations.interception import original_attention
 from entropy_regularization.integrations.stack import calling_module, runs_compiled
 
 SOFTMAX = {functional.softmax, torch.softmax, Tensor.softmax, torch.special.softmax}
+LOG_SOFTMAX = {functional.log_softmax, torch.log_softmax, Tensor.log_softmax}
+EXPONENTIALS = {torch.exp, Tensor.exp}
 PRODUCTS = {
     torch.matmul,
     Tensor.matmul,
@@ -59,6 +61,7 @@ class UnseenAttention(TorchFunctionMode):
         self.found: dict[str, str] = {}
         self._names = names
         self._kinds = {name: type(part).__name__.lower() for part, name in names.items()}
+        self._logs = WeakIdKeyDictionary()  # logarithms of a softmax
         self._weights = WeakIdKeyDictionary()  # tensors that came from a softmax -> the module
 
     def __torch_function__(
@@ -71,10 +74,12 @@ class UnseenAttention(TorchFunctionMode):
             return result
         if sys._getframe(1).f_code.co_filename.endswith(FLEX):
             self._note(calling_module(self._names), "calls flex_attention")
-        if func in SOFTMAX:
+        if func in SOFTMAX or (func in EXPONENTIALS and args and args[0] in self._logs):
             name = calling_module(self._names)
             if name is not None:
                 self._weights[result] = name
+        elif func in LOG_SOFTMAX:
+            self._logs[result] = None
         elif func is original_attention:
             how = "calls scaled_dot_product_attention by another name"
             self._note(calling_module(self._names), how)
@@ -94,7 +99,7 @@ class UnseenAttention(TorchFunctionMode):
         elif func in SCALINGS and result.numel() > source.numel():
             # Deformable attention weighs the values that it samples; so does a mixture of experts.
             name = self._weights[source]
-            if "attention" in self._kinds.get(name, ""):
+            if any(word in self._kinds.get(name, "") for word in ("attention", "attn")):
                 self._note(name, "weighs sampled values by a softmax of its own")
         elif func in CUTS or result.numel() == source.numel():
             self._weights[result] = self._weights[source]
