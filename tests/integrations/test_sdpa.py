@@ -91,6 +91,43 @@ def test_direct_calls(causal: bool, x: Tensor) -> None:
     assert is_restored()
 
 
+class Memory(SelfAttention):
+    """As x-transformers writes it: keys of memory before the others, normalised, a learned bias."""
+
+    def __init__(self) -> None:
+        super().__init__(16, 4, causal=False)
+        self.keys, self.bias = (nn.Parameter(torch.randn(1, 4, *size)) for size in ((2, 4), (7, 9)))
+
+    def scores(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = self.split(x)
+        memory = self.keys.expand(2, -1, -1, -1)
+        k, v = torch.cat((memory, k), -2), torch.cat((memory, v), -2)
+        return functional.normalize(q, dim=-1), functional.normalize(k, dim=-1), v
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.scores(x)
+        y = functional.scaled_dot_product_attention(q, k, v, attn_mask=self.bias, scale=8.0)
+        return self.out(y.transpose(1, 2).flatten(2))
+
+
+def test_memory_keys_normalised_keys_and_a_learned_bias(x: Tensor) -> None:
+    torch.manual_seed(0)
+    model = Memory()
+    plain = model(x)
+    with record_entropy(model) as recording:
+        torch.testing.assert_close(model(x), plain)
+    q, k, _ = model.scores(x)
+    weights = torch.softmax(8.0 * q @ k.mT + model.bias, -1)
+    expected = -(weights * weights.log()).sum(-1)
+    torch.testing.assert_close(recording[0].entropy, expected, rtol=0, atol=1e-5)
+    assert recording[0].allowed_keys.unique().tolist() == [recording[0].keys] == [9]
+    parameters = [model.keys, model.bias, model.project.weight]
+    found = torch.autograd.grad(recording[0].entropy.square().sum(), parameters)
+    wanted = torch.autograd.grad(expected.square().sum(), parameters)
+    for one, two in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5)
+
+
 def test_causal_is_aligned_upper_left_as_torch_does(x: Tensor) -> None:
     class Cross(nn.Module):
         def forward(self, q: Tensor, k: Tensor) -> Tensor:
