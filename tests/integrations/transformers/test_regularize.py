@@ -334,6 +334,11 @@ def test_refusals() -> None:
         regularize(model, 0.1)
     with pytest.raises(ValueError, match="thresholds is a tensor that requires a gradient"):
         regularize(model, thresholds=torch.full((4,), 0.5, requires_grad=True))
+    with pytest.raises(
+        ValueError, match=r"layers pattern '\*\.h\.9\.\*' matches no module of GPT2LM"
+    ):
+        regularize(model, layers="*.h.9.*", thresholds=0.5)
+    assert handle_of(model) is None
     regularize(model, thresholds=HeadThresholds(3, 4))
     with pytest.raises(ValueError, match=r"made 2 attention calls .*HeadThresholds\(2, 4\)"):
         model(**batch_of())

@@ -84,6 +84,7 @@ class TransformersRecorder:
             raise ValueError(f"{type(model).__name__} holds no transformers model.")
         self.model = unwrapped(model)
         self.layers = Wanted(layers)
+        self.layers.check(self.model, _names_of(self.model).values())
         self.gradient = gradient
         self.allow_partial = allow_partial
         self._parts = list(outermost(self.model).values())
@@ -127,7 +128,6 @@ class TransformersRecorder:
         self._checkpointed = False
         # now, not when built: a copied or wrapped model has other modules and names
         self._names = _names_of(self.model)
-        self.layers.check(self.model, self._names.values())
         interception.listen(self)
         self._next_forward.cancel()
         self._switches = [AttentionSwitch.on(part, self) for part in self._parts]
