@@ -1,14 +1,21 @@
 """Any PyTorch model that calls scaled_dot_product_attention: entropies, gradients, refusals."""
 
-from collections.abc import Callable
+import contextlib
+import copy
+import gc
+import io
+import itertools
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.attention import flex_attention
 from torch.utils.checkpoint import checkpoint
 
 from entropy_regularization import EntropyRegularization, record_entropy
+from entropy_regularization.recording.recorder import Layers
 
 ORIGINAL = functional.scaled_dot_product_attention
 
@@ -41,6 +48,11 @@ class Stack(nn.Module):
         for block in self.blocks:
             x = x + block(x)
         return x
+
+
+def is_restored() -> bool:
+    gc.collect()  # a dropped model may still wait for its backward
+    return functional.scaled_dot_product_attention is ORIGINAL
 
 
 def by_hand(q: Tensor, k: Tensor, allowed: Tensor | None = None) -> Tensor:
@@ -76,7 +88,44 @@ def test_direct_calls(causal: bool, x: Tensor) -> None:
     (wanted,) = torch.autograd.grad(expected.square().sum(), weight)
     torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
     assert EntropyRegularization.calibrated()(recording, 0.5) > 0
-    assert functional.scaled_dot_product_attention is ORIGINAL
+    assert is_restored()
+
+
+class Memory(SelfAttention):
+    """As x-transformers writes it: keys of memory before the others, normalised, a learned bias."""
+
+    def __init__(self) -> None:
+        super().__init__(16, 4, causal=False)
+        self.keys, self.bias = (nn.Parameter(torch.randn(1, 4, *size)) for size in ((2, 4), (7, 9)))
+
+    def scores(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = self.split(x)
+        memory = self.keys.expand(2, -1, -1, -1)
+        k, v = torch.cat((memory, k), -2), torch.cat((memory, v), -2)
+        return functional.normalize(q, dim=-1), functional.normalize(k, dim=-1), v
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.scores(x)
+        y = functional.scaled_dot_product_attention(q, k, v, attn_mask=self.bias, scale=8.0)
+        return self.out(y.transpose(1, 2).flatten(2))
+
+
+def test_memory_keys_normalised_keys_and_a_learned_bias(x: Tensor) -> None:
+    torch.manual_seed(0)
+    model = Memory()
+    plain = model(x)
+    with record_entropy(model) as recording:
+        torch.testing.assert_close(model(x), plain)
+    q, k, _ = model.scores(x)
+    weights = torch.softmax(8.0 * q @ k.mT + model.bias, -1)
+    expected = -(weights * weights.log()).sum(-1)
+    torch.testing.assert_close(recording[0].entropy, expected, rtol=0, atol=1e-5)
+    assert recording[0].allowed_keys.unique().tolist() == [recording[0].keys] == [9]
+    parameters = [model.keys, model.bias, model.project.weight]
+    found = torch.autograd.grad(recording[0].entropy.square().sum(), parameters)
+    wanted = torch.autograd.grad(expected.square().sum(), parameters)
+    for one, two in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5)
 
 
 def test_causal_is_aligned_upper_left_as_torch_does(x: Tensor) -> None:
@@ -94,34 +143,143 @@ def test_causal_is_aligned_upper_left_as_torch_does(x: Tensor) -> None:
     assert recording[0].allowed_keys.flatten().tolist() == [1, 2, 3, 4]
 
 
-@pytest.mark.parametrize("kind", ["boolean", "additive", "3-D", "grouped", "two dimensions"])
-def test_masks_and_shapes(kind: str, x: Tensor) -> None:
-    q = x.unflatten(-1, (4, 4)).transpose(1, 2)
-    allowed = torch.rand(2, 1, 7, 7, generator=torch.Generator().manual_seed(1)) > 0.4
+def shapes_and_masks() -> dict[str, tuple[Tensor, Tensor, dict[str, Any]]]:
+    """Return query, key (which is the value, too) and options."""
+    draw = torch.Generator().manual_seed(1)
+    q = 2 * torch.randn(2, 4, 7, 4, generator=draw)
+    allowed = torch.rand(2, 1, 7, 7, generator=draw) > 0.4
     allowed |= torch.eye(7, dtype=torch.bool)
-    calls: dict[str, Callable[[], Tensor]] = {
-        "boolean": lambda: functional.scaled_dot_product_attention(q, q, q, attn_mask=allowed),
-        "additive": lambda: functional.scaled_dot_product_attention(
-            q, q, q, attn_mask=torch.zeros(7, 7).masked_fill(~allowed[0, 0], -torch.inf)
-        ),
-        "3-D": lambda: functional.scaled_dot_product_attention(x, x, x, attn_mask=allowed[:, 0]),
-        "grouped": lambda: functional.scaled_dot_product_attention(
-            q, q[:, :2], q[:, :2], enable_gqa=True, scale=0.3
-        ),
-        "two dimensions": lambda: functional.scaled_dot_product_attention(x[0], x[0], x[0]),
+    additive = torch.zeros(7, 7).masked_fill(~allowed[0, 0], -torch.inf)
+    grouped = {"enable_gqa": True, "scale": 0.3}
+    return {
+        "boolean": (q, q, {"attn_mask": allowed}),
+        "additive": (q, q, {"attn_mask": additive}),
+        "of heads": (q, q, {"attn_mask": torch.randn(4, 7, 7, generator=draw)}),
+        "3-D": (q[:, 0], q[:, 0], {"attn_mask": allowed[:, 0]}),
+        "5-D": (torch.stack((q, -q)), torch.stack((q, q)), {"attn_mask": allowed}),
+        "2-D": (q[0, 0], q[0, 0], {}),
+        "grouped": (q, q[:, :2], grouped),
+        "grouped, masked": (q, q[:, :2], {**grouped, "attn_mask": allowed}),
+        "grouped, 3-D": (q[0], q[0, :2], {**grouped, "attn_mask": additive}),
+        "one query for all": (q[:1], q, {"attn_mask": allowed}),
+        "one key for all": (q, q[:1], {}),
+        "one head of keys": (q, q[:, :1], {"is_causal": True}),
     }
 
-    class Caller(nn.Module):
-        def forward(self, _: Tensor) -> Tensor:
-            return calls[kind]()
 
-    plain = calls[kind]()
-    model = Caller()
+@pytest.mark.parametrize("kind", shapes_and_masks())
+def test_masks_and_shapes(kind: str) -> None:
+    q, k, options = shapes_and_masks()[kind]
+
+    class Caller(nn.Module):
+        def forward(self, q: Tensor, k: Tensor) -> Tensor:
+            return functional.scaled_dot_product_attention(q, k, k, **options)
+
+    plain, model = Caller()(q, k), Caller()
     with record_entropy(model) as recording:
-        output = model(x)
+        output = model(q, k)
     torch.testing.assert_close(output, plain)
-    if kind == "boolean":
-        torch.testing.assert_close(recording[0].entropy, by_hand(q, q, allowed), rtol=0, atol=1e-5)
+    heads = k.repeat_interleave(2, -3) if "enable_gqa" in options else k
+    scores = q @ heads.mT * options.get("scale", 0.5)
+    mask = options.get("attn_mask", torch.zeros(7, 7))
+    if options.get("is_causal"):
+        mask = torch.ones(7, 7, dtype=torch.bool).tril()
+    if mask.dtype == torch.bool:
+        mask = torch.zeros(mask.shape).masked_fill(~mask, -torch.inf)
+    weights = torch.softmax(scores + mask, -1)
+    expected = torch.special.entr(weights).sum(-1)
+    found = recording[0].entropy
+    torch.testing.assert_close(found.reshape(expected.shape), expected, rtol=0, atol=1e-5)
+    counts = recording[0].allowed_keys.expand(found.shape).reshape(expected.shape)
+    assert torch.equal(counts, mask.isfinite().sum(-1).expand(expected.shape))
+    assert found.shape[1] == (4 if kind == "grouped, 3-D" or q.dim() > 3 else 1)
+
+
+class Transparent(nn.Module):
+    """Hands its input on to nn.MultiheadAttention with options."""
+
+    def __init__(self, need_weights: bool, call: dict[str, Any], **options: Any) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.attention = nn.MultiheadAttention(16, 4, **options)
+        self.call, self.need_weights = call, need_weights
+
+    def forward(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor | None]:
+        options = {**self.call, "need_weights": self.need_weights}
+        found: tuple[Tensor, Tensor | None] = self.attention(q, k, k, **options)
+        return found
+
+
+FUTURE = torch.ones(7, 7, dtype=torch.bool).triu(1)
+PAD = torch.arange(7) >= torch.tensor([[7], [5]])
+CALLS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "causal": {"attn_mask": FUTURE, "is_causal": True},
+    "padded": {"key_padding_mask": PAD, "attn_mask": FUTURE},
+    "additive": {
+        "key_padding_mask": torch.zeros(2, 7).masked_fill(PAD, -torch.inf),
+        "attn_mask": torch.arange(49.0).view(7, 7) / 20,
+    },
+    "3-D": {"attn_mask": FUTURE | (torch.arange(8)[:, None, None] == torch.arange(7)) & FUTURE.T},
+}
+
+
+@pytest.mark.parametrize(
+    ("call", "need_weights", "extra"),
+    [
+        each
+        for each in itertools.product(CALLS, (False, True), (None, "add_bias_kv", "add_zero_attn"))
+        if each[0] != "causal"
+        or each[1]
+        or each[2] is None  # torch itself then hides what is added
+    ],
+)
+def test_multihead_attention_with_every_option(
+    call: str, need_weights: bool, extra: str | None, x: Tensor
+) -> None:
+    options = {"batch_first": call != "causal", **({extra: True} if extra else {})}
+    model = Transparent(need_weights, CALLS[call], **options).eval()
+    q, k = (x, x) if options["batch_first"] else (x.transpose(0, 1), x.transpose(0, 1))
+    whole = {**CALLS[call], "average_attn_weights": False}
+    weights = model.attention(q, k, k, **whole)[1]
+    plain = model(q, k)
+    for gradient in (True, False):
+        with torch.set_grad_enabled(gradient), record_entropy(model) as recording:
+            output = model(q, k)
+        for one, two in zip(output, plain, strict=True):
+            torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5)
+        expected = torch.special.entr(weights).sum(-1)
+        torch.testing.assert_close(recording[0].entropy, expected, rtol=0, atol=1e-5)
+        counts = recording[0].allowed_keys.expand(expected.shape)
+        assert torch.equal(counts, (weights > 0).sum(-1))
+
+
+@pytest.mark.parametrize("kind", ["attention", "function"])
+def test_nested_tensors_are_refused(kind: str) -> None:
+    parts = [torch.randn(3, 16), torch.randn(5, 16)]
+    nested = torch.nested.nested_tensor(parts, layout=torch.jagged)
+    model = nn.Sequential(nn.TransformerEncoderLayer(16, 4, 16, batch_first=True)).eval()
+    if kind == "function":
+        model = nn.Sequential(SelfAttention(16, 4, False))
+        model[0].split = lambda x: [x.unflatten(-1, [4, 4]).transpose(1, 2)] * 3
+    with torch.no_grad(), pytest.raises(ValueError, match="nested tensor"), record_entropy(model):
+        model(nested)
+
+
+def test_autocast_casts_what_torch_casts(x: Tensor) -> None:
+    class Wide(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            y = x.bfloat16()
+            return functional.scaled_dot_product_attention(x, x, y, attn_mask=x.new_zeros(7, 7))
+
+    model = Wide()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        plain = model(x)
+        with record_entropy(model) as recording:
+            output = model(x)
+    assert output.dtype == plain.dtype == torch.bfloat16
+    torch.testing.assert_close(output, plain)
+    assert recording[0].entropy.dtype == torch.float32
 
 
 def test_multihead_attention(x: Tensor) -> None:
@@ -149,7 +307,7 @@ def test_multihead_attention(x: Tensor) -> None:
         again = model(x, need_weights=True)[1]
     torch.testing.assert_close(again, weights)
     torch.testing.assert_close(recording[0].entropy, expected, rtol=0, atol=1e-5)
-    assert functional.scaled_dot_product_attention is ORIGINAL
+    assert is_restored()
     with (
         pytest.raises(ValueError, match=r"before torch\.compile"),
         record_entropy(torch.compile(model)),
@@ -209,11 +367,127 @@ def test_models_that_cannot_be_seen_are_refused_by_name(x: Tensor) -> None:
     assert len(recording) == 1
 
 
+class Chooses(nn.Module):
+    """Attends by torch's function, and sometimes by a softmax of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fused, self.own = SelfAttention(16, 4, True), OwnSoftmax()
+        self.part, self.fuse = nn.Identity(), True
+
+    def forward(self, x: Tensor, fuse: bool = True, fails: bool = False) -> Tensor:
+        x = self.fused(x)
+        if fails:
+            raise ValueError("before the rest has run")
+        y: Tensor = x if fuse and self.fuse and not self.part.training else self.own(x)
+        return y
+
+
+@pytest.mark.parametrize("change", ["an exception", "a flag", "an argument", "a part's mode"])
+def test_a_pass_of_another_kind_is_watched_again(change: str, x: Tensor) -> None:
+    model, stops = Chooses().eval(), contextlib.nullcontext()
+    if change == "an exception":
+        model.fuse, stops = False, contextlib.suppress(ValueError)
+    with record_entropy(model), stops:
+        model(x, fuse=True, fails=change == "an exception")
+    model.fuse = change not in ("a flag", "an exception")
+    model.part.training = change == "a part's mode"
+    with pytest.raises(ValueError, match="attention computes a softmax"), record_entropy(model):
+        model(x, fuse=change != "an argument", fails=False)
+
+
+class Encoder(nn.Module):
+    """Is run by another method than forward, as modules of Lightning are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stack, self.own = Stack(), OwnSoftmax()
+
+    def encode(self, x: Tensor) -> Tensor:
+        y: Tensor = self.own(self.stack(x))
+        return y
+
+
+def test_parts_that_are_called_alone_are_watched(x: Tensor) -> None:
+    model = Encoder()
+    with pytest.raises(ValueError, match="attention computes"), record_entropy(model):
+        model.encode(x)
+    with record_entropy(model, layers=[1]) as recording:
+        model.stack(x)
+        model.stack(x)
+    assert [layer.name for layer in recording] == ["stack.blocks.1"] * 2
+
+
+@pytest.mark.parametrize(
+    ("layers", "kept", "message"),
+    [
+        ([1], ["blocks.1"], None),
+        ((name for name in ("*.1", "blocks.0")), ["blocks.0", "blocks.1"], None),
+        (1, None, "layers is 1; pass a list of indices"),
+        ([-1], None, r"layers is \[-1\], .* count from the first one"),
+        (["blocks.0", "block.1"], None, "pattern 'block.1' matches no module of Stack"),
+        ([2, 3], None, r"layers=\[2, 3\] keeps none of .* in this order: blocks.0, blocks.1\."),
+        ("*.out", None, r"layers='\*.out' keeps none"),
+    ],
+)
+def test_layers_are_chosen_or_refused(
+    layers: Layers, kept: list[str] | None, message: str | None, x: Tensor
+) -> None:
+    model = nn.parallel.DataParallel(Stack())
+    if kept is None:
+        with (
+            pytest.raises((TypeError, ValueError), match=message),
+            record_entropy(model, layers=layers),
+        ):
+            model(x)
+        assert not model.module._forward_hooks
+    else:
+        with record_entropy(model, layers=layers) as recording:
+            model(x)
+        assert [layer.name for layer in recording] == kept
+
+
+def test_recordings_may_end_in_another_order_than_they_began(x: Tensor) -> None:
+    options = {"d_model": 16, "nhead": 4, "dim_feedforward": 16, "batch_first": True}
+    one, two = (nn.TransformerEncoderLayer(**options).eval() for _ in range(2))
+    first, second = contextlib.ExitStack(), contextlib.ExitStack()
+    with torch.no_grad():
+        first.enter_context(record_entropy(one))
+        recording = second.enter_context(record_entropy(two))
+        first.close()
+        for _ in range(2):  # the second pass is not watched
+            two(x)
+        second.close()
+    assert len(recording) == 2
+    assert torch.backends.mha.get_fastpath_enabled()
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_copies_and_pickles_are_apart(compiled: bool, x: Tensor) -> None:
+    model = Stack()
+    torch._dynamo.reset()
+    forward = torch.compile(model, backend="eager") if compiled else model
+    with record_entropy(forward) as recording:
+        forward(x)
+        twin, file = copy.deepcopy(model), io.BytesIO()
+        torch.save(model, file)
+        file.seek(0)
+        loaded = torch.load(file, weights_only=False)
+        for other in (twin, loaded):
+            other(x)
+    assert len(recording) == 2
+    for other in (twin, loaded):
+        with record_entropy(other) as apart:
+            other(x)
+        torch.testing.assert_close(apart[1].entropy, recording[1].entropy)
+        assert compiled or not other._forward_hooks
+
+
 def test_state_is_restored_after_an_exception_and_two_models_do_not_mix(x: Tensor) -> None:
     one, two = Stack(layers=1), Stack(layers=2)
     with pytest.raises(RuntimeError, match="mine"), record_entropy(one):
         raise RuntimeError("mine")
-    assert functional.scaled_dot_product_attention is ORIGINAL
+    assert is_restored()
     assert not one._forward_hooks
     assert not one.blocks[0]._forward_pre_hooks
     with record_entropy(one) as first, record_entropy(two) as second:
@@ -227,13 +501,15 @@ def test_state_is_restored_after_an_exception_and_two_models_do_not_mix(x: Tenso
     assert not inner[0].entropy.requires_grad
 
 
-def penalised(model: nn.Module, x: Tensor) -> list[Tensor]:
-    """Return gradients of a sum of outputs and entropies, backward inside the context."""
+def penalised(model: nn.Module, x: Tensor, inside: bool = True) -> list[Tensor]:
+    """Return gradients of a sum of outputs and entropies, backward inside the context or after."""
     parameters = list(model.parameters())
     with record_entropy(model) as recording:
         total = model(x).square().mean()
         total = total + sum(layer.entropy.square().sum() for layer in recording)
-        return list(torch.autograd.grad(total, parameters))
+        if inside:
+            return list(torch.autograd.grad(total, parameters))
+    return list(torch.autograd.grad(total, parameters))
 
 
 def test_compiled_direct_calls_break_no_graph_and_are_compiled_once(x: Tensor) -> None:
@@ -256,21 +532,38 @@ def test_compiled_direct_calls_break_no_graph_and_are_compiled_once(x: Tensor) -
 
 
 class Checkpointed(Stack):
+    reentrant = False
+
     def forward(self, x: Tensor) -> Tensor:
         for block in self.blocks:
-            x = x + checkpoint(block, x, use_reentrant=False)
+            x = x + checkpoint(block, x, use_reentrant=self.reentrant)
         return x
 
 
-def test_checkpointing_with_backward_inside_the_context(x: Tensor) -> None:
+@pytest.mark.parametrize("inside", [True, False])
+def test_checkpointing_is_exact_wherever_backward_runs(inside: bool, x: Tensor) -> None:
     plain, model = Stack(), Checkpointed()
     model.load_state_dict(plain.state_dict())
-    for one, two in zip(penalised(model, x), penalised(plain, x), strict=True):
-        torch.testing.assert_close(one, two)
-    with record_entropy(model) as recording:
+    expected = penalised(plain, x)
+    for _ in range(2):  # the second pass begins while the first one's attention is still there
+        for one, two in zip(penalised(model, x, inside), expected, strict=True):
+            torch.testing.assert_close(one, two)
+    with record_entropy(model, gradient=False):
         output = model(x)
-    with pytest.raises(torch.utils.checkpoint.CheckpointError):  # never a wrong gradient
-        (output.sum() + recording[0].entropy.sum()).backward()
+    Checkpointed()(x).sum().backward()  # another model computes its own attention again
+    output.sum().backward()
+    model(x)
+    assert is_restored()
+
+
+def test_reentrant_checkpointing_is_refused(x: Tensor) -> None:
+    model = Checkpointed()
+    model.reentrant = True
+    with pytest.raises(RuntimeError, match="use_reentrant=False"), record_entropy(model):
+        model(x.requires_grad_())
+    with record_entropy(model, gradient=False) as recording:
+        model(x).sum().backward()
+    assert len(recording) == 2
 
 
 class Einsum(nn.Module):
@@ -336,11 +629,81 @@ class DeformableAttention(nn.Module):
         return (x[:, :, None, :].expand(-1, -1, 4, -1) * weights[..., None]).sum(2)
 
 
-def test_deformable_attention_is_refused_by_name(x: Tensor) -> None:
-    model = nn.Sequential(Stack(), DeformableAttention())
-    message = "1 weighs sampled values by a softmax of its own"
+class BroadcastAttn(nn.Module):
+    """Multiplies and sums, where others call a product of matrices."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights = (x @ x.transpose(-1, -2)).softmax(-1)
+        return (weights[..., None] * x[:, None]).sum(2)
+
+
+class LogAttention(nn.Module):
+    """Normalises in the logarithm."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.log_softmax(x @ x.transpose(-1, -2), -1).exp() @ x
+
+
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [
+        (DeformableAttention, "1 weighs sampled values by a softmax of its own"),
+        (BroadcastAttn, "1 weighs sampled values by a softmax of its own"),
+        (LogAttention, "1 computes a softmax of its own"),
+    ],
+)
+def test_attention_in_another_guise_is_refused_by_name(
+    part: type[nn.Module], message: str, x: Tensor
+) -> None:
+    model = nn.Sequential(Stack(), part())
     with pytest.raises(ValueError, match=message), record_entropy(model):
         model(x)
+
+
+class Flex(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = flex_attention.flex_attention(x[:, None], x[:, None], x[:, None])
+        return found
+
+
+class Scripted(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.softmax(x @ x.transpose(-1, -2), -1) @ x
+
+
+@torch.no_grad()
+def test_attention_inside_flex_attention_or_torch_jit_is_refused(x: Tensor) -> None:
+    for part, message in (
+        (Flex(), "1 calls flex_attention"),
+        (torch.jit.script(Scripted()), r"1 attends inside torch\.jit"),
+    ):
+        model = nn.Sequential(Stack(), part)
+        with pytest.raises(ValueError, match=message), record_entropy(model):
+            model(x)
+
+
+def test_a_compiled_function_inside_a_model_is_left_alone(x: Tensor) -> None:
+    class Doubles(Stack):
+        double = staticmethod(torch.compile(lambda x: 2 * x, backend="eager", fullgraph=True))
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = super().forward(x).softmax(-1)
+            return self.double(x)
+
+    torch._dynamo.reset()
+    model = Doubles()
+    with record_entropy(model) as recording:
+        model(x)
+    assert len(recording) == 2
+
+
+def test_on_the_meta_device() -> None:
+    with torch.device("meta"):
+        model, x = Stack(), torch.randn(2, 7, 16)
+    with record_entropy(model) as recording:
+        model(x)
+    assert "blocks.1 (self) (2, 4, 7)" in repr(recording)
+    assert recording[1].entropy.is_meta
 
 
 class Alias(nn.Module):

@@ -182,6 +182,11 @@ def count_allowed_keys(
     """
     if structure.allowed is None and structure.document is None:
         return _count_in_band(structure, n_queries, n_keys, device)
+    if torch.compiler.is_compiling() and structure.document is None:
+        # at once: steps would fix the length in a graph, and what is dense is there already
+        whole = tile_allowed(structure, Tile(0, n_queries, 0, n_keys), n_queries, n_keys, device)
+        assert whole is not None
+        return whole.expand(*whole.shape[:2], n_queries, n_keys).sum(-1)
     # Only the keys that a block may see; to find them reads values, which a graph cannot, and
     # which would wait for a GPU.
     cut = device.type == "cpu" and not torch.compiler.is_compiling()

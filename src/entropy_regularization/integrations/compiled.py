@@ -36,6 +36,22 @@ def kept_or_new(make: Callable[..., R], model: nn.Module, **options: Any) -> R:
     return kept[wanted]
 
 
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Return the model inside the wrappers of torch.compile and of torch's data parallelism."""
+    while True:
+        if hasattr(model, "_orig_mod"):
+            model = model._orig_mod  # type: ignore[assignment]
+        elif isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            model = model.module
+        else:
+            return model
+
+
+def name_of(qualified: str) -> str:
+    """Return a module's name without what torch.compile put into it."""
+    return ".".join(part for part in qualified.split(".") if part != "_orig_mod")
+
+
 def is_compiled(module: nn.Module) -> bool:
     """Tell whether torch.compile was applied to a module, or to its forward."""
     return (

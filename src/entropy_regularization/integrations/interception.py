@@ -7,48 +7,99 @@ modules, and from other threads, go straight to the originals.
 """
 
 import threading
+import weakref
 from typing import Any, Protocol
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 from torch.nn import functional
 
 from entropy_regularization.attention.api import AttentionOutput, attend
 from entropy_regularization.attention.masking import Structure, split_mask
+from entropy_regularization.integrations.stack import runs_in_backward
 
 original_attention = functional.scaled_dot_product_attention
 original_multi_head = functional.multi_head_attention_forward
 
 # Positions of arguments of multi_head_attention_forward.
-DROPOUT, NEED_WEIGHTS = 10, 15
+DROPOUT, NEED_WEIGHTS, IS_CAUSAL = 10, 15, 24
 
 
 class Listener(Protocol):
     """A recorder that wants to hear torch's attention functions."""
 
+    model: nn.Module
+
+    def is_running(self) -> bool:
+        """Tell whether a module of the model is running in this thread."""
+
     def deposit_call(self, place: str | None, found: AttentionOutput, n_keys: int) -> None:
         """Take the rows of one call; ``place`` is the module's name if the listener gave one."""
 
 
-_listeners: list[Listener] = []
+_listeners: list[tuple[Listener, int]] = []  # each with the thread that it was started in
+# Stopped; backward, after the context, computes their checkpointed calls again.
+_lingering: "weakref.WeakSet[Listener]" = weakref.WeakSet()
+_lock = threading.RLock()  # the functions and the fast path are those of all threads
+_fast_path: list[bool] = []  # as it was found, while anyone listens
 _thread = threading.local()  # places: (listener, module name or None), the innermost last
 
 
 def listen(listener: Listener) -> None:
-    """Put the wrappers in place for one more listener."""
-    if not _listeners:
-        functional.scaled_dot_product_attention = _attention
-        functional.multi_head_attention_forward = _multi_head
-    _listeners.append(listener)
+    """Put the wrappers in place for one more listener.
+
+    Raises:
+        RuntimeError: if another thread listens to the same model, whose calls would mix.
+    """
+    thread = threading.get_ident()
+    with _lock:
+        if any(each.model is listener.model and at != thread for each, at in _listeners):
+            raise RuntimeError(
+                f"another thread records the same {type(listener.model).__name__}; let one thread "
+                "record it at a time, or give each thread a copy of the model."
+            )
+        if not _listeners:
+            _fast_path.append(torch.backends.mha.get_fastpath_enabled())
+            torch.backends.mha.set_fastpath_enabled(False)  # it calls no attention function
+            functional.scaled_dot_product_attention = _attention
+            functional.multi_head_attention_forward = _multi_head
+        _listeners.append((listener, thread))
+        _lingering.discard(listener)
 
 
-def stop_listening(listener: Listener) -> None:
-    """Take one listener away, and the wrappers with the last one."""
-    if listener in _listeners:
-        _listeners.remove(listener)
-    if not _listeners:
-        functional.scaled_dot_product_attention = original_attention
-        functional.multi_head_attention_forward = original_multi_head
+def stop_listening(listener: Listener, *, lingers: bool = False) -> None:
+    """Take one listener away, and the wrappers with the last one.
+
+    Args:
+        listener: who stops.
+        lingers: keep the wrappers for what backward computes again; a later call ends that.
+    """
+    with _lock:
+        remaining = [each for each in _listeners if each[0] is not listener]
+        if _listeners and not remaining:
+            torch.backends.mha.set_fastpath_enabled(_fast_path.pop())
+        _listeners[:] = remaining
+        _lingering.discard(listener)
+        if lingers:
+            _lingering.add(listener)
+            weakref.finalize(listener, _restore).atexit = False  # or its model is dropped
+        _restore()
     places()[:] = [place for place in places() if place[0] is not listener]
+
+
+def _restore() -> None:
+    """Take the wrappers away, if nobody needs them."""
+    with _lock:
+        if not _listeners and not list(_lingering):
+            functional.scaled_dot_product_attention = original_attention
+            functional.multi_head_attention_forward = original_multi_head
+
+
+def _is_computed_again() -> bool:
+    """Tell whether backward computes a checkpointed call of a listener that has stopped."""
+    if torch.compiler.is_compiling() or not _lingering:
+        return False
+    return runs_in_backward() and any(each.is_running() for each in list(_lingering))
 
 
 def places() -> list[tuple[Listener, str | None]]:
@@ -79,16 +130,19 @@ def _attention(
 ) -> Tensor:
     """Attend as scaled_dot_product_attention does, and deposit the entropies."""
     where = dict(places())
-    if not where:
+    if not where and not _is_computed_again():
         return original_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
-    q, k, v = (_four(tensor) for tensor in (query, key, value))
+    refuse_nested("query, key or value", query, key, value)
+    query, key, value, attn_mask = _as_autocast(query, key, value, attn_mask)
+    query, key, value = _broadcast(query, key, value, enable_gqa)
+    q, k, v = (_four(tensor, enable_gqa) for tensor in (query, key, value))
     shift = q.shape[2] - k.shape[2]
     structure = Structure(right=shift) if is_causal else Structure()  # aligned upper left
     bias = None
     if attn_mask is not None:
-        allowed, bias = split_mask(_mask_of_four(attn_mask, query, key))
+        allowed, bias = split_mask(_mask_of_four(attn_mask, query, key, enable_gqa))
         structure = structure._replace(allowed=allowed)
     found = attend(
         q,
@@ -112,12 +166,15 @@ def _multi_head(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
     """
     weights = args[NEED_WEIGHTS] if len(args) > NEED_WEIGHTS else kwargs.get("need_weights", True)
     # A mode that watches torch's functions calls this once more from inside the original.
-    if weights and places() and not getattr(_thread, "in_multi_head", False):
+    inside = getattr(_thread, "in_multi_head", False)
+    if weights and not inside and (places() or _is_computed_again()):
         given = list(args)
         again = {**kwargs}
         for position, name, value in (
             (DROPOUT, "dropout_p", 0.0),
             (NEED_WEIGHTS, "need_weights", False),
+            # With weights the mask decides; without them this would replace it, unlike with a bias.
+            (IS_CAUSAL, "is_causal", False),
         ):
             if len(given) > position:
                 given[position] = value
@@ -132,16 +189,48 @@ def _multi_head(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
     return result
 
 
-def _mask_of_four(mask: Tensor, query: Tensor, key: Tensor) -> Tensor:
+def refuse_nested(what: str, *tensors: object) -> None:
+    """Refuse tensors of different lengths, which are not computed here.
+
+    Raises:
+        ValueError: if one is nested.
+    """
+    if any(isinstance(tensor, Tensor) and tensor.is_nested for tensor in tensors):
+        raise ValueError(
+            f"{what} came as a nested tensor, whose entropies cannot be recorded; pad it "
+            "(torch.nested.to_padded_tensor) and pass a mask."
+        )
+
+
+def _as_autocast(*tensors: Tensor | None) -> list[Any]:
+    """Cast as autocast casts the arguments of scaled_dot_product_attention."""
+    device = next(tensor.device.type for tensor in tensors if tensor is not None)
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return list(tensors)
+    dtype, kept = torch.get_autocast_dtype(device), (None, torch.bool, torch.float64)
+    return [t if getattr(t, "dtype", None) in kept else t.to(dtype) for t in tensors]  # type: ignore[union-attr]
+
+
+def _broadcast(query: Tensor, key: Tensor, value: Tensor, grouped: bool) -> list[Tensor]:
+    """Give all the same dimensions before the last two; but grouped keys keep their heads."""
+    given, own = (query, key, value), 3 if grouped else 2
+    shape = torch.broadcast_shapes(*(tensor.shape[:-own] for tensor in given))
+    return [tensor.expand(*shape, *tensor.shape[-own:]) for tensor in given]
+
+
+def _mask_of_four(mask: Tensor, query: Tensor, key: Tensor, grouped: bool) -> Tensor:
     if mask.dim() == 2 and query.dim() == 4:
         return mask[None, None]
-    return _four(mask.expand(*query.shape[:-1], key.shape[-2]))
+    return _four(mask.expand(*query.shape[:-1], key.shape[-2]), grouped)
 
 
-def _four(tensor: Tensor) -> Tensor:
-    """Bring ``[..., heads, length, dim]`` or ``[batch, length, dim]`` to four dimensions."""
+def _four(tensor: Tensor, grouped: bool) -> Tensor:
+    """Bring ``[..., heads, length, dim]``, or without heads ``[batch, length, dim]``, to four.
+
+    Only grouped keys tell that the first of three dimensions is that of heads.
+    """
     if tensor.dim() == 3:
-        return tensor[:, None]
+        return tensor[None] if grouped else tensor[:, None]
     if tensor.dim() < 3:
         return tensor[None, None]
     return tensor.reshape(-1, *tensor.shape[-3:])

@@ -1,7 +1,9 @@
 """What a layer is called, which kind it is, and whether it was asked for."""
 
 import fnmatch
-from typing import Literal
+from collections.abc import Collection, Iterable, Iterator
+from numbers import Integral
+from typing import Any, Literal
 
 from torch import nn
 
@@ -10,15 +12,72 @@ from entropy_regularization.recording.recorder import Layers
 CROSS_NAMES = ("cross", "encoder_attn", "encdecattention", "encoder_attention", "multihead_attn")
 
 
-def is_wanted(layers: Layers, index: int, name: str) -> bool:
-    """Tell whether a call is among the layers asked for, see record_entropy."""
-    if layers is None:
-        return True
-    wanted = [layers] if isinstance(layers, str) else list(layers)
-    return any(
-        fnmatch.fnmatchcase(name, want) if isinstance(want, str) else want == index
-        for want in wanted
-    )
+class Wanted:
+    """Which layers were asked for, see record_entropy.
+
+    Raises:
+        TypeError: if they are neither indices nor patterns.
+        ValueError: if an index is negative.
+    """
+
+    def __init__(self, layers: Layers) -> None:
+        self.given = layers
+        self._wanted: tuple[Any, ...] | None = None
+        if layers is None:
+            return
+        self._wanted = (layers,) if isinstance(layers, str) else _as_tuple(layers)
+        if any(isinstance(want, bool) or not isinstance(want, Integral | str) for want in self):
+            raise TypeError(
+                f"layers is {layers!r}; pass a list of indices, or of patterns of module names."
+            )
+        if any(not isinstance(want, str) and want < 0 for want in self):
+            raise ValueError(
+                f"layers is {layers!r}, but how many calls there will be is not known before; "
+                "count from the first one, 0, or pass patterns of module names."
+            )
+
+    def __iter__(self) -> Iterator[Any]:
+        """Walk over the indices and patterns."""
+        return iter(self._wanted or ())
+
+    def takes(self, index: int, name: str) -> bool:
+        """Tell whether a call is among them; the index is that in its forward pass."""
+        if self._wanted is None:
+            return True
+        return any(
+            fnmatch.fnmatchcase(name, want) if isinstance(want, str) else want == index
+            for want in self._wanted
+        )
+
+    def check(self, model: nn.Module, names: Collection[str]) -> None:
+        """Refuse a pattern that no module has.
+
+        Raises:
+            ValueError: naming the pattern.
+        """
+        for want in self:
+            if isinstance(want, str) and not any(fnmatch.fnmatchcase(name, want) for name in names):
+                raise ValueError(
+                    f"layers pattern {want!r} matches no module of {type(model).__name__}; "
+                    "named_modules() has the names."
+                )
+
+    def refuse_nothing(self, model: nn.Module, heard: Iterable[str]) -> None:
+        """Refuse to return no layer of a model that attended.
+
+        Raises:
+            ValueError: naming what attended.
+        """
+        names = list(dict.fromkeys(heard))
+        listed = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
+        raise ValueError(
+            f"layers={self.given!r} keeps none of the attention calls of {type(model).__name__}; "
+            f"choose among those of one pass, in this order: {listed}."
+        )
+
+
+def _as_tuple(layers: Any) -> tuple[Any, ...]:
+    return tuple(layers) if isinstance(layers, Iterable) else (None,)
 
 
 def kind_of(name: str, module: nn.Module | None = None) -> Literal["self", "cross"]:

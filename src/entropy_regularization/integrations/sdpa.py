@@ -1,5 +1,6 @@
 """SdpaRecorder: listens to any PyTorch model that calls scaled_dot_product_attention."""
 
+import functools
 from typing import Any
 
 import torch
@@ -8,9 +9,15 @@ from torch.utils.hooks import RemovableHandle
 
 from entropy_regularization.attention.api import AttentionOutput
 from entropy_regularization.integrations import interception
-from entropy_regularization.integrations.compiled import is_compiled
-from entropy_regularization.integrations.layers import is_wanted, kind_of
-from entropy_regularization.integrations.stack import runs_compiled, runs_in_backward
+from entropy_regularization.integrations.checkpointing import AtNextForward, refuse_lost_gradient
+from entropy_regularization.integrations.compiled import is_compiled, name_of, unwrapped
+from entropy_regularization.integrations.layers import Wanted, kind_of
+from entropy_regularization.integrations.stack import (
+    calling_module,
+    in_checkpoint,
+    runs_compiled,
+    runs_in_backward,
+)
 from entropy_regularization.integrations.unseen import Watch
 from entropy_regularization.recording.recorder import ForwardCall, Layers
 from entropy_regularization.recording.recording import EntropyRecording, LayerEntropy
@@ -22,8 +29,7 @@ class SdpaRecorder:
     Args:
         model: any module.
         layers: which layers to keep, see record_entropy.
-        gradient: False detaches what is recorded. Otherwise call backward inside the context if the
-            model uses checkpointing.
+        gradient: False detaches what is recorded.
         allow_partial: accept modules that compute a softmax of their own; they are in ``missing``.
 
     Raises:
@@ -39,14 +45,14 @@ class SdpaRecorder:
         gradient: bool = True,
         allow_partial: bool = False,
     ) -> None:
-        self.model: nn.Module = getattr(model, "_orig_mod", model)  # not torch.compile's wrapper
-        self.layers = layers
+        self.model = unwrapped(model)
+        self.layers = Wanted(layers)
         self.gradient = gradient
         self.allow_partial = allow_partial
         self._names = {
-            part: name.replace("_orig_mod.", "") or type(part).__name__
-            for name, part in self.model.named_modules()
+            part: name_of(name) or type(part).__name__ for name, part in self.model.named_modules()
         }
+        self.layers.check(self.model, self._names.values())
         self._keeps_hooks = any(map(is_compiled, model.modules()))
         attentions = [n for p, n in self._names.items() if isinstance(p, nn.MultiheadAttention)]
         if attentions and self._keeps_hooks:
@@ -57,9 +63,14 @@ class SdpaRecorder:
         self._recording = EntropyRecording()
         self._watch = Watch(self.model)
         self.listens = False
-        self._forwards = self._calls = 0
+        # No counts: compiled code would be compiled anew for each.
+        self._ran = self._attended = False
+        self._index = 0  # of the next call in its pass
+        self._heard: list[str] = []
+        self._grad_at_entry = False
         self._hooks: list[RemovableHandle] = []
-        self._fast_path: bool | None = None
+        self._checkpointed = False
+        self._next_forward = AtNextForward(self._stop_lingering)
 
     def __getstate__(self) -> dict[str, Any]:
         """A copied model takes a recorder along that is not listening; entropies stay here."""
@@ -72,19 +83,20 @@ class SdpaRecorder:
             call: the forward pass that is already beginning, see Recorder.
         """
         self._recording = EntropyRecording()
-        self._forwards = self._calls = 0
+        self._ran = self._attended = False
+        self._index = 0
+        self._heard = []
+        self._checkpointed = False
+        self._next_forward.cancel()
+        interception.listen(self)
         self.listens = True
         if not self._hooks:
             for part, name in self._names.items():
                 self._hooks += self._follow(part, name)
-        self._fast_path = torch.backends.mha.get_fastpath_enabled()
-        torch.backends.mha.set_fastpath_enabled(False)  # it calls no attention function
-        interception.listen(self)
         if self._keeps_hooks or runs_compiled():
             self._watch.read(self._names, torch_is_heard=True)
         if call is not None:
-            self._begin(*call)
-            interception.places().append((self, self._names[self.model]))
+            self._enter(self._names[self.model], *call)
         return self._recording
 
     def stop(self) -> EntropyRecording:
@@ -92,84 +104,119 @@ class SdpaRecorder:
 
         Raises:
             ValueError: if the model ran and no attention call came, or some attention was computed
-                another way.
+                another way, or none of the calls was asked for.
         """
+        self._watch.leave(finished=True)
+        recording = self._recording
         self.abort()
         unseen = self._watch.found
         listed = "; ".join(f"{name} {how}" for name, how in sorted(unseen.items())[:8])
-        if self._forwards and not self._calls:
+        if self._ran and not self._attended:
             raise ValueError(
                 f"{type(self.model).__name__} ran without calling "
                 "torch.nn.functional.scaled_dot_product_attention"
                 f"{f' ({listed})' if listed else ''}; call it, or attention_with_entropy, in the "
                 "model's attention."
             )
-        self._recording.missing = sorted(unseen)
+        recording.missing = sorted(unseen)
         if unseen and not self.allow_partial:
             raise ValueError(
                 f"{type(self.model).__name__} attends where it cannot be recorded: {listed}; call "
                 "torch.nn.functional.scaled_dot_product_attention there, or pass "
                 "allow_partial=True to leave it out."
             )
-        return self._recording
+        if self._attended and not recording.layers:
+            self.layers.refuse_nothing(self.model, self._heard)
+        return recording
 
     def abort(self) -> None:
-        """Stop listening; everything is as it was found."""
+        """Stop listening; everything is as it was found.
+
+        If backward computes a part of the pass again, the wrappers stay until the next pass.
+        """
         self.listens = False
+        self._recording = EntropyRecording()  # a recorder that is kept must not keep the graph
         while self._hooks and not self._keeps_hooks:  # new ones would be compiled anew
             self._hooks.pop().remove()
-        self._watch.leave()
+        self._watch.leave(finished=False)
+        interception.stop_listening(self, lingers=self._checkpointed)
+        if self._checkpointed:
+            self._next_forward.wait([self.model])
+
+    def _stop_lingering(self) -> None:
         interception.stop_listening(self)
-        if self._fast_path is not None:
-            torch.backends.mha.set_fastpath_enabled(self._fast_path)
-            self._fast_path = None
+
+    def is_running(self) -> bool:
+        """Tell whether a module of the model is running in this thread."""
+        return calling_module(self._names) is not None
 
     def _follow(self, part: nn.Module, name: str) -> list[RemovableHandle]:
         """Hook one module: while it runs, calls of attention are its calls."""
-
-        def enter(part: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if self.listens:
-                interception.places().append((self, name))
-
-        def leave(part: nn.Module, args: Any, output: Any) -> None:
-            if self.listens:
-                interception.leave_place(self, name)
-
-        hooks = [
+        if isinstance(part, torch.jit.ScriptModule):  # takes no hooks; the watch reads it
+            return []
+        enter, leave = functools.partial(self._enter, name), functools.partial(self._leave, name)
+        return [
             part.register_forward_pre_hook(enter, with_kwargs=True),
             part.register_forward_hook(leave, always_call=True),
         ]
-        if part is self.model:
-            hooks.append(part.register_forward_pre_hook(self._begin, with_kwargs=True))
-            hooks.append(part.register_forward_hook(self._end, always_call=True))
-        return hooks
 
-    def _begin(self, part: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """The forward pass of the whole model begins."""
+    def _enter(
+        self, name: str, part: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        """A module begins to run."""
         if not self.listens:
             return
-        self._forwards += 1
-        if not torch.compiler.is_compiling():
-            given = {**{str(number): value for number, value in enumerate(args)}, **kwargs}
-            self._watch.enter(self._names, given)
+        if isinstance(part, nn.MultiheadAttention):
+            interception.refuse_nested(f"the input of {name}", *args, *kwargs.values())
+        if not self._is_inside():
+            self._begin(part, args, kwargs)
+        interception.places().append((self, name))
 
-    def _end(self, part: nn.Module, args: Any, output: Any) -> None:
-        """The forward pass of the whole model has ended."""
-        if self.listens and not torch.compiler.is_compiling():
-            self._watch.leave()
+    def _leave(self, name: str, part: nn.Module, args: Any, output: Any) -> None:
+        """A module has run, or raised: its output is None then."""
+        if not self.listens:
+            # a copy that was made while its original listened
+            if part is self.model and not self._keeps_hooks:
+                self.abort()
+            return
+        interception.leave_place(self, name)
+        if not torch.compiler.is_compiling() and not self._is_inside():
+            self._watch.leave(finished=output is not None)
 
-    def deposit_call(self, place: str | None, found: AttentionOutput, n_keys: int) -> None:
-        """Take the rows of one attention call."""
+    def _is_inside(self) -> bool:
+        return any(listener is self for listener, _ in interception.places())
+
+    def _begin(self, part: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """The forward pass of the model, or of a part that is called alone, begins."""
         if runs_in_backward():
             return
-        index, name = self._calls, place or type(self.model).__name__
-        self._calls += 1
-        if not is_wanted(self.layers, index, name):
+        self._ran = True
+        self._index = 0
+        self._grad_at_entry = torch.is_grad_enabled()
+        if not torch.compiler.is_compiling():
+            given = {**{str(number): value for number, value in enumerate(args)}, **kwargs}
+            self._watch.enter(self._names, part, given)
+
+    def deposit_call(self, place: str | None, found: AttentionOutput, n_keys: int) -> None:
+        """Take the rows of one attention call.
+
+        Raises:
+            RuntimeError: if reentrant checkpointing has cut the gradient of the entropy.
+        """
+        if runs_in_backward():
+            return
+        index, name = self._index, place or type(self.model).__name__
+        self._attended = True
+        self._index += 1
+        if not torch.compiler.is_compiling():
+            self._heard.append(name)
+            if self.gradient and self._grad_at_entry:
+                refuse_lost_gradient(self.model, name)
+            self._checkpointed |= torch.is_grad_enabled() and in_checkpoint()
+        if not self.layers.takes(index, name):
             return
         entropy = found.entropy if self.gradient else found.entropy.detach()
-        rows = torch.ones(
-            entropy.shape[0], entropy.shape[2], dtype=torch.bool, device=entropy.device
-        )
+        rows = (found.allowed_keys > 0).any(1).expand(entropy.shape[0], entropy.shape[2])
         self._recording.layers.append(
             LayerEntropy(name, kind_of(name), entropy, found.allowed_keys, rows, n_keys)
         )

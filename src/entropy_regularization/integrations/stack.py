@@ -33,6 +33,11 @@ def in_reentrant_checkpoint() -> bool:
     return _runs("forward", "utils/checkpoint.py")
 
 
+def in_checkpoint() -> bool:
+    """Tell whether this runs inside a checkpoint that backward will compute again."""
+    return _runs("checkpoint", "utils/checkpoint.py")
+
+
 def runs_in_backward() -> bool:
     """Tell whether checkpointing computes a layer again: it is recorded already."""
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1

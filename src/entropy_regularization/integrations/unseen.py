@@ -7,6 +7,7 @@ makes it attention; a router's softmax, which is sorted and scattered, is not.
 
 import functools
 import inspect
+import sys
 import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -22,6 +23,8 @@ from entropy_regularization.integrations.interception import original_attention
 from entropy_regularization.integrations.stack import calling_module, runs_compiled
 
 SOFTMAX = {functional.softmax, torch.softmax, Tensor.softmax, torch.special.softmax}
+LOG_SOFTMAX = {functional.log_softmax, torch.log_softmax, Tensor.log_softmax}
+EXPONENTIALS = {torch.exp, Tensor.exp}
 PRODUCTS = {
     torch.matmul,
     Tensor.matmul,
@@ -34,6 +37,7 @@ PRODUCTS = {
     Tensor.baddbmm,
     torch.einsum,
 }
+FLEX = "attention/flex_attention.py"  # of torch; computes everything where no watch sees it
 OWN_SOFTMAX = "computes a softmax of its own"
 CALLS_TORCH = "calls torch's own attention, which cannot be heard in a compiled model"
 
@@ -57,6 +61,7 @@ class UnseenAttention(TorchFunctionMode):
         self.found: dict[str, str] = {}
         self._names = names
         self._kinds = {name: type(part).__name__.lower() for part, name in names.items()}
+        self._logs = WeakIdKeyDictionary()  # logarithms of a softmax
         self._weights = WeakIdKeyDictionary()  # tensors that came from a softmax -> the module
 
     def __torch_function__(
@@ -65,10 +70,16 @@ class UnseenAttention(TorchFunctionMode):
         """Run a function of torch; note where softmaxes come from and go to."""
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        if func in SOFTMAX:
+        if torch.compiler.is_compiling():  # a compiled function inside; nothing can be followed
+            return result
+        if sys._getframe(1).f_code.co_filename.endswith(FLEX):
+            self._note(calling_module(self._names), "calls flex_attention")
+        if func in SOFTMAX or (func in EXPONENTIALS and args and args[0] in self._logs):
             name = calling_module(self._names)
             if name is not None:
                 self._weights[result] = name
+        elif func in LOG_SOFTMAX:
+            self._logs[result] = None
         elif func is original_attention:
             how = "calls scaled_dot_product_attention by another name"
             self._note(calling_module(self._names), how)
@@ -88,7 +99,7 @@ class UnseenAttention(TorchFunctionMode):
         elif func in SCALINGS and result.numel() > source.numel():
             # Deformable attention weighs the values that it samples; so does a mixture of experts.
             name = self._weights[source]
-            if "attention" in self._kinds.get(name, ""):
+            if any(word in self._kinds.get(name, "") for word in ("attention", "attn")):
                 self._note(name, "weighs sampled values by a softmax of its own")
         elif func in CUTS or result.numel() == source.numel():
             self._weights[result] = self._weights[source]
@@ -113,11 +124,10 @@ _sound: "weakref.WeakKeyDictionary[nn.Module, set[object]]" = weakref.WeakKeyDic
 
 
 class Watch:
-    """Watches the first forward pass of each kind that a model makes.
+    """Watches the first forward pass of each kind that a model makes, see _kind_of.
 
-    A pass differs in kind when other arguments are given (an image beside the text), the model was
-    switched between training and evaluation, or modules were added. A compiled model is not
-    watched, because a compiler that meets a watch compiles everything anew; its source is read.
+    A compiled model is not watched, because a compiler that meets a watch compiles everything anew;
+    its source is read.
 
     Attributes:
         found: the modules that attend unheard, each with how.
@@ -133,14 +143,22 @@ class Watch:
         """A copied model is not being watched."""
         return {**self.__dict__, "_mode": None}
 
-    def enter(self, names: Mapping[nn.Module, str], given: Mapping[str, Any]) -> None:
-        """Begin to watch, unless a pass of this kind was found sound before."""
-        arguments = frozenset(name for name, value in given.items() if value is not None)
-        self._kind = (self._model.training, arguments, len(names))
-        if self._mode is not None or self._kind in _sound.get(self._model, ()):
+    def enter(
+        self, names: Mapping[nn.Module, str], part: nn.Module, given: Mapping[str, Any]
+    ) -> None:
+        """Begin to watch, unless a pass of this kind was found sound before.
+
+        Args:
+            names: the modules of the model and their names.
+            part: the module whose pass begins, the model itself or a part that is called alone.
+            given: its arguments, by name.
+        """
+        if self._mode is not None or runs_compiled() or any(map(is_compiled, names)):
             return
-        if not runs_compiled() and not any(map(is_compiled, names)):
+        self._kind = _kind_of(names, part, given)
+        if self._kind not in _sound.get(self._model, ()):
             self._mode = UnseenAttention(names)
+            self._mode.found.update(_scripted(names))
             self._mode.__enter__()  # type: ignore[no-untyped-call]
 
     def read(self, names: Mapping[nn.Module, str], *, torch_is_heard: bool) -> None:
@@ -155,15 +173,52 @@ class Watch:
             if how is not None and not (torch_is_heard and how == CALLS_TORCH):
                 self.found[name] = how
 
-    def leave(self) -> None:
-        """End the watch of this pass."""
+    def leave(self, *, finished: bool) -> None:
+        """End the watch of this pass.
+
+        Args:
+            finished: whether it came to its end; otherwise nothing is known about its rest.
+        """
         if self._mode is None:
             return
         mode, self._mode = self._mode, None
         mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
         self.found.update(mode.found)
-        if not mode.found:
+        if finished and not mode.found:
             _sound.setdefault(self._model, set()).add(self._kind)
+
+
+def _kind_of(names: Mapping[nn.Module, str], part: nn.Module, given: Mapping[str, Any]) -> object:
+    """Return what tells passes apart that may run different code.
+
+    Which arguments are given (an image beside the text), and the switches: those among the
+    arguments, and those of every module (``training``, a flag for a fused function).
+    """
+    switches = [
+        (
+            type(each),
+            *(value for value in vars(each).values() if isinstance(value, bool | str)),
+            getattr(getattr(each, "config", None), "_attn_implementation", None),
+        )
+        for each in names
+    ]
+    arguments = frozenset(
+        (name, value if isinstance(value, bool) else None)
+        for name, value in given.items()
+        if value is not None
+    )
+    return hash((names.get(part), arguments, torch.is_grad_enabled(), *switches))
+
+
+def _scripted(names: Mapping[nn.Module, str]) -> dict[str, str]:
+    """Return the modules that attend inside torch.jit, where nothing is heard."""
+    found = {}
+    for part, name in names.items():
+        if isinstance(part, torch.jit.ScriptModule) and hasattr(part, "inlined_graph"):
+            graph = str(part.inlined_graph)
+            if "softmax" in graph or "scaled_dot_product_attention" in graph:
+                found[name] = "attends inside torch.jit"
+    return found
 
 
 @functools.cache

@@ -73,8 +73,8 @@ def record_entropy(
 
     Args:
         model: the model, wrapped or not (DistributedDataParallel, PEFT, torch.compile).
-        layers: which layers to keep: indices in the order of the calls, shell patterns of module
-            names, or one pattern; None for all.
+        layers: which layers to keep: indices in the order of the calls of each forward pass, shell
+            patterns of module names, or one pattern; None for all.
         gradient: False detaches what is recorded, for monitoring.
         allow_partial: accept that some attention modules cannot be seen; their names are then in
             ``recording.missing``. Otherwise they raise.
@@ -92,9 +92,8 @@ def record_entropy(
         >>> loss = output.loss + regularization(recording)  # doctest: +SKIP
     """
     recorder = make_recorder(model, layers=layers, gradient=gradient, allow_partial=allow_partial)
-    recording = recorder.start()
     try:
-        yield recording
+        yield recorder.start()
     except BaseException:
         recorder.abort()
         raise

@@ -106,8 +106,7 @@ class EntropyRecording:
     def __repr__(self) -> str:
         """Return one line per layer: name, kind, shape and mean entropy."""
         lines = [
-            f"  {layer.name} ({layer.kind}) {tuple(layer.entropy.shape)}"
-            f" mean {layer.mean_per_head().mean().item():.3f} nats"
+            f"  {layer.name} ({layer.kind}) {tuple(layer.entropy.shape)}" + _mean_of(layer)
             for layer in self.layers
         ]
         return "\n".join([f"EntropyRecording of {len(self.layers)} attention calls", *lines])
@@ -195,6 +194,12 @@ class EntropyRecording:
         ]
         missing = sorted({name for recording in recordings for name in recording.missing})
         return EntropyRecording(joined, missing)
+
+
+def _mean_of(layer: LayerEntropy) -> str:
+    if layer.entropy.is_meta:  # no numbers
+        return ""
+    return f" mean {layer.mean_per_head().mean().item():.3f} nats"
 
 
 def _join(calls: Sequence[LayerEntropy]) -> LayerEntropy:

@@ -3,13 +3,13 @@
 import torch
 from torch import Tensor, nn
 
-from entropy_regularization.integrations.transformers.attention import RECORDER, entropy_attention
+from entropy_regularization.integrations.transformers.attention import RECORDERS, entropy_attention
 
 
 class Listener:
     """Keeps what would be recorded."""
 
-    def deposit(self, module: nn.Module, found: object, n_keys: int) -> None:
+    def deposit(self, module: nn.Module, found: object, n_keys: int, padding: object) -> None:
         self.found = found
 
 
@@ -19,7 +19,7 @@ def attend(mask: Tensor | None = None, **options: object) -> tuple[Tensor, objec
         torch.randn(2, 3, 5, 8, generator=generator, dtype=torch.float64) for _ in range(3)
     )
     module, listener = nn.Module(), Listener()
-    module.__dict__[RECORDER] = listener
+    module.__dict__[RECORDERS] = (listener,)
     output, _ = entropy_attention(module, query, key, value, mask, **options)
     return output, listener.found
 

@@ -1,6 +1,8 @@
 """record_entropy on transformers models: whose rows, which layers, and nothing left behind."""
 
+import contextlib
 import copy
+import io
 import math
 import threading
 from collections.abc import Callable
@@ -10,12 +12,15 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import (
     AutoModelForCausalLM,
     BartConfig,
     BartForConditionalGeneration,
     BloomConfig,
     BloomForCausalLM,
+    CLIPConfig,
+    CLIPModel,
     CLIPSegConfig,
     CLIPSegForImageSegmentation,
     FalconConfig,
@@ -32,9 +37,12 @@ from transformers import (
     SiglipVisionConfig,
     SiglipVisionModel,
     StaticCache,
+    Wav2Vec2Config,
+    Wav2Vec2Model,
 )
 
 from entropy_regularization import EntropyRegularization, record_entropy
+from entropy_regularization.integrations.transformers import regularize
 
 TEXT = {
     "vocab_size": 64,
@@ -116,6 +124,26 @@ def test_padding_queries_are_no_rows(build: Callable[[], PreTrainedModel], side:
         torch.testing.assert_close(layer.entropy[real], wanted[real], rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["positional", "boolean", "float", "4-D", "4-D, boolean"])
+def test_masks_may_be_given_in_every_form(kind: str) -> None:
+    model, mask = llama(), padding("left")
+    expected = eager_entropies(model, input_ids=tokens(), attention_mask=mask)[1]
+    allowed = mask.bool()[:, None, None] & torch.ones(9, 9, dtype=torch.bool).tril()
+    given = {
+        "positional": mask,
+        "boolean": mask.bool(),
+        "float": mask.float(),
+        "4-D": torch.zeros(allowed.shape).masked_fill(~allowed, torch.finfo(torch.float32).min),
+        "4-D, boolean": allowed,
+    }[kind]
+    with record_entropy(model) as recording:
+        model(tokens(), given) if kind == "positional" else model(tokens(), attention_mask=given)
+    assert torch.equal(recording[1].rows, mask.bool())
+    assert torch.equal(recording[1].allowed_keys, allowed.sum(-1))
+    real = mask.bool()[:, None].expand_as(expected)
+    torch.testing.assert_close(recording[1].entropy[real], expected[real], rtol=0, atol=1e-5)
+
+
 def test_encoder_and_decoder_have_masks_of_their_own() -> None:
     model, encoder, decoder = bart(), padding("left"), padding("right", n=7, count=2)
     with record_entropy(model) as recording:
@@ -149,7 +177,96 @@ def test_prompt_tuning_lengthens_the_rows() -> None:
         assert layer.entropy.shape == (2, 4, 12)
 
 
+def test_an_image_beside_the_text_has_no_padding_of_the_text() -> None:
+    config = CLIPConfig(text_config=TEXT, vision_config=VISION, projection_dim=16)
+    model, mask = CLIPModel(config).eval(), padding("right", count=6)
+    with record_entropy(model) as recording:
+        model(tokens(), torch.randn(2, 3, 16, 16), attention_mask=mask)
+    for layer in recording:
+        text = "text" in layer.name
+        assert torch.equal(layer.rows, mask.bool() if text else torch.ones(2, 5).bool())
+
+
+def test_frames_of_a_padded_sound_are_no_rows() -> None:
+    front = {"conv_dim": (8, 8), "conv_kernel": (10, 3), "conv_stride": (5, 2)}
+    sizes = {"num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2}
+    model = Wav2Vec2Model(Wav2Vec2Config(**TEXT, **front, **sizes, num_feat_extract_layers=2))
+    mask = torch.ones(2, 200, dtype=torch.int64)
+    mask[1, 100:] = 0  # of samples; 200 are 19 frames, 100 are 9
+    with record_entropy(model.eval()) as recording:
+        model(torch.randn(2, 200), attention_mask=mask)
+    assert torch.equal(recording[0].rows, torch.arange(19) < torch.tensor([[19], [9]]))
+    assert recording[0].allowed_keys[:, 0, 0].tolist() == [19, 9]
+
+
 # Which layers: all, or a refusal that names them
+
+
+class Towers(nn.Module):
+    """Two transformers models and attention of its own, as users put them together."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = llama().model, gpt2().transformer
+        self.attention = nn.MultiheadAttention(16, 4, batch_first=True)
+
+    def forward(self, ids: Tensor, attention_mask: Tensor) -> Tensor:
+        one = self.one(ids, attention_mask=attention_mask).last_hidden_state
+        two = self.two(ids).last_hidden_state
+        found: Tensor = self.attention(one, two, two)[0]
+        return found
+
+
+def test_everything_around_transformers_models_is_heard() -> None:
+    model, mask = Towers().eval(), padding("right")
+    plain = model(tokens(), mask)
+    with record_entropy(model) as recording:
+        torch.testing.assert_close(model(tokens(), mask), plain, rtol=1e-4, atol=1e-5)
+    names = ["one.layers.0.self_attn", "one.layers.1.self_attn"]
+    assert [layer.name for layer in recording] == [
+        *names,
+        "two.h.0.attn",
+        "two.h.1.attn",
+        "attention",
+    ]
+    assert [bool(layer.rows.all()) for layer in recording] == [False, False, True, True, True]
+    assert {part.config._attn_implementation for part in (model.one, model.two)} == {"sdpa"}
+    with pytest.raises(ValueError, match=r"several transformers models \(one, two\)"):
+        regularize(model)
+    wrapped = nn.parallel.DataParallel(nn.Sequential(llama()))
+    with record_entropy(wrapped) as recording:
+        wrapped(tokens())
+    assert recording[0].name == "model.layers.0.self_attn"
+
+
+class Fused(PreTrainedModel):
+    """Holds a layer that torch runs fused in evaluation, calling no attention function."""
+
+    config_class = LlamaConfig
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__(config)
+        self.inner = llama().model
+        self.layer = nn.TransformerEncoderLayer(16, 4, 16, batch_first=True)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        y: Tensor = self.layer(self.inner(ids).last_hidden_state)
+        return y
+
+
+@torch.no_grad()
+def test_layers_that_torch_would_run_fused_are_heard() -> None:
+    model = Fused(LlamaConfig(**TEXT)).eval()
+    for _ in range(2):  # the second pass is not watched
+        with record_entropy(model) as recording:
+            model(tokens())
+        assert recording[-1].name == "layer.self_attn"
+
+
+def test_parts_that_are_called_alone_are_watched() -> None:
+    model, inputs = git()
+    with pytest.raises(ValueError, match="computes a softmax"), record_entropy(model):
+        model.git(**inputs)
 
 
 def git() -> tuple[PreTrainedModel, dict[str, Tensor]]:
@@ -223,14 +340,13 @@ def test_models_without_attention_that_can_be_heard(
 
 
 def test_a_family_outside_the_interface_is_heard_through_torch() -> None:
-    config = FalconConfig(vocab_size=64, hidden_size=16, num_hidden_layers=2, num_attention_heads=4)
-    model, mask = sharpen(FalconForCausalLM(config)), padding("left")
+    model, mask = falcon(), padding("left")
     plain = model(tokens(), attention_mask=mask).logits
     with record_entropy(model) as recording:
         output = model(tokens(), attention_mask=mask).logits
     real = mask.bool()
     torch.testing.assert_close(output[real], plain[real], rtol=1e-4, atol=1e-5)
-    eager = sharpen(FalconForCausalLM._from_config(config, attn_implementation="eager"))
+    eager = sharpen(FalconForCausalLM._from_config(model.config, attn_implementation="eager"))
     weights = eager(tokens(), attention_mask=mask, output_attentions=True).attentions
     for layer, matrix in zip(recording, weights, strict=True):
         expected = torch.special.entr(matrix).sum(-1)
@@ -317,10 +433,17 @@ def test_a_copy_made_inside_a_recording_is_apart() -> None:
     with record_entropy(model) as recording:
         model(tokens())
         twin = copy.deepcopy(model)
-    with record_entropy(twin) as other:
-        twin(tokens())
-    assert len(recording) == len(other) == 2
-    torch.testing.assert_close(other[1].entropy, recording[1].entropy)
+        file = io.BytesIO()
+        torch.save(model, file)
+        file.seek(0)
+        loaded = torch.load(file, weights_only=False)
+    assert len(recording) == 2
+    for other in (twin, loaded):
+        other(tokens())  # the first pass finds that nobody listens
+        assert state_of(other) == state_of(model)
+        with record_entropy(other) as apart:
+            other(tokens())
+        torch.testing.assert_close(apart[1].entropy, recording[1].entropy)
 
 
 def test_recordings_nest_and_do_not_mix() -> None:
@@ -334,6 +457,34 @@ def test_recordings_nest_and_do_not_mix() -> None:
     assert [layer.name for layer in inner] == ["model.layers.1.self_attn"]
     assert not inner[0].entropy.requires_grad
     assert [layer.name for layer in other] == ["transformer.h.0.attn", "transformer.h.1.attn"]
+
+
+def test_recordings_may_end_in_another_order_than_they_began() -> None:
+    model, first, second = llama(), contextlib.ExitStack(), contextlib.ExitStack()
+    before = state_of(model)
+    one = first.enter_context(record_entropy(model))
+    two = second.enter_context(record_entropy(model))
+    model(tokens())
+    first.close()
+    model(tokens())
+    second.close()
+    assert (len(one), len(two)) == (2, 4)
+    assert state_of(model) == before
+
+
+def test_one_model_is_recorded_by_one_thread_at_a_time() -> None:
+    model = llama()
+
+    def record() -> None:
+        with record_entropy(model):
+            model(tokens())
+
+    with record_entropy(model) as recording, ThreadPoolExecutor(1) as pool:
+        model(tokens())
+        with pytest.raises(RuntimeError, match="another thread records the same LlamaForCausalLM"):
+            pool.submit(record).result()
+    assert len(recording) == 2
+    record()
 
 
 def test_threads_record_their_own_models() -> None:
@@ -383,13 +534,44 @@ def test_checkpointing_is_exact_or_refused(reentrant: bool) -> None:
     model.gradient_checkpointing_enable({"use_reentrant": reentrant})
     if reentrant:
         model.enable_input_require_grads()
-        with pytest.raises(RuntimeError, match="use_reentrant': False"):
-            penalised(model)
+        for frozen in (False, True):  # what is frozen still hands a gradient on to what is not
+            model.model.layers.requires_grad_(not frozen)
+            with pytest.raises(RuntimeError, match="use_reentrant': False"):
+                penalised(model)
     else:
-        assert_near(penalised(model), expected, 1e-5)
+        for _ in range(2):  # the second pass begins while the attention of the first is still set
+            assert_near(penalised(model), expected, 1e-5)
     assert model.config._attn_implementation in ("sdpa", "entropy_regularization")
     model(tokens())  # the next pass is the model's own again
     assert model.config._attn_implementation == "sdpa"
+
+
+def falcon() -> PreTrainedModel:
+    config = FalconConfig(vocab_size=64, hidden_size=16, num_hidden_layers=2, num_attention_heads=4)
+    return sharpen(FalconForCausalLM(config))
+
+
+class WholeCheckpointed(nn.Module):
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, *args: Tensor) -> object:
+        return checkpoint(self.model, *args, use_reentrant=False)
+
+
+@pytest.mark.parametrize("kind", ["through torch", "direct"])
+def test_checkpointing_of_other_kinds_is_exact(kind: str) -> None:
+    model = (falcon() if kind == "through torch" else llama()).train()
+    model.config.use_cache = False
+    expected = penalised(model)
+    if kind == "through torch":
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        found = penalised(model)
+    else:
+        found = penalised(WholeCheckpointed(model))
+        found = {name.removeprefix("model."): gradient for name, gradient in found.items()}
+    assert_near(found, expected, 1e-5)
 
 
 @pytest.mark.parametrize("part", ["model", "layers"])
@@ -412,6 +594,12 @@ def test_compiled_models_break_no_graph_and_are_compiled_once(part: str) -> None
     assert_near(again, found, 1e-6)
     assert not torch._dynamo.utils.counters["graph_break"]
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == (1 if part == "model" else 2)
+    if part == "model":  # a second length makes lengths symbols; a third needs nothing
+        penalised(forward, 8)
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            shorter = penalised(forward, 7)
+        strip = {name.removeprefix("_orig_mod."): gradient for name, gradient in shorter.items()}
+        assert_near(strip, penalised(llama(), 7), 1e-5)
 
 
 def penalised_eager(model: PreTrainedModel) -> dict[str, Tensor]:
@@ -489,6 +677,31 @@ def test_generation_is_that_of_sdpa_and_gives_one_row_a_step(cache: str) -> None
     seen = [layer.allowed_keys.flatten().tolist() for layer in recording.layers[2::2]]
     assert seen == [[10 + step, 7 + step] for step in range(steps - 1)]
     assert torch.equal(recording[0].rows, mask.bool())
+
+
+@pytest.mark.parametrize("kind", ["beams", "sampling", "assisted", "encoder and decoder"])
+def test_generation_of_other_kinds_is_that_of_sdpa(kind: str) -> None:
+    model = bart() if kind == "encoder and decoder" else llama()
+    options: dict[str, object] = {
+        "beams": {"num_beams": 3},
+        "sampling": {"do_sample": True, "num_return_sequences": 2},
+        "assisted": {"assistant_model": llama(), "do_sample": False},
+        "encoder and decoder": {"num_beams": 2},
+    }[kind]
+    ids = tokens(batch=1) if kind == "assisted" else tokens()
+    mask = padding("left")[: len(ids)]
+    options |= {"attention_mask": mask, "max_new_tokens": 5, "pad_token_id": 0, "eos_token_id": 63}
+    torch.manual_seed(0)
+    expected = model.generate(ids, **options)
+    torch.manual_seed(0)
+    with record_entropy(model, gradient=False) as recording:
+        found = model.generate(ids, **options)
+    assert torch.equal(found, expected)
+    assert recording[0].entropy.shape[-1] == (10 if kind == "assisted" else 9)  # with a candidate
+    assert recording[0].rows[:, :9].sum() % mask.sum() == 0
+    if kind == "encoder and decoder":
+        assert [layer.kind for layer in recording][:6] == ["self", "self", *["self", "cross"] * 2]
+        assert recording[3].keys == 9
 
 
 def test_static_cache_by_hand() -> None:

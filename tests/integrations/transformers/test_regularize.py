@@ -1,11 +1,14 @@
 """regularize(model): the same numbers as the published module on eager matrices, and no matrix."""
 
 import copy
+import gc
+import inspect
 import logging
 from pathlib import Path
 
 import pytest
 import torch
+from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import (
@@ -176,9 +179,15 @@ def test_tuple_output() -> None:
     batch, model = batch_of(), build("gpt2")
     wanted = model(**batch).loss
     seen = regularize(model, EntropyRegularization.calibrated(thresholds=0.2))
-    loss = model(**batch, return_dict=False)[0]
-    assert seen.penalty > 0
-    torch.testing.assert_close(loss, wanted + seen.penalty)
+    place = list(inspect.signature(model.forward).parameters).index("labels")
+    positional = [batch["input_ids"], *[None] * (place - 1), batch["labels"]]
+    for output in (
+        model(**batch, return_dict=False),
+        model(*positional, return_dict=False),
+        model(*positional),
+    ):
+        assert seen.penalty > 0
+        torch.testing.assert_close(output[0], wanted + seen.penalty)
 
 
 def test_checkpointing_gives_the_same_gradients() -> None:
@@ -249,6 +258,27 @@ def test_an_exception_inside_forward_leaves_the_model_usable() -> None:
     assert seen.penalty is not None
 
 
+def test_an_interrupt_inside_forward_leaves_the_model_usable() -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    model = build("gpt2")
+    seen = regularize(model, EntropyRegularization.calibrated(thresholds=0.2))
+    wanted = model(**batch_of()).loss
+    for after in ("a pass", "remove"):
+        hook = model.transformer.h[1].register_forward_pre_hook(interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            model(**batch_of())
+        hook.remove()
+        if after == "a pass":
+            torch.testing.assert_close(model(**batch_of()).loss, wanted)
+        else:
+            seen.remove()
+        assert model.config._attn_implementation == "sdpa"
+        gc.collect()  # a dropped model may still wait for its backward
+        assert functional.scaled_dot_product_attention is torch._C._nn.scaled_dot_product_attention
+
+
 def test_inside_a_recording() -> None:
     model = build("gpt2")
     seen = regularize(model, EntropyRegularization.calibrated())
@@ -304,6 +334,11 @@ def test_refusals() -> None:
         regularize(model, 0.1)
     with pytest.raises(ValueError, match="thresholds is a tensor that requires a gradient"):
         regularize(model, thresholds=torch.full((4,), 0.5, requires_grad=True))
+    with pytest.raises(
+        ValueError, match=r"layers pattern '\*\.h\.9\.\*' matches no module of GPT2LM"
+    ):
+        regularize(model, layers="*.h.9.*", thresholds=0.5)
+    assert handle_of(model) is None
     regularize(model, thresholds=HeadThresholds(3, 4))
     with pytest.raises(ValueError, match=r"made 2 attention calls .*HeadThresholds\(2, 4\)"):
         model(**batch_of())

@@ -14,7 +14,7 @@ from entropy_regularization.integrations.transformers.masks import (
 )
 
 NAME = "entropy_regularization"
-RECORDER = "_entropy_recorder"  # attribute that a recorder hangs on the modules it listens to
+RECORDERS = "_entropy_listeners"  # attribute of a module: the recorders that listen to it
 
 
 def entropy_attention(
@@ -28,7 +28,7 @@ def entropy_attention(
     is_causal: bool | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """Attend as eager attention does, and hand the entropy of every row to a recorder, if any.
+    """Attend as eager attention does, and hand the entropy of every row to the recorders, if any.
 
     ``attention_mask`` None means that nothing is masked, whatever ``is_causal`` says: the mask
     function of this interface never leaves a mask out.
@@ -79,9 +79,8 @@ def entropy_attention(
     )
     if options.get("sinks") is not None:
         found = _with_row_sinks(found, options["sinks"])
-    recorder = getattr(module, RECORDER, None)
-    if recorder is not None:
-        recorder.deposit(module, found, key.shape[2])
+    for recorder in getattr(module, RECORDERS, ()):
+        recorder.deposit(module, found, key.shape[2], structure.key_padding)
     return found.output.to(value.dtype).transpose(1, 2).contiguous(), None
 
 

@@ -1,24 +1,33 @@
 """Which rows are real: the 2-D attention_mask is an argument of the model, not of its attention."""
 
 import inspect
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
+TOKENS = ("input_ids", "decoder_input_ids")  # of which a cache may hold the first ones
+
+
+class _Given(NamedTuple):
+    """The mask that a model was given, and the name of what it reads."""
+
+    mask: Tensor | None
+    reads: str
+
 
 class PaddingTracker:
     """Follows the transformers models inside a model, and the mask that each is given."""
 
     def __init__(self) -> None:
-        self._masks: list[Tensor | None] = []
+        self._given: list[_Given] = []
         self.active = False
 
     def __getstate__(self) -> dict[str, Any]:
         """A copied model is not listened to."""
-        return {"_masks": [], "active": False}
+        return {"_given": [], "active": False}
 
     def follow(self, *modules: nn.Module) -> list[RemovableHandle]:
         """Hook every transformers model in the modules; return the hooks."""
@@ -32,31 +41,46 @@ class PaddingTracker:
         return handles
 
     def enter(self, part: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Note the mask of a model whose forward begins; a part without one inherits it."""
+        """Note the mask of a model whose forward begins.
+
+        A part without one inherits it, unless it reads something else (an image beside the text).
+        """
         if not self.active:
             return
         given = arguments_of(part, args, kwargs)
+        reads = getattr(part, "main_input_name", "input_ids")
         mask = given.get("attention_mask")
-        if "attention_mask" not in given and self._masks:
-            mask = self._masks[-1]
+        outer = self._given[-1] if self._given else None
+        if "attention_mask" not in given and outer is not None and outer.reads == reads:
+            mask = outer.mask
         usable = isinstance(mask, Tensor) and mask.dim() == 2
-        self._masks.append(mask if usable else None)
+        self._given.append(_Given(mask if usable else None, reads))
 
     def leave(self, part: nn.Module, args: Any, output: Any) -> None:
         """Forget the mask of a model whose forward has ended."""
-        if self.active and self._masks:
-            self._masks.pop()
+        if self.active and self._given:
+            self._given.pop()
 
     def clear(self) -> None:
         """Forget all."""
-        self._masks.clear()
+        self._given.clear()
 
-    def rows(self, entropy: Tensor) -> Tensor:
-        """Return which rows of ``[batch, heads, queries]`` are real, ``[batch, queries]``."""
+    def rows(self, entropy: Tensor, key_padding: Tensor | None) -> Tensor:
+        """Return which rows of ``[batch, heads, queries]`` are real, ``[batch, queries]``.
+
+        Args:
+            entropy: of one call.
+            key_padding: ``[batch, keys]``, which keys of the call are real, if its mask says so.
+                It tells of the rows where the model's own mask is that of something longer (of
+                samples of a sound, of which the rows are frames).
+        """
         batch, _, n_queries = entropy.shape
-        mask = self._masks[-1] if self._masks else None
-        if mask is not None and mask.shape[0] == batch and mask.shape[1] >= n_queries:
-            return mask[:, mask.shape[1] - n_queries :].bool().to(entropy.device)
+        mask, reads = self._given[-1] if self._given else _Given(None, "")
+        if mask is not None and mask.shape[0] == batch:
+            if mask.shape[1] == n_queries or (reads in TOKENS and mask.shape[1] > n_queries):
+                return mask[:, mask.shape[1] - n_queries :].bool().to(entropy.device)
+            if key_padding is not None and key_padding.shape == (batch, n_queries):
+                return key_padding
         return torch.ones(batch, n_queries, dtype=torch.bool, device=entropy.device)
 
 

@@ -3,26 +3,29 @@
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from entropy_regularization.attention.api import AttentionOutput
 from entropy_regularization.integrations import interception
-from entropy_regularization.integrations.compiled import is_compiled
-from entropy_regularization.integrations.layers import is_wanted, kind_of
+from entropy_regularization.integrations.checkpointing import AtNextForward, refuse_lost_gradient
+from entropy_regularization.integrations.compiled import is_compiled, name_of, unwrapped
+from entropy_regularization.integrations.layers import Wanted, kind_of
 from entropy_regularization.integrations.stack import (
     calling_module,
-    in_reentrant_checkpoint,
+    in_checkpoint,
     runs_compiled,
     runs_in_backward,
 )
-from entropy_regularization.integrations.transformers.attention import RECORDER
+from entropy_regularization.integrations.transformers.attention import RECORDERS
 from entropy_regularization.integrations.transformers.padding import PaddingTracker, arguments_of
 from entropy_regularization.integrations.transformers.switching import AttentionSwitch
 from entropy_regularization.integrations.unseen import Watch
 from entropy_regularization.recording.recorder import ForwardCall, Layers
 from entropy_regularization.recording.recording import EntropyRecording, LayerEntropy
+
+WRAPPERS = ("torch", "peft", "accelerate")  # packages whose classes only hand a model on
 
 
 def find_pretrained(model: nn.Module) -> PreTrainedModel | None:
@@ -30,15 +33,37 @@ def find_pretrained(model: nn.Module) -> PreTrainedModel | None:
     return next((part for part in model.modules() if isinstance(part, PreTrainedModel)), None)
 
 
+def outermost(model: nn.Module) -> dict[str, PreTrainedModel]:
+    """Return the transformers models inside a model that are in no other one, by their names."""
+    found: dict[str, PreTrainedModel] = {}
+    for name, part in model.named_modules():
+        inside = any(name.startswith(f"{other}.") or other == "" for other in found)
+        if isinstance(part, PreTrainedModel) and not inside:
+            found[name] = part
+    return found
+
+
+def _handed_on(model: nn.Module) -> str:
+    """Return the name of the one transformers model that wrappers only hand on; else nothing."""
+    names = list(outermost(model))
+    if len(names) != 1:
+        return ""
+    path = names[0].split(".") if names[0] else []
+    around = [model.get_submodule(".".join(path[:count])) for count in range(len(path))]
+    packages = {type(part).__module__.partition(".")[0] for part in around}
+    return names[0] if packages.issubset(WRAPPERS) else ""
+
+
 class TransformersRecorder:
     """Listens to one model; start and stop may be called again and again.
 
     Attention that goes through the attention interface of transformers is computed by
-    entropy_attention while the recorder listens; torch's own functions, which some families call,
-    are heard too. Whatever attends in another way is found by a Watch and refused by name.
+    entropy_attention while the recorder listens; torch's own functions, which some families and
+    models around them call, are heard too. Whatever attends in another way is found by a Watch and
+    refused by name.
 
     Args:
-        model: a transformers model, wrapped or not.
+        model: holds one or several transformers models, and perhaps modules of its own.
         layers: which layers to keep, see record_entropy.
         gradient: False detaches what is recorded.
         allow_partial: accept modules that attend unheard; they are in ``missing``.
@@ -55,27 +80,31 @@ class TransformersRecorder:
         gradient: bool = True,
         allow_partial: bool = False,
     ) -> None:
-        found = find_pretrained(model)
-        if found is None:
+        if find_pretrained(model) is None:
             raise ValueError(f"{type(model).__name__} holds no transformers model.")
-        self.model = found
-        self.layers = layers
+        self.model = unwrapped(model)
+        self.layers = Wanted(layers)
+        self.layers.check(self.model, _names_of(self.model).values())
         self.gradient = gradient
         self.allow_partial = allow_partial
-        self._switch = AttentionSwitch(found)
-        self._watch = Watch(found)
+        self._parts = list(outermost(self.model).values())
+        self._switches: list[AttentionSwitch] = []
+        self._watch = Watch(self.model)
         self._padding = PaddingTracker()
         self._names: dict[nn.Module, str] = {}
         self._recording = EntropyRecording()
-        self._calls = 0
-        self._forwards = 0
+        # No counts: compiled code would be compiled anew for each.
+        self._ran = self._attended = False
+        self._index = 0  # of the next call in its pass
+        self._depth = 0  # of transformers models that run
+        self._heard: list[str] = []
         self._grad_at_entry = False
         self._hooks: list[RemovableHandle] = []
         # New hooks at every pass would have a compiled model compiled anew at every pass.
         self._keeps_hooks = any(map(is_compiled, model.modules()))
         self._kept: list[RemovableHandle] = []
-        self._pending: RemovableHandle | None = None
-        self._outer: dict[int, Any] = {}
+        self._checkpointed = False
+        self._next_forward = AtNextForward(self._switch_off)
 
     def __getstate__(self) -> dict[str, Any]:
         """A copied model takes a recorder along that is not listening; entropies stay here."""
@@ -93,15 +122,17 @@ class TransformersRecorder:
             call: the forward pass that is already beginning, see Recorder.
         """
         self._recording = EntropyRecording()
-        self._calls = self._forwards = 0
-        self._switch_on()
+        self._ran = self._attended = False
+        self._index = self._depth = 0
+        self._heard = []
+        self._checkpointed = False
         # now, not when built: a copied or wrapped model has other modules and names
-        self._names = {part: name for name, part in self.model.named_modules()}
-        for part in self._names:
-            if RECORDER in part.__dict__:
-                self._outer[id(part)] = part.__dict__[RECORDER]
-            part.__dict__[RECORDER] = self
+        self._names = _names_of(self.model)
         interception.listen(self)
+        self._next_forward.cancel()
+        self._switches = [AttentionSwitch.on(part, self) for part in self._parts]
+        for part in self._names:
+            part.__dict__[RECORDERS] = (*part.__dict__.get(RECORDERS, ()), self)
         self._padding.active = True
         if self._keeps_hooks or runs_compiled():
             self._watch.read(self._names, torch_is_heard=False)
@@ -118,12 +149,17 @@ class TransformersRecorder:
         return self._recording
 
     def _follow(self) -> list[RemovableHandle]:
-        root = self.model.register_forward_pre_hook(self._enter, with_kwargs=True)
-        end = self.model.register_forward_hook(self._leave, always_call=True)
-        return [root, *self._padding.follow(self.model), end]
+        """Hook the model, and the transformers models in it, which may be called alone."""
+        parts = [p for p in self._names if p is self.model or isinstance(p, PreTrainedModel)]
+        begins = [part.register_forward_pre_hook(self._enter, with_kwargs=True) for part in parts]
+        masks = self._padding.follow(self.model)
+        ends = [part.register_forward_hook(self._leave, always_call=True) for part in parts]
+        return [*begins, *masks, *ends]
 
     def close(self) -> None:
-        """Remove the hooks that were left for the next pass."""
+        """Remove the hooks that were left for the next pass, and whatever an interrupt left."""
+        if self.listens:
+            self.abort()
         while self._kept:
             self._kept.pop().remove()
 
@@ -131,87 +167,106 @@ class TransformersRecorder:
         """Leave the model as it was found; return the recording.
 
         Raises:
-            ValueError: if the model attended where it cannot be heard.
+            ValueError: if the model attended where it cannot be heard, or no call was asked for.
         """
+        self._watch.leave(finished=True)
+        recording = self._recording
         self.abort()
-        self._refuse_unheard()
-        return self._recording
+        self._refuse_unheard(recording)
+        if self._attended and not recording.layers:
+            self.layers.refuse_nothing(self.model, self._heard)
+        return recording
 
     def abort(self) -> None:
-        """Leave the model as it was found."""
-        self._watch.leave()
-        interception.stop_listening(self)
+        """Leave the model as it was found.
+
+        If backward computes a part of the pass again, the attention stays until the next pass.
+        """
+        self._watch.leave(finished=False)
+        self._recording = EntropyRecording()  # a recorder that is kept must not keep the graph
+        lingers = self._recomputes_in_backward()
+        interception.stop_listening(self, lingers=lingers)
         for part in self.model.modules():
-            part.__dict__.pop(RECORDER, None)
-            if id(part) in self._outer:
-                part.__dict__[RECORDER] = self._outer.pop(id(part))
+            others = [each for each in part.__dict__.pop(RECORDERS, ()) if each is not self]
+            if others:
+                part.__dict__[RECORDERS] = tuple(others)
         while self._hooks:
             self._hooks.pop().remove()
         self._padding.active = False
         self._padding.clear()
-        if self._recomputes_in_backward():
-            self._switch_off_at_next_forward()
+        self._depth = 0
+        if lingers:
+            self._next_forward.wait({self.model, *self._parts})
         else:
             self._switch_off()
 
-    def deposit(self, module: nn.Module, found: AttentionOutput, n_keys: int) -> None:
+    def _switch_off(self) -> None:
+        self._next_forward.cancel()
+        interception.stop_listening(self)
+        while self._switches:
+            self._switches.pop().off(self)
+
+    def is_running(self) -> bool:
+        """Tell whether a module of the model is running in this thread."""
+        return calling_module(self._names) is not None
+
+    def deposit(
+        self, module: nn.Module, found: AttentionOutput, n_keys: int, key_padding: Tensor | None
+    ) -> None:
         """Take the rows of one call of the attention interface.
 
         Raises:
             RuntimeError: if reentrant checkpointing has cut the gradient of the entropy.
         """
-        if not self.listens:  # a copy
-            return
-        outer = self._outer.get(id(module))
-        if outer is not None:
-            outer.deposit(module, found, n_keys)
-        self._deposit(self._names.get(module, type(module).__name__), module, found, n_keys)
+        if self.listens:  # not a copy
+            name = self._names.get(module, type(module).__name__)
+            self._deposit(name, module, found, n_keys, key_padding)
 
     def deposit_call(self, place: str | None, found: AttentionOutput, n_keys: int) -> None:
         """Take the rows of one call of torch's own attention function."""
         name = place or calling_module(self._names) or type(self.model).__name__
         module = next((part for part, each in self._names.items() if each == name), self.model)
-        self._deposit(name, module, found, n_keys)
+        self._deposit(name, module, found, n_keys, None)
 
-    def _deposit(self, name: str, module: nn.Module, found: AttentionOutput, n_keys: int) -> None:
+    def _deposit(
+        self,
+        name: str,
+        module: nn.Module,
+        found: AttentionOutput,
+        n_keys: int,
+        key_padding: Tensor | None,
+    ) -> None:
         if runs_in_backward():
             return
-        self._check_gradient(module, name)
-        index = self._calls
-        self._calls += 1
-        if not is_wanted(self.layers, index, name):
+        index = self._index
+        self._index += 1
+        self._attended = True
+        if not torch.compiler.is_compiling():
+            self._heard.append(name)
+            if self.gradient and self._grad_at_entry:
+                refuse_lost_gradient(self.model, name)
+            self._checkpointed |= torch.is_grad_enabled() and in_checkpoint()
+        if not self.layers.takes(index, name):
             return
         entropy = found.entropy if self.gradient else found.entropy.detach()
-        rows = self._padding.rows(entropy) & (found.allowed_keys > 0).any(1)
+        rows = self._padding.rows(entropy, key_padding) & (found.allowed_keys > 0).any(1)
         kind = kind_of(name, module)
         self._recording.layers.append(
             LayerEntropy(name, kind, entropy, found.allowed_keys, rows, n_keys)
         )
 
-    def _check_gradient(self, module: nn.Module, name: str) -> None:
-        if not self.gradient or not self._grad_at_entry or torch.is_grad_enabled():
-            return
-        trained = any(parameter.requires_grad for parameter in module.parameters())
-        if trained and in_reentrant_checkpoint():
-            raise RuntimeError(
-                f"{name} runs without a gradient inside a forward pass that has one, as reentrant "
-                "checkpointing does, which would lose the penalty silently; use "
-                "gradient_checkpointing_enable(gradient_checkpointing_kwargs="
-                "{'use_reentrant': False})."
-            )
-
-    def _refuse_unheard(self) -> None:
+    def _refuse_unheard(self, recording: EntropyRecording) -> None:
         """Raise if some attention was not heard and that was not accepted."""
         unheard = self._watch.found
-        self._recording.missing = sorted(unheard)
-        if not self._forwards or (self._calls and (self.allow_partial or not unheard)):
+        recording.missing = sorted(unheard)
+        if not self._ran or (self._attended and (self.allow_partial or not unheard)):
             return
         listed = "; ".join(f"{part} {how}" for part, how in sorted(unheard.items())[:8])
         if len(unheard) > 8:
             listed += f"; and {len(unheard) - 8} more"
         elsewhere = "load it with attn_implementation='eager' and use compute_loss on "
         elsewhere += "output_attentions=True."
-        if self._calls:
+        if self._attended:
             why = f"a part of its attention cannot be recorded: {listed}; pass allow_partial=True "
             why += f"to leave that part out, or {elsewhere}"
         elif listed:
@@ -221,48 +276,45 @@ class TransformersRecorder:
         raise ValueError(f"{type(self.model).__name__}: {why}")
 
     def _enter(self, part: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """The forward pass of the whole model begins."""
+        """The forward pass of the model begins, or of a part."""
         if not self.listens:
+            if not self._keeps_hooks:  # a copy that was made while its original listened
+                self._switch_off()
             return
-        self._forwards += 1
+        self._depth += 1
+        if self._depth > 1 or runs_in_backward():
+            return
+        self._ran = True
+        self._index = 0
         self._grad_at_entry = torch.is_grad_enabled()
         if not torch.compiler.is_compiling() and not runs_compiled():
-            self._watch.enter(self._names, arguments_of(part, args, kwargs))
+            self._watch.enter(self._names, part, arguments_of(part, args, kwargs))
             interception.places().append((self, None))
 
     def _leave(self, part: nn.Module, args: Any, output: Any) -> None:
-        """The forward pass of the whole model has ended."""
-        if self.listens and not torch.compiler.is_compiling():
-            self._watch.leave()
+        """The forward pass has ended, or raised: its output is None then."""
+        if not self.listens:
+            if not self._keeps_hooks:
+                self.abort()
+            return
+        self._depth -= 1
+        if self._depth == 0 and not torch.compiler.is_compiling():
+            self._watch.leave(finished=output is not None)
             interception.leave_place(self, None)
 
     # Checkpointing must find in backward, after the context, the attention that ran in forward.
 
-    def _switch_on(self) -> None:
-        if self._pending is not None:
-            self._pending.remove()
-            self._pending = None
-            return
-        self._switch.on()
-
-    def _switch_off(self) -> None:
-        if self._pending is not None:
-            self._pending.remove()
-            self._pending = None
-        self._switch.off()
-
     def _recomputes_in_backward(self) -> bool:
         """Tell whether backward, after the context, will run the attention of this pass again."""
-        return (
-            self.gradient
-            and self.model.training
-            and self._forwards > 0
-            and any(getattr(part, "gradient_checkpointing", False) for part in self.model.modules())
-        )
+        enabled = any(getattr(part, "gradient_checkpointing", False) for part in self._names)
+        return self._checkpointed or (enabled and self.model.training and self._attended)
 
-    def _switch_off_at_next_forward(self) -> None:
-        self._pending = self.model.register_forward_pre_hook(self._switch_off_if_pending)
 
-    def _switch_off_if_pending(self, *_: Any) -> None:
-        if self._pending is not None:  # a hook before this one may have started the recorder again
-            self._switch_off()
+def _names_of(model: nn.Module) -> dict[nn.Module, str]:
+    """Return the names of the modules as the model in its wrappers has them."""
+    prefix = _handed_on(model)
+    names = {}
+    for name, part in model.named_modules():
+        inside = name == prefix or name.startswith(f"{prefix}.")
+        names[part] = name_of(name[len(prefix) + 1 :] if prefix and inside else name)
+    return names

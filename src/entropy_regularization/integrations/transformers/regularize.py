@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from entropy_regularization.integrations.transformers.accumulation import share_of_step
+from entropy_regularization.integrations.transformers.padding import arguments_of
 from entropy_regularization.integrations.transformers.recorder import (
     TransformersRecorder,
-    find_pretrained,
+    outermost,
 )
 from entropy_regularization.recording.recorder import Layers
 from entropy_regularization.recording.recording import EntropyRecording
@@ -73,15 +74,22 @@ def regularize(
 
     Raises:
         TypeError: if the model holds no transformers model, or regularization is something else.
-        ValueError: if the model is regularized already, its attention cannot be recorded, its
-            configuration does not tell its heads, or thresholds do not fit.
+        ValueError: if the model is regularized already or holds several, its attention cannot be
+            recorded, its configuration does not tell its heads, or thresholds do not fit.
     """
-    found = find_pretrained(model) if isinstance(model, nn.Module) else None
-    if found is None:
+    inside = outermost(model) if isinstance(model, nn.Module) else {}
+    if not inside:
         raise TypeError(
             f"model is a {type(model).__name__} without a transformers model inside; for any other "
             "model add regularization(recording) to the loss, see record_entropy."
         )
+    if len(inside) > 1:
+        raise ValueError(
+            f"{type(model).__name__} holds several transformers models ({', '.join(inside)}); "
+            "regularize each of them, or add regularization(recording) to the loss, see "
+            "record_entropy."
+        )
+    (found,) = inside.values()
     if regularization is None:
         regularization = EntropyRegularization()
     if not isinstance(regularization, EntropyRegularization):
@@ -171,6 +179,9 @@ class Regularized:
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.unadded = None
+        if self._listening:  # KeyboardInterrupt runs no hooks
+            self._recorder.abort()
+            self._listening = False
         if model.training and torch.is_grad_enabled():
             self._recorder.start((model, args, kwargs))
             self._listening = True
@@ -188,12 +199,13 @@ class Regularized:
         recording = self._recorder.stop()
         penalty = self._penalty(recording)
         self.penalty, self.recording = penalty.detach(), recording.detach()
-        loss = _loss_of(output, kwargs)
+        given = arguments_of(model, args, kwargs)
+        loss = _loss_of(output, given)
         if loss is None:
             self.loss, self.added, self.unadded = None, None, penalty
             self._warn_once()
             return None
-        added = penalty.to(loss.device) * share_of_step(model, kwargs)
+        added = penalty.to(loss.device) * share_of_step(model, given)
         self.loss, self.added = loss.detach(), added.detach()
         return _with_loss(output, loss + added.to(loss.dtype))
 
@@ -293,11 +305,11 @@ def _layers_and_heads(model: PreTrainedModel, layers: Layers) -> tuple[int, int]
     return (calls if layers is None else len(layers)), heads
 
 
-def _loss_of(output: Any, kwargs: dict[str, Any]) -> Tensor | None:
+def _loss_of(output: Any, given: dict[str, Any]) -> Tensor | None:
     """Return the loss in a model's output, if it is there."""
     if isinstance(output, dict):
         loss = output.get("loss")
-    elif isinstance(output, tuple) and output and kwargs.get("labels") is not None:
+    elif isinstance(output, tuple) and output and given.get("labels") is not None:
         loss = output[0]
     else:
         return None

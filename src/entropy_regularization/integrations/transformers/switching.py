@@ -7,32 +7,52 @@ from transformers import PreTrainedModel
 
 from entropy_regularization.integrations.transformers.attention import NAME
 
+SWITCH = "_entropy_switch"  # attribute of a model while its attention is switched
+
 
 class AttentionSwitch:
     """Switches one model, and the parts of it that use the attention interface, and back.
 
-    Attributes:
-        possible: whether any part uses the attention interface of transformers.
+    Several recorders may need it at once, in any order; the last that leaves puts all back.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
         self._model = model
         self._saved: list[tuple[Any, str]] = []
-        parts = (part for part in model.modules() if isinstance(part, PreTrainedModel))
-        self.possible = any(part._can_set_attn_implementation() for part in parts)
+        self._holders: list[object] = []
 
-    def on(self) -> None:
-        """Let every part that can run the entropy attention."""
+    @classmethod
+    def on(cls, model: PreTrainedModel, holder: object) -> "AttentionSwitch":
+        """Let every part of a model that can run the entropy attention; return the model's switch.
+
+        Args:
+            model: the model.
+            holder: who needs it, until ``off(holder)``.
+        """
+        switch: AttentionSwitch | None = model.__dict__.get(SWITCH)
+        if switch is None:
+            switch = cls(model)
+            model.__dict__[SWITCH] = switch
+            switch._set()
+        if not any(each is holder for each in switch._holders):
+            switch._holders.append(holder)
+        return switch
+
+    def off(self, holder: object) -> None:
+        """Put every config back as it was, if nobody else needs the entropy attention."""
+        self._holders = [each for each in self._holders if each is not holder]
+        if not self._holders:
+            while self._saved:
+                config, implementation = self._saved.pop()
+                config._attn_implementation_internal = implementation
+            self._model.__dict__.pop(SWITCH, None)
+
+    def _set(self) -> None:
         self._save()
-        if self.possible:
+        parts = (part for part in self._model.modules() if isinstance(part, PreTrainedModel))
+        if any(part._can_set_attn_implementation() for part in parts):
             self._model.set_attn_implementation(NAME)
             self._set_copies(self._model, can_set=False)
-
-    def off(self) -> None:
-        """Put every config back as it was."""
-        while self._saved:
-            config, implementation = self._saved.pop()
-            config._attn_implementation_internal = implementation
 
     def _save(self) -> None:
         seen: set[int] = set()
