@@ -216,12 +216,33 @@ class TestVisibleRanges:
         )
 
 
+def test_no_argument_of_a_kernel_is_a_tuple_of_tuples(
+    device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Triton 3.6 loses the integers 1 in such tuples, and the interpreter does not show it."""
+    inputs, options = EVERYTHING.build(torch.float32, device)
+    launched = []
+
+    def record(kernel: Any, programs: int, tiles: Tiles, arguments: dict[str, Any]) -> None:
+        launched.append(kernel)
+        tuples = [value for value in arguments.values() if isinstance(value, tuple)]
+        assert tuples
+        assert not any(isinstance(part, tuple) for value in tuples for part in value)
+
+    monkeypatch.setattr(launch, "start_kernel", record)
+    gradients(EVERYTHING.run(inputs, options, "triton"), inputs)
+    assert len(launched) == 5
+
+
 def test_every_head_dimension_has_tiles() -> None:
     kernels = ("forward", "query_gradient", "key_gradients", "bias_gradient", "row_constants")
     for kernel in kernels:
         for width in range(1, 257):
-            for dtype, shared in itertools.product((torch.float16, torch.float32), (1e5, 2e5)):
-                rows, keys, warps, stages = choose_tiles(kernel, width, dtype, int(shared))
+            kinds = itertools.product(
+                (torch.float16, torch.float32), (100_000, 200_000), (False, True)
+            )
+            for kind in kinds:
+                rows, keys, warps, stages = choose_tiles(kernel, width, *kind)
                 assert rows & (rows - 1) == 0
                 assert keys & (keys - 1) == 0
                 assert warps in (4, 8)
@@ -229,7 +250,7 @@ def test_every_head_dimension_has_tiles() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options", ["causal", "everything"])
+@pytest.mark.parametrize("options", ["causal", "documents", "everything"])
 def test_compiler_accepts_the_kernels(options: str, tmp_path: Path) -> None:
     """Triton's real compiler, for a Hopper GPU that need not be there."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
