@@ -125,7 +125,8 @@ def compile_all(trials: list[Trial], jobs: int, seconds: float) -> dict[Trial, s
     futures = {pool.submit(compile_trial, trial): trial for trial in trials}
     try:
         for future in as_completed(futures, timeout=seconds):
-            reason = future.result()
+            error = future.exception()  # a process that was killed, for one
+            reason = future.result() if error is None else f"{type(error).__name__}: {error}"
             if reason is None:
                 del failed[futures[future]]
             else:
@@ -173,9 +174,10 @@ def run(turns: int, seconds: float, jobs: int, output: Path) -> list[str]:
     result: dict[str, Any] = {"environment": environment(), "trials": []}
     result["failed"] = [[*trial[:2], list(trial.tiles), why] for trial, why in failed.items()]
     output.parent.mkdir(parents=True, exist_ok=True)
-    wrong = [
-        f"{trial.kernel} {trial.dim} {tuple(trial.tiles)}: {failed[trial]}" for trial in failed
-    ]
+    own = {(trial.kernel, trial.dim): trial for trial in reversed(trials)}.values()
+    wrong = [f"{trial.kernel} {trial.dim}: {failed[trial]}" for trial in own if trial in failed]
+    for trial, why in failed.items():
+        print(f"{trial.kernel:14s} {trial.dim:3d} {tuple(trial.tiles)} does not run: {why}")
     for batch, tokens in SHAPES:
         for kernel, by_dim in CANDIDATES.items():
             for dim in by_dim:

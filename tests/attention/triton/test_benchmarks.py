@@ -1,6 +1,7 @@
 """What scripts/gpu runs on a GPU, as far as a CPU can tell: plans, floors, steps, refusals."""
 
 import importlib
+import json
 import os
 import subprocess
 import sys
@@ -133,6 +134,50 @@ def test_tile_configurations_start_with_the_chosen(load: Any) -> None:
     firsts = {(trial.kernel, trial.dim): trial.tiles for trial in reversed(trials)}
     for (kernel, dim), tiles in firsts.items():
         assert tiles == bench.choose_tiles(kernel, dim, torch.bfloat16)
+
+
+def test_tile_configurations_are_timed_and_written(
+    load: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    bench = load("gpu_tiles")
+    prepare = bench.prepare
+    monkeypatch.setattr(bench, "CANDIDATES", {"forward": {16: [(32, 16, 4, 1), (16, 32, 4, 1)]}})
+    monkeypatch.setattr(bench, "SHAPES", ((1, 40),))
+    monkeypatch.setattr(bench, "compile_all", lambda trials, *rest: {trials[1]: "too large"})
+    monkeypatch.setattr(bench, "prepare", lambda dim, *rest: prepare(dim, 1, 40, "cpu", width=dim))
+    monkeypatch.setattr(bench, "milliseconds", lambda step: float(step() is not None))
+    assert bench.run(2, 60.0, 1, tmp_path / "tiles.json") == []
+    written = json.loads((tmp_path / "tiles.json").read_text())
+    assert [row["tiles"] for row in written["trials"]] == [[128, 128, 8, 3], [16, 32, 4, 1]]
+    assert [row["milliseconds_median"] for row in written["trials"]] == [1.0, 1.0]
+    assert written["failed"] == [["forward", 16, [32, 16, 4, 1], "too large"]]
+
+
+def test_attention_is_written_after_every_problem(
+    load: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    bench = load("gpu_attention")
+    output = tmp_path / "attention.json"
+    shapes = bench.plan([16, 32], [64], 32)
+    rates = {"flops_per_second": 1e12, "bytes_per_second": 1e12}
+    steps = {"sdpa_flash": lambda: 2.0, "ours": lambda: 3.0}
+    monkeypatch.setattr(bench, "measure_rates", lambda: rates)
+    monkeypatch.setattr(bench, "time_step", lambda step: (step(), 0.5))
+
+    def measure(shape: Any, backward: bool, arms: list[str], turns: int) -> dict[str, Any]:
+        found = bench.take_turns(steps, turns, {arm: {"peak_bytes": 1} for arm in steps})
+        if shape.tokens == 32:
+            assert len(json.loads(output.read_text())["problems"]) >= 2
+            found["sdpa_cudnn"] = {"failed": "no plan"}
+        return dict(found)
+
+    monkeypatch.setattr(bench, "measure", measure)
+    failed = bench.run(shapes, list(bench.QUICK), 3, 60.0, output)
+    assert failed == ["sdpa_cudnn at 32 x 64"] * 2
+    written = json.loads(output.read_text())
+    assert written["not_reached"] == []
+    assert written["problems"][0]["arms"]["ours"]["ratio_to_sdpa_flash"] == 1.5
+    assert bench.run(shapes, list(bench.QUICK), 3, 0.0, output) == []
 
 
 def run_script(*arguments: str, out: Path) -> subprocess.CompletedProcess[str]:
