@@ -6,8 +6,11 @@
 Arms, all causal, bfloat16: ours (output and entropy); SDPA's flash and cuDNN backends and
 FlexAttention (no entropy at all); FlexAttention with values widened to [V, K], which gives
 ``E[s] = scale q . (P K)`` and so the entropy; eager attention with the published formula. The arms
-take turns, so that clock changes hit all of them. Backward passes carry a gradient of the entropy
-where there is one. No time is reported for an arm whose results are wrong.
+take turns, so that clock changes hit all of them; those that compile nothing for a shape go first
+over all problems, then the others beside ours and flash. Backward passes carry a gradient of the
+entropy where there is one. No time is reported for an arm whose results are wrong. Times are the
+device's; what a call keeps the host busy stands beside them. An arm that fails is reported, the
+others go on, and the exit status is 1.
 
 The floor is the larger of FLOPs over the rate of a large matrix product and bytes over the rate of
 a large copy, both measured on the same device.
@@ -17,7 +20,9 @@ import argparse
 import json
 import platform
 import statistics
+import sys
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,12 +30,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import AuxRequest, create_block_mask, flex_attention
 
 from entropy_regularization import attention_with_entropy
 
 RESULTS = Path(__file__).parent / "results" / "gpu_attention.json"
 ARMS = ("ours", "sdpa_flash", "sdpa_cudnn", "flex", "flex_widened", "eager_published")
+QUICK = ("ours", "sdpa_flash", "sdpa_cudnn")  # nothing is compiled anew for a shape
+COMPARED = ("ours", "sdpa_flash")  # measured again beside the others
 EAGER_LIMIT = 8192  # tokens; beyond this its matrices do not fit
 NOMINAL = {"flops_per_second": 8e14, "bytes_per_second": 4e12}  # for the plan of a dry run
 
@@ -46,7 +53,15 @@ class Shape(NamedTuple):
 
 def plan(tokens: list[int], dims: list[int], total: int) -> list[Shape]:
     """List the problems: ``total`` tokens of width 2048 at every length and head dimension."""
-    return [Shape(max(1, total // n), 2048 // dim, n, dim) for dim in dims for n in tokens]
+    return [Shape(max(1, total // n), 2048 // dim, n, dim) for n in tokens for dim in dims]
+
+
+def rounds_of(arms: list[str]) -> list[list[str]]:
+    """Order the arms by what they cost: those that compile for every shape come last."""
+    quick = [arm for arm in arms if arm in QUICK]
+    slow = [arm for arm in arms if arm not in QUICK]
+    beside = [arm for arm in arms if arm in COMPARED]
+    return [found for found in (quick, [*beside, *slow] if slow else []) if found]
 
 
 def floor_seconds(shape: Shape, rates: dict[str, float], backward: bool) -> float:
@@ -95,17 +110,19 @@ def attention_of(arm: str, shape: Shape) -> Callable[..., tuple[Tensor, Tensor |
         return eager
     if arm.startswith("sdpa"):
         return sdpa
+    torch._dynamo.config.recompile_limit = 256  # one a shape and arm; at 8 it would run unfused
     compiled = torch.compile(flex_attention, dynamic=False)
     block_mask = create_block_mask(causal, None, None, shape.tokens, shape.tokens, device="cuda")
 
     def flex(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor | None]:
         if arm == "flex":
             return compiled(query, key, value, block_mask=block_mask), None
-        wide, lse = compiled(
-            query, key, torch.cat((value, key), -1), block_mask=block_mask, return_lse=True
-        )
+        wide, aux = compiled(
+            query, key, torch.cat((value, key), -1),
+            block_mask=block_mask, return_aux=AuxRequest(lse=True),
+        )  # fmt: skip
         output, mean_key = wide.split(shape.dim, -1)
-        return output, lse - scale * (query.float() * mean_key.float()).sum(-1)
+        return output, aux.lse - scale * (query.float() * mean_key.float()).sum(-1)
 
     return flex
 
@@ -130,13 +147,25 @@ def step_of(arm: str, shape: Shape, backward: bool, inputs: list[Tensor]) -> Cal
     return step
 
 
-def milliseconds(step: Callable[[], Any]) -> float:
+def time_step(step: Callable[[], Any]) -> tuple[float, float]:
+    """Return milliseconds of the device, and those that the call kept the host busy.
+
+    The device sleeps first, so that it never waits for the next launch: short problems are bound by
+    the host otherwise.
+    """
     start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda._sleep(4_000_000)  # cycles, about two milliseconds
     start.record()
+    begin = time.perf_counter()
     step()
+    host = 1e3 * (time.perf_counter() - begin)
     stop.record()
     stop.synchronize()
-    return start.elapsed_time(stop)
+    return start.elapsed_time(stop), host
+
+
+def milliseconds(step: Callable[[], Any]) -> float:
+    return time_step(step)[0]
 
 
 def peak_bytes(step: Callable[[], Any]) -> int:
@@ -162,20 +191,37 @@ def measure_rates() -> dict[str, float]:
     return {"flops_per_second": 2e3 * n**3 / product, "bytes_per_second": 2e3 * 2**30 / copy}
 
 
-def refuse_wrong_results(results: dict[str, Any], backward: bool) -> None:
-    """Stop where an arm's output (or its entropy) is not what flash (or eager) says."""
-    if backward:
-        return
-    expected = results.get("sdpa_flash") or results["ours"]
-    for arm, (output, _) in results.items():
-        error = (output.float() - expected[0].float()).abs().max().item()
-        if error > 0.05:
-            raise SystemExit(f"{arm} is off by {error:.2g}, so no time is reported.")
-    entropies = {arm: entropy for arm, (_, entropy) in results.items() if entropy is not None}
-    for arm, entropy in entropies.items():
-        error = (entropy - entropies["ours"]).abs().max().item()
-        if error > 0.1:
-            raise SystemExit(f"the entropy of {arm} is off by {error:.2g} nats.")
+def wrong_results(results: dict[str, Any], backward: bool) -> dict[str, str]:
+    """Say which arms' output (or entropy) is not what flash (or ours) says."""
+    if backward or not results:
+        return {}
+    wrong = {}
+    expected = results.get("sdpa_flash", next(iter(results.values())))[0].float()
+    for arm, (output, entropy) in results.items():
+        error = (output.float() - expected).abs().max().item()
+        if not error <= 0.05:
+            wrong[arm] = f"the output is off by {error:.2g}"
+        if entropy is None or results.get("ours", (None, None))[1] is None:
+            continue
+        error = (entropy - results["ours"][1]).abs().max().item()
+        if not error <= 0.1:
+            wrong[arm] = f"the entropy is off by {error:.2g} nats"
+    return wrong
+
+
+def first_call(step: Callable[[], Any]) -> tuple[Any, dict[str, Any]]:
+    """Run a step once; return its result and what there is to report: seconds, or why not."""
+    start = time.perf_counter()
+    try:
+        result = step()
+        torch.cuda.synchronize()
+    except torch.OutOfMemoryError:
+        torch.cuda.empty_cache()
+        return None, {"skipped": "out of memory"}
+    except Exception as error:  # noqa: BLE001 - one arm must not end the others
+        traceback.print_exc()
+        return None, {"failed": f"{type(error).__name__}: {str(error)[:500]}"}
+    return result, {"first_call_seconds": time.perf_counter() - start}
 
 
 def measure(shape: Shape, backward: bool, arms: list[str], turns: int) -> dict[str, Any]:
@@ -195,31 +241,39 @@ def measure(shape: Shape, backward: bool, arms: list[str], turns: int) -> dict[s
             rows[arm] = {"skipped": f"its matrices are too large beyond {EAGER_LIMIT} tokens"}
             continue
         step = step_of(arm, shape, backward, inputs)
-        start = time.perf_counter()
-        try:
-            results[arm] = step()
-        except torch.OutOfMemoryError:
-            rows[arm] = {"skipped": "out of memory"}
-            continue
-        torch.cuda.synchronize()
-        rows[arm] = {"first_call_seconds": time.perf_counter() - start}
-        steps[arm] = step
-    refuse_wrong_results(results, backward)
+        result, rows[arm] = first_call(step)
+        if result is not None:
+            results[arm], steps[arm] = result, step
+    for arm, reason in wrong_results(results, backward).items():
+        rows[arm] = {"failed": reason}
+        del steps[arm]
     del results
     for arm, step in steps.items():
         rows[arm]["peak_bytes"] = peak_bytes(step)
-    taken: dict[str, list[float]] = {arm: [] for arm in steps}
+    return rows | take_turns(steps, turns, rows)
+
+
+def take_turns(
+    steps: dict[str, Callable[[], Any]], turns: int, rows: dict[str, Any]
+) -> dict[str, Any]:
+    """Time the arms in turns; return their rows with the times in them."""
+    taken: dict[str, list[tuple[float, float]]] = {arm: [] for arm in steps}
     for _ in range(turns):
         for arm, step in steps.items():
-            taken[arm].append(milliseconds(step))
-    plain = taken.get("sdpa_flash")
+            taken[arm].append(time_step(step))
+    found = {}
     for arm, times in taken.items():
-        rows[arm]["milliseconds_median"] = statistics.median(times)
-        rows[arm]["milliseconds_min"] = min(times)
-        if plain is not None:
-            ratios = (mine / other for mine, other in zip(times, plain, strict=True))
-            rows[arm]["ratio_to_sdpa_flash"] = statistics.median(ratios)
-    return rows
+        device = [both[0] for both in times]
+        found[arm] = rows[arm] | {
+            "milliseconds_median": statistics.median(device),
+            "milliseconds_min": min(device),
+            "host_milliseconds_median": statistics.median(both[1] for both in times),
+        }
+        if "sdpa_flash" in taken:
+            plain = [both[0] for both in taken["sdpa_flash"]]
+            ratios = (mine / other for mine, other in zip(device, plain, strict=True))
+            found[arm]["ratio_to_sdpa_flash"] = statistics.median(ratios)
+    return found
 
 
 def environment() -> dict[str, Any]:
@@ -237,19 +291,24 @@ def environment() -> dict[str, Any]:
     }
 
 
-def run(shapes: list[Shape], arms: list[str], turns: int, seconds: float, output: Path) -> None:
-    """Measure every problem until the time is up; write what there is after each."""
+def run(
+    shapes: list[Shape], arms: list[str], turns: int, seconds: float, output: Path
+) -> list[str]:
+    """Measure every problem until the time is up; write what there is after each.
+
+    Returns what failed.
+    """
     begin = time.perf_counter()
     rates = measure_rates()
+    left = [(found, shape) for found in rounds_of(arms) for shape in shapes]
     result: dict[str, Any] = {"environment": environment(), "rates": rates, "problems": []}
-    result["not_reached"] = [shape._asdict() for shape in shapes]
+    failed = []
     output.parent.mkdir(parents=True, exist_ok=True)
-    for shape in shapes:
-        if time.perf_counter() - begin > seconds:
-            break
+    while left and time.perf_counter() - begin < seconds:
+        found, shape = left.pop(0)
         for backward in (False, True):
             floor = 1e3 * floor_seconds(shape, rates, backward)
-            rows = measure(shape, backward, arms, turns)
+            rows = measure(shape, backward, found, turns)
             result["problems"].append(
                 {
                     **shape._asdict(),
@@ -260,19 +319,23 @@ def run(shapes: list[Shape], arms: list[str], turns: int, seconds: float, output
             )
             for arm, row in rows.items():
                 print(describe(shape, backward, arm, floor, row), flush=True)
-        result["not_reached"].pop(0)
+                if "failed" in row:
+                    failed.append(f"{arm} at {shape.tokens} x {shape.dim}")
+        result["not_reached"] = [[*found, shape._asdict()] for found, shape in left]
         output.write_text(json.dumps(result, indent=1) + "\n")
-    print(f"written: {output}")
+    print(f"written: {output}; problems not reached: {len(left)}")
+    return failed
 
 
 def describe(shape: Shape, backward: bool, arm: str, floor: float, row: dict[str, Any]) -> str:
     place = f"{shape.tokens:6d} x {shape.dim:3d} {'both' if backward else 'fwd ':4s} {arm:16s}"
-    if "skipped" in row:
-        return f"{place} {row['skipped']}"
+    if "milliseconds_median" not in row:
+        return f"{place} {row.get('skipped') or 'FAILED: ' + row['failed']}"
     ratio = row.get("ratio_to_sdpa_flash", float("nan"))
     return (
         f"{place} {row['milliseconds_median']:8.3f} ms  {ratio:5.2f} x flash"
         f"  floor {floor:7.3f} ms  {row['peak_bytes'] / 1e9:6.2f} GB"
+        f"  host {row['host_milliseconds_median']:6.3f} ms"
     )
 
 
@@ -293,11 +356,14 @@ def main() -> None:
         for shape in shapes:
             floors = [1e3 * floor_seconds(shape, NOMINAL, both) for both in (False, True)]
             print(f"{shape}: floor at nominal rates {floors[0]:.3f} ms, both ways {floors[1]:.3f}")
-        print(f"arms: {', '.join(chosen.arms)}; {chosen.turns} turns; to {chosen.output}")
+        for found in rounds_of(chosen.arms):
+            print(f"arms: {', '.join(found)}; {chosen.turns} turns; to {chosen.output}")
         return
     if not torch.cuda.is_available():
         parser.error("there is no CUDA device; --dry-run prints the plan without one.")
-    run(shapes, chosen.arms, chosen.turns, chosen.seconds, chosen.output)
+    failed = run(shapes, chosen.arms, chosen.turns, chosen.seconds, chosen.output)
+    if failed:
+        sys.exit(f"failed: {'; '.join(failed)}")
 
 
 if __name__ == "__main__":

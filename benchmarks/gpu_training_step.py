@@ -6,7 +6,8 @@
 
 Random weights in bfloat16. The 1B model has the shape of Llama 3.2 1B (16 layers, width 2048, 32
 query and 8 key heads) and runs with non-reentrant checkpointing. Each arm runs in a process of its
-own, so that peak memory is its own.
+own, so that peak memory is its own. An arm that fails is reported, the others go on, and the exit
+status is 1.
 """
 
 import argparse
@@ -14,7 +15,8 @@ import json
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +32,13 @@ PROBLEMS = [("gpt2-small", 1024), ("gpt2-small", 4096), ("llama-1b", 8192)]
 OUT_OF_MEMORY = 3  # exit code of a worker
 
 
-def build_model(name: str, tokens: int, arm: str, tiny: bool = False) -> Any:
+def build_model(name: str, tokens: int, arm: str, tiny: bool = False, device: str = "cpu") -> Any:
     """Make a model with random weights; ``tiny`` keeps the architecture and shrinks it."""
+    with torch.device(device):  # a billion normal numbers take a CPU longer than all steps
+        return assemble(name, tokens, arm, tiny)
+
+
+def assemble(name: str, tokens: int, arm: str, tiny: bool) -> Any:
     attention = "eager" if arm == "published" else "sdpa"
     if name == "gpt2-small":
         small = {"n_layer": 2, "n_embd": 24, "n_head": 2, "vocab_size": 100} if tiny else {}
@@ -89,7 +96,7 @@ def step_of(model: Any, arm: str, tokens: int) -> Callable[[], float]:
 def work(name: str, tokens: int, arm: str, turns: int) -> dict[str, float]:
     """Measure one arm in this process."""
     torch.manual_seed(0)
-    model = build_model(name, tokens, arm).to("cuda")
+    model = build_model(name, tokens, arm, device="cuda")
     step = step_of(model, arm, tokens)
     loss = step()
     step()
@@ -106,13 +113,9 @@ def work(name: str, tokens: int, arm: str, turns: int) -> dict[str, float]:
     }
 
 
-def run_arm(name: str, tokens: int, arm: str, turns: int, seconds: float) -> dict[str, Any]:
-    """Measure one arm in a fresh process; running out of memory is a result, anything else stops.
-
-    Raises:
-        SystemExit: if the process fails in any other way.
-    """
-    command = [sys.executable, __file__, "--worker", name, str(tokens), arm, str(turns)]
+def run_worker(arguments: list[str], seconds: float) -> dict[str, Any]:
+    """Run one arm in a fresh process; what goes wrong there is a result as well."""
+    command = [sys.executable, __file__, "--worker", *arguments]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=seconds)
     except subprocess.TimeoutExpired:
@@ -120,37 +123,82 @@ def run_arm(name: str, tokens: int, arm: str, turns: int, seconds: float) -> dic
     if done.returncode == OUT_OF_MEMORY:
         return {"skipped": "out of memory"}
     if done.returncode != 0:
-        raise SystemExit(f"{name} {tokens} {arm} failed:\n{done.stderr[-3000:]}")
+        print(done.stderr[-3000:], file=sys.stderr, flush=True)
+        return {"failed": done.stderr.strip()[-500:]}
     row: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return row
 
 
-def largest_context(name: str, arm: str, seconds: float) -> int:
-    """Return the largest power of two of tokens whose step fits in memory."""
-    fits = 0
-    for tokens in (2**k for k in range(10, 21)):
-        if "skipped" in run_arm(name, tokens, arm, 1, seconds):
-            break
-        fits = tokens
-    return fits
+def largest_context(name: str, arm: str, seconds: float) -> dict[str, Any]:
+    """Double the tokens until a step does not fit in memory, or would not in time."""
+    begin, fits, taken = time.perf_counter(), 0, 0.0
+    for tokens in (2**k for k in range(11, 21)):
+        # attention's share of a step grows fourfold
+        if time.perf_counter() - begin + 4 * taken > seconds:
+            return {"tokens": fits, "stopped_by": "time"}
+        start = time.perf_counter()
+        try:
+            model = build_model(name, tokens, arm, device="cuda")
+            step_of(model, arm, tokens)()
+        except torch.OutOfMemoryError:
+            return {"tokens": fits, "stopped_by": "memory"}
+        fits, taken = tokens, time.perf_counter() - start
+        del model
+        torch.cuda.empty_cache()
+    return {"tokens": fits, "stopped_by": "the list"}
 
 
 def worker(arguments: list[str]) -> None:
-    name, tokens, arm, turns = arguments
+    task, name, arm, tokens, number = arguments
     try:
-        print(json.dumps(work(name, int(tokens), arm, int(turns))))
+        if task == "largest":
+            found: dict[str, Any] = largest_context(name, arm, float(number))
+        else:
+            found = work(name, int(tokens), arm, int(number))
     except torch.OutOfMemoryError:
         sys.exit(OUT_OF_MEMORY)
+    print(json.dumps(found))
+
+
+def measure(chosen: argparse.Namespace, result: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Run all arms of all problems, then the largest contexts, until the time is up."""
+    begin = time.perf_counter()
+
+    def left() -> float:
+        return chosen.total_seconds - (time.perf_counter() - begin)
+
+    for name, tokens in PROBLEMS:
+        arms: dict[str, Any] = {}
+        result["problems"].append({"model": name, "tokens": tokens, "arms": arms})
+        for arm in ARMS:
+            limit = min(chosen.seconds, left())
+            if limit < 1:
+                arms[arm] = {"skipped": "not reached in time"}
+                continue
+            arms[arm] = run_worker(["step", name, arm, str(tokens), str(chosen.turns)], limit)
+            print(f"{name:10s} {tokens:6d} {arm:9s} {arms[arm]}", flush=True)
+            yield arms[arm]
+    for name in ("gpt2-small", "llama-1b") if chosen.largest else ():
+        found = result["largest"][name] = {}
+        for arm in ARMS:
+            limit = min(chosen.seconds, left())
+            if limit < 30:
+                found[arm] = {"skipped": "not reached in time"}
+                continue
+            found[arm] = run_worker(["largest", name, arm, "0", str(limit - 20)], limit)
+            print(f"{name:10s} largest context {arm:9s} {found[arm]}", flush=True)
+            yield found[arm]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--turns", type=int, default=10)
     parser.add_argument("--seconds", type=float, default=240.0, help="limit of one arm")
+    parser.add_argument("--total-seconds", type=float, default=3600.0, help="limit of all")
     parser.add_argument("--largest", action="store_true", help="also search the largest context")
     parser.add_argument("--output", type=Path, default=RESULTS)
     parser.add_argument("--dry-run", action="store_true", help="print the plan")
-    parser.add_argument("--worker", nargs=4, help=argparse.SUPPRESS)
+    parser.add_argument("--worker", nargs=5, help=argparse.SUPPRESS)
     chosen = parser.parse_args()
     if chosen.worker:
         worker(chosen.worker)
@@ -164,20 +212,13 @@ def main() -> None:
         parser.error("there is no CUDA device; --dry-run prints the plan without one.")
     result: dict[str, Any] = {"environment": environment(), "problems": [], "largest": {}}
     chosen.output.parent.mkdir(parents=True, exist_ok=True)
-    for name, tokens in PROBLEMS:
-        arms = {}
-        for arm in ARMS:
-            arms[arm] = run_arm(name, tokens, arm, chosen.turns, chosen.seconds)
-            print(f"{name:10s} {tokens:6d} {arm:9s} {arms[arm]}", flush=True)
-        result["problems"].append({"model": name, "tokens": tokens, "arms": arms})
+    failed = False
+    for row in measure(chosen, result):
+        failed = failed or "failed" in row
         chosen.output.write_text(json.dumps(result, indent=1) + "\n")
-    if chosen.largest:
-        for name in ("gpt2-small", "llama-1b"):
-            found = {arm: largest_context(name, arm, chosen.seconds) for arm in ARMS}
-            result["largest"][name] = found
-            print(f"{name:10s} largest context {found}", flush=True)
-            chosen.output.write_text(json.dumps(result, indent=1) + "\n")
     print(f"written: {chosen.output}")
+    if failed:
+        sys.exit("an arm failed; see above.")
 
 
 if __name__ == "__main__":

@@ -22,8 +22,7 @@ import torch
 import triton
 import triton.backends.nvidia
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from triton.runtime.jit import mangle_type
+from triton.runtime import driver
 
 from entropy_regularization.attention.masking import Structure
 from entropy_regularization.attention.triton import launch
@@ -31,31 +30,43 @@ from entropy_regularization.attention.triton.tiles import Tiles, choose_tiles
 
 RESULTS = Path(__file__).parent / "results" / "kernel_resources.json"
 CUOBJDUMP = Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump"
+OPTIONS = (
+    "causal", "window", "padding", "documents", "dense", "bias", "softcap", "sinks", "dropout",
+    "everything",
+)  # fmt: skip
 # bytes of shared memory that a program may have, by compute capability
 SHARED_LIMIT = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024}
 
 
 def build_problem(options: str, dim: int, dtype: torch.dtype) -> launch.Problem:
-    """Make a problem without storage: grouped heads, 4096 tokens, causal."""
+    """Make a problem without storage: grouped heads, 4096 tokens, causal, and one option or all."""
 
     def empty(*size: int, of: torch.dtype = dtype) -> torch.Tensor:
         return torch.empty(size, dtype=of, device="meta")
 
+    def given(option: str) -> bool:
+        return options in (option, "everything")
+
     n = 4096
-    query, key, value = empty(2, 8, n, dim), empty(2, 4, n, dim), empty(2, 4, n, dim)
-    if options == "causal":
-        return launch.Problem(
-            query, key, value, Structure(None, 0), 0.1, None, None, None, 0.0, None
-        )
     structure = Structure(
-        300,
+        300 if given("window") else None,
         0,
-        empty(1, 8, n, n, of=torch.bool),
-        empty(2, n, of=torch.bool),
-        empty(2, n, of=torch.int64),
+        empty(1, 8, n, n, of=torch.bool) if given("dense") else None,
+        empty(2, n, of=torch.bool) if given("padding") else None,
+        empty(2, n, of=torch.int64) if given("documents") else None,
     )
-    bias, sinks, seed = empty(1, 8, n, n), empty(8), empty(1, of=torch.int64)
-    return launch.Problem(query, key, value, structure, 0.1, bias, 30.0, sinks, 0.1, seed)
+    return launch.Problem(
+        empty(2, 8, n, dim),
+        empty(2, 4, n, dim),
+        empty(2, 4, n, dim),
+        structure,
+        0.1,
+        empty(1, 8, n, n, of=torch.float32) if given("bias") else None,
+        30.0 if given("softcap") else None,
+        empty(8) if given("sinks") else None,
+        0.1 if given("dropout") else 0.0,
+        empty(1, of=torch.int64) if given("dropout") else None,
+    )
 
 
 def record_launches(
@@ -67,9 +78,11 @@ def record_launches(
     def record(kernel: Any, programs: int, tiles: Tiles, arguments: dict[str, Any]) -> None:
         launches.append((kernel, tiles, arguments))
 
-    def tiles_for(kernel: str, query: torch.Tensor, value: torch.Tensor) -> Tiles:
+    def tiles_for(
+        kernel: str, query: torch.Tensor, value: torch.Tensor, loaded: bool = False
+    ) -> Tiles:
         width = max(query.shape[-1], value.shape[-1])
-        return choose_tiles(kernel, width, query.dtype, SHARED_LIMIT[capability])
+        return choose_tiles(kernel, width, query.dtype, SHARED_LIMIT[capability], loaded)
 
     kept = launch.start_kernel, launch.tiles_for
     launch.start_kernel, launch.tiles_for = record, tiles_for
@@ -83,26 +96,20 @@ def record_launches(
     return launches
 
 
-def signature_of(argument: Any) -> Any:
-    """Describe an argument as Triton's compiler wants it."""
-    if isinstance(argument, tuple):
-        return tuple(signature_of(part) for part in argument)
-    if argument is None or (isinstance(argument, int) and argument == 1):
-        return "constexpr"
-    if isinstance(argument, torch.Tensor):
-        return mangle_type(argument)
-    return "i32" if isinstance(argument, int) else "fp32"
+class PretendedDevice:
+    """What Triton's launcher asks a driver before it compiles."""
 
+    def __init__(self, capability: int) -> None:
+        self.target = GPUTarget("cuda", capability, 32)
 
-def specialise(argument: Any, path: tuple[int, ...], constants: Any, attributes: Any) -> None:
-    """Collect what Triton specialises on at a launch: None and 1, multiples of 16."""
-    if isinstance(argument, tuple):
-        for place, part in enumerate(argument):
-            specialise(part, (*path, place), constants, attributes)
-    elif signature_of(argument) == "constexpr":
-        constants[path] = argument
-    elif isinstance(argument, torch.Tensor) or (isinstance(argument, int) and argument % 16 == 0):
-        attributes[path] = [["tt.divisibility", 16]]
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int = 0) -> int:
+        return 0
 
 
 def dump(machine_code: bytes, what: str) -> str:
@@ -114,8 +121,8 @@ def dump(machine_code: bytes, what: str) -> str:
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
-def spills_in_inner_loops(assembly: str) -> int:
-    """Count loads and stores of spilled registers between a loop's head and its branch back."""
+def inner_loops(assembly: str) -> list[list[str]]:
+    """Return the instructions of every innermost loop, between its head and its branch back."""
     found = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.*?);", assembly)
     code = [(int(address, 16), instruction) for address, instruction in found]
     loops = []
@@ -128,40 +135,35 @@ def spills_in_inner_loops(assembly: str) -> int:
         for loop in loops
         if not any(loop[0] <= o[0] and o[1] <= loop[1] for o in loops if o != loop)
     ]
-    spills = (address for address, text in code if re.search(r"\b(LDL|STL)\b", text))
-    return sum(any(head <= address <= tail for head, tail in inner) for address in spills)
+    return [[text for address, text in code if head <= address <= tail] for head, tail in inner]
 
 
 def compile_kernel(
     kernel: Any, tiles: Tiles, arguments: dict[str, Any], capability: int
 ) -> dict[str, Any]:
-    """Compile one kernel down to machine code and read what it uses."""
-    signature: dict[str, Any] = {}
-    constants: dict[tuple[int, ...], Any] = {}
-    attributes: dict[tuple[int, ...], Any] = {}
-    for place, parameter in enumerate(kernel.params):
-        argument = arguments[parameter.name]
-        if parameter.is_constexpr:
-            signature[parameter.name], constants[(place,)] = "constexpr", argument
-        else:
-            signature[parameter.name] = signature_of(argument)
-            specialise(argument, (place,), constants, attributes)
+    """Compile one kernel by Triton's own launcher and read what its machine code uses."""
+    driver.set_active(PretendedDevice(capability))
     start = time.perf_counter()
-    compiled = triton.compile(
-        ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes),
-        target=GPUTarget("cuda", capability, 32),
-        options={
-            "num_warps": tiles.warps,
-            "num_stages": tiles.stages,
-            "enable_fp_fusion": True,
-        },
+    compiled = kernel.run(
+        **arguments,
+        grid=(1,),
+        warmup=True,
+        num_warps=tiles.warps,
+        num_stages=tiles.stages,
+        enable_fp_fusion=True,
     )
     seconds = time.perf_counter() - start
     found = dict(re.findall(r"(REG|STACK):(\d+)", dump(compiled.asm["cubin"], "-res-usage")))
+    loops = inner_loops(dump(compiled.asm["cubin"], "-sass"))
+    spills = sum(bool(re.search(r"\b(LDL|STL)\b", text)) for loop in loops for text in loop)
+    # the shortest loop is the one without masks; a warp has 32 threads, each some of the scores
+    threads, scores = 32 * tiles.warps, tiles.rows * tiles.keys
+    per_score = min(map(len, loops)) * threads / scores if loops and scores else None
     return {
         "registers": int(found["REG"]),
         "stack_bytes": int(found["STACK"]),
-        "spills_in_inner_loops": spills_in_inner_loops(dump(compiled.asm["cubin"], "-sass")),
+        "spills_in_inner_loops": spills,
+        "instructions_a_score": per_score and round(per_score, 1),
         "shared_bytes": compiled.metadata.shared,
         "compile_seconds": round(seconds, 1),
     }
@@ -189,7 +191,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--dims", type=int, nargs="+", default=[64, 128, 256])
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"])
-    parser.add_argument("--options", choices=["causal", "everything"], default="causal")
+    parser.add_argument("--options", choices=OPTIONS, default="causal")
     parser.add_argument("--capability", type=int, choices=SHARED_LIMIT, default=90)
     parser.add_argument("--output", type=Path, default=RESULTS)
     chosen = parser.parse_args()

@@ -1,6 +1,7 @@
 """What scripts/gpu runs on a GPU, as far as a CPU can tell: plans, floors, steps, refusals."""
 
 import importlib
+import json
 import os
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import torch
 from cases import worst_error
 
 ROOT = Path(__file__).parents[3]
+PARTS = ("tests", "attention", "tiles", "training", "kernels")
 
 
 @pytest.fixture
@@ -39,8 +41,26 @@ def test_floor_counts_products_and_bytes(load: Any) -> None:
 def test_plan_keeps_tokens_and_width(load: Any) -> None:
     shapes = load("gpu_attention").plan([1024, 32768], [64, 128], 16384)
     assert [tuple(shape) for shape in shapes] == [
-        (16, 32, 1024, 64), (1, 32, 32768, 64), (16, 16, 1024, 128), (1, 16, 32768, 128),
+        (16, 32, 1024, 64), (16, 16, 1024, 128), (1, 32, 32768, 64), (1, 16, 32768, 128),
     ]  # fmt: skip
+
+
+def test_what_compiles_for_every_shape_comes_last(load: Any) -> None:
+    bench = load("gpu_attention")
+    assert bench.rounds_of(list(bench.ARMS)) == [
+        ["ours", "sdpa_flash", "sdpa_cudnn"],
+        ["ours", "sdpa_flash", "flex", "flex_widened", "eager_published"],
+    ]
+    assert bench.rounds_of(["ours", "sdpa_flash"]) == [["ours", "sdpa_flash"]]
+
+
+def test_an_arm_that_fails_is_reported(load: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = load("gpu_attention")
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    assert bench.first_call(lambda: 1)[0] == 1
+    assert bench.first_call(lambda: 1 / 0) == (
+        None, {"failed": "ZeroDivisionError: division by zero"},
+    )  # fmt: skip
 
 
 def test_arms_agree_and_wrong_results_are_refused(load: Any, device: str, set_tiles: Any) -> None:
@@ -51,11 +71,11 @@ def test_arms_agree_and_wrong_results_are_refused(load: Any, device: str, set_ti
     steps = {arm: bench.step_of(arm, shape, False, inputs) for arm in ("ours", "eager_published")}
     results = {arm: step() for arm, step in steps.items()}
     assert worst_error(list(results["ours"]), list(results["eager_published"])) <= 1e-5
-    bench.refuse_wrong_results(results, backward=False)
+    assert bench.wrong_results(results, backward=False) == {}
     output, entropy = results["eager_published"]
-    for wrong in ((output + 1, entropy), (output, entropy + 1)):
-        with pytest.raises(SystemExit, match="eager_published"):
-            bench.refuse_wrong_results(results | {"eager_published": wrong}, backward=False)
+    for wrong in ((output + 1, entropy), (output, entropy + 1), (output * torch.nan, entropy)):
+        reasons = bench.wrong_results(results | {"eager_published": wrong}, backward=False)
+        assert list(reasons) == ["eager_published"]
     gradients = bench.step_of("ours", shape, True, inputs)()
     assert [tuple(gradient.shape) for gradient in gradients] == [tuple(shape)] * 3
 
@@ -71,6 +91,93 @@ def test_training_steps_agree(name: str, load: Any) -> None:
         assert all(p.grad is not None for p in model.parameters())
     assert losses["ours"] == pytest.approx(losses["published"], rel=1e-5)
     assert losses["ours"] > losses["sdpa"]
+
+
+@pytest.mark.parametrize("name", ["gpt2-small", "llama-1b"])
+def test_largest_context_stops_where_memory_or_time_ends(
+    name: str, load: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench = load("gpu_training_step")
+
+    def build(name: str, tokens: int, arm: str, device: str) -> int:
+        if tokens > 8192:
+            raise torch.OutOfMemoryError
+        return tokens
+
+    monkeypatch.setattr(bench, "build_model", build)
+    monkeypatch.setattr(bench, "step_of", lambda model, arm, tokens: lambda: 0.0)
+    assert bench.largest_context(name, "ours", 60.0) == {"tokens": 8192, "stopped_by": "memory"}
+    assert bench.largest_context(name, "ours", -1.0) == {"tokens": 0, "stopped_by": "time"}
+
+
+def test_a_worker_that_fails_is_a_result(load: Any) -> None:
+    bench = load("gpu_training_step")
+    command = ["step", "gpt2-small", "ours", "many", "1"]
+    assert "invalid literal for int" in bench.run_worker(command, 200.0)["failed"]
+    assert bench.run_worker(command, 0.01) == {"skipped": "took more than 0 s"}
+
+
+def test_tile_configurations_give_the_same_numbers(load: Any, device: str, set_tiles: Any) -> None:
+    set_tiles(16, 16)
+    bench = load("gpu_tiles")
+    for kernel, function in bench.prepare(16, 1, 40, device, width=32).items():
+        expected = function()
+        trial = bench.Trial(kernel, 16, bench.Tiles(32, 16, 4, 1))
+        assert bench.difference(bench.with_tiles(trial, function)(), expected) <= 0.02
+        assert bench.difference([expected[0] + 1], expected[:1]) > 0.02
+
+
+def test_tile_configurations_start_with_the_chosen(load: Any) -> None:
+    bench = load("gpu_tiles")
+    trials = bench.plan()
+    assert len(set(trials)) == len(trials)
+    firsts = {(trial.kernel, trial.dim): trial.tiles for trial in reversed(trials)}
+    for (kernel, dim), tiles in firsts.items():
+        assert tiles == bench.choose_tiles(kernel, dim, torch.bfloat16)
+
+
+def test_tile_configurations_are_timed_and_written(
+    load: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    bench = load("gpu_tiles")
+    prepare = bench.prepare
+    monkeypatch.setattr(bench, "CANDIDATES", {"forward": {16: [(32, 16, 4, 1), (16, 32, 4, 1)]}})
+    monkeypatch.setattr(bench, "SHAPES", ((1, 40),))
+    monkeypatch.setattr(bench, "compile_all", lambda trials, *rest: {trials[1]: "too large"})
+    monkeypatch.setattr(bench, "prepare", lambda dim, *rest: prepare(dim, 1, 40, "cpu", width=dim))
+    monkeypatch.setattr(bench, "milliseconds", lambda step: float(step() is not None))
+    assert bench.run(2, 60.0, 1, tmp_path / "tiles.json") == []
+    written = json.loads((tmp_path / "tiles.json").read_text())
+    assert [row["tiles"] for row in written["trials"]] == [[128, 128, 8, 3], [16, 32, 4, 1]]
+    assert [row["milliseconds_median"] for row in written["trials"]] == [1.0, 1.0]
+    assert written["failed"] == [["forward", 16, [32, 16, 4, 1], "too large"]]
+
+
+def test_attention_is_written_after_every_problem(
+    load: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    bench = load("gpu_attention")
+    output = tmp_path / "attention.json"
+    shapes = bench.plan([16, 32], [64], 32)
+    rates = {"flops_per_second": 1e12, "bytes_per_second": 1e12}
+    steps = {"sdpa_flash": lambda: 2.0, "ours": lambda: 3.0}
+    monkeypatch.setattr(bench, "measure_rates", lambda: rates)
+    monkeypatch.setattr(bench, "time_step", lambda step: (step(), 0.5))
+
+    def measure(shape: Any, backward: bool, arms: list[str], turns: int) -> dict[str, Any]:
+        found = bench.take_turns(steps, turns, {arm: {"peak_bytes": 1} for arm in steps})
+        if shape.tokens == 32:
+            assert len(json.loads(output.read_text())["problems"]) >= 2
+            found["sdpa_cudnn"] = {"failed": "no plan"}
+        return dict(found)
+
+    monkeypatch.setattr(bench, "measure", measure)
+    failed = bench.run(shapes, list(bench.QUICK), 3, 60.0, output)
+    assert failed == ["sdpa_cudnn at 32 x 64"] * 2
+    written = json.loads(output.read_text())
+    assert written["not_reached"] == []
+    assert written["problems"][0]["arms"]["ours"]["ratio_to_sdpa_flash"] == 1.5
+    assert bench.run(shapes, list(bench.QUICK), 3, 0.0, output) == []
 
 
 def run_script(*arguments: str, out: Path) -> subprocess.CompletedProcess[str]:
@@ -89,9 +196,11 @@ def test_script_plans_without_a_gpu(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "test_error_is_at_most_that_of_naive_attention[large-causal-dtype0]" in done.stdout
     assert "llama-1b at 8192 tokens: sdpa, ours, published" in done.stdout
-    assert {path.name for path in tmp_path.iterdir()} == {
-        "tests.log", "attention.log", "training_step.log",
-    }  # fmt: skip
+    assert "forward at head dimension 64" in done.stdout
+    assert "test_equals_reference[plain]" in done.stdout
+    order = [done.stdout.index(f"== {part} (at most") for part in PARTS]
+    assert order == sorted(order)
+    assert [path.name for path in tmp_path.iterdir()] == ["log.txt"]
 
 
 def test_script_refuses_clearly(tmp_path: Path) -> None:
@@ -102,3 +211,36 @@ def test_script_refuses_clearly(tmp_path: Path) -> None:
     done = run_script("--fast", out=tmp_path / "none")
     assert done.returncode == 2
     assert "unknown argument '--fast'" in done.stderr
+
+
+def test_a_part_that_fails_does_not_end_the_others(tmp_path: Path) -> None:
+    """A python that fails at everything but the question whether there is a device."""
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\ncase "$2" in *is_available*) exit 0 ;; esac\necho "$2"; exit 1\n')
+    python.chmod(0o755)
+    done = subprocess.run(
+        [str(ROOT / "scripts" / "gpu")],
+        env=os.environ | {"PYTHON": str(python), "OUT": str(tmp_path / "out")},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1
+    assert f"failed or did not finish: {' '.join(PARTS)};" in done.stderr
+    log = (tmp_path / "out" / "log.txt").read_text()
+    assert all(f"== {part} took" in log for part in PARTS)
+
+
+@pytest.mark.slow
+def test_the_call_ends_in_time(tmp_path: Path) -> None:
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\ncase "$2" in *is_available*) exit 0 ;; esac\nexec sleep 60\n')
+    python.chmod(0o755)
+    done = subprocess.run(
+        [str(ROOT / "scripts" / "gpu"), "tests", "tiles"],
+        env=os.environ | {"PYTHON": str(python), "OUT": str(tmp_path), "SECONDS_LEFT": "11"},
+        capture_output=True,
+        text=True,
+        timeout=40,
+    )
+    assert done.returncode == 1
+    assert "== tiles: no time left" in done.stdout

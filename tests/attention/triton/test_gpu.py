@@ -1,5 +1,6 @@
 """What only a GPU can show: real launches, long sequences, large tensors, graphs, accuracy."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -60,8 +61,20 @@ def test_error_is_at_most_that_of_naive_attention(case: Case, dtype: torch.dtype
         assert worst_error([mine], [true]) <= 2 * worst_error([other], [true]) + budget
 
 
-@pytest.mark.parametrize("tiles", [(16, 16, 4, 1), (32, 64, 4, 2), (64, 32, 8, 3), (64, 64, 4, 2)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+# float32 tiles stay small: they are multiplied without tensor cores, in unrolled code
+CONFIGURATIONS = [
+    ((16, 16, 4, 1), torch.float32),
+    ((32, 16, 4, 2), torch.float32),
+    ((16, 32, 8, 1), torch.float32),
+    ((16, 16, 4, 1), torch.bfloat16),
+    ((32, 64, 4, 2), torch.bfloat16),
+    ((64, 32, 8, 3), torch.bfloat16),
+    ((64, 64, 4, 2), torch.bfloat16),
+    ((128, 32, 8, 2), torch.bfloat16),
+]
+
+
+@pytest.mark.parametrize(("tiles", "dtype"), CONFIGURATIONS)
 def test_any_launch_configuration(
     tiles: tuple[int, int, int, int], dtype: torch.dtype, set_tiles: Any
 ) -> None:
@@ -85,17 +98,8 @@ def test_repeats_are_bit_identical(case: Case) -> None:
         assert all(map(torch.equal, found, gradients(again, inputs)))
 
 
-def test_cuda_graph_replays_with_new_numbers() -> None:
-    inputs = [
-        torch.randn(1, 4, 500, 64, device="cuda", dtype=torch.bfloat16).requires_grad_()
-        for _ in range(3)
-    ]
-
-    def step() -> list[Tensor]:
-        got = attention_with_entropy(*inputs, causal=True, implementation="triton")
-        total = got.output.float().square().sum() + got.entropy.square().sum()
-        return [got.output, got.entropy, *torch.autograd.grad(total, inputs)]
-
+def capture(step: Callable[[], list[Tensor]]) -> tuple[torch.cuda.CUDAGraph, list[Tensor]]:
+    """Record a step after two runs on a side stream; return the graph and what it fills."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -105,11 +109,44 @@ def test_cuda_graph_replays_with_new_numbers() -> None:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         captured = step()
+    return graph, captured
+
+
+@pytest.mark.parametrize("structure", ["causal", "documents and padding"])
+def test_cuda_graph_replays_with_new_numbers(structure: str) -> None:
+    inputs = [
+        torch.randn(1, 4, 500, 64, device="cuda", dtype=torch.bfloat16).requires_grad_()
+        for _ in range(3)
+    ]
+    options: dict[str, Any] = {"causal": True}
+    if structure != "causal":
+        options["document"] = torch.arange(500, device="cuda")[None] // 180
+        options["key_padding"] = torch.arange(500, device="cuda")[None] >= 70
+
+    def step() -> list[Tensor]:
+        got = attention_with_entropy(*inputs, **options, implementation="triton")
+        total = got.output.float().square().sum() + got.entropy.square().sum()
+        return [got.output, got.entropy, *torch.autograd.grad(total, inputs)]
+
+    graph, captured = capture(step)
     with torch.no_grad():
         for tensor in inputs:
             tensor.normal_()
+        for mask in list(options.values())[1:]:
+            mask.copy_(mask.flip(-1))
     graph.replay()
     assert worst_error(captured, step()) == 0.0
+
+
+def test_cuda_graph_draws_a_new_dropout_mask_at_every_replay() -> None:
+    inputs = [torch.randn(1, 2, 64, 16, device="cuda") for _ in range(3)]
+    graph, (output,) = capture(
+        lambda: [attention_with_entropy(*inputs, dropout=0.5, implementation="triton").output]
+    )
+    graph.replay()
+    first = output.clone()
+    graph.replay()
+    assert not torch.equal(first, output)
 
 
 def test_offsets_beyond_two_to_the_31st_element() -> None:

@@ -26,6 +26,7 @@ TILED = [
     Case("tiled-window-left", (1, 1, 1, 40, 53, 16, 16), {"window": (11, None)}),
     Case("tiled-window-causal", (1, 2, 2, 50, 50, 24, 40), {"window": (18, 0)}),
     Case("tiled-cross", (1, 2, 2, 35, 50, 16, 16)),
+    Case("tiled-negative-scale", (1, 1, 1, 37, 37, 16, 16), {"causal": True, "scale": -0.3}),
     Case("tiled-padding", (2, 2, 1, 35, 41, 16, 16), {"causal": True}, padding=True),
     Case("tiled-documents", (2, 1, 1, 60, 60, 16, 16), {"causal": True}, documents=True),
     Case("tiled-documents-cross", (2, 1, 1, 40, 60, 16, 16), documents=True, padding=True),
@@ -70,7 +71,9 @@ def test_equals_reference_over_many_tiles(
 
 
 @interpreted
-@pytest.mark.parametrize("case", [TILED[3], TILED[7], *CASES[-5:]], ids=lambda case: case.name)
+@pytest.mark.parametrize(
+    "case", [TILED[3], TILED[5], TILED[8], *CASES[-5:]], ids=lambda case: case.name
+)
 def test_equals_reference_in_float64(case: Case, device: str, set_tiles: Any) -> None:
     set_tiles(16, 16)
     # tanh is a series near zero, 4e-7 at worst; the rest is exact
@@ -95,7 +98,9 @@ def test_own_tiles_of_every_head_dimension(
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("case", [TILED[0], TILED[5], TILED[-1]], ids=lambda case: case.name)
+@pytest.mark.parametrize(
+    "case", [TILED[0], TILED[5], TILED[6], TILED[-1]], ids=lambda case: case.name
+)
 def test_low_precision_is_no_worse_than_naive(
     case: Case, dtype: torch.dtype, device: str, set_tiles: Any
 ) -> None:
@@ -275,6 +280,15 @@ def test_upstream_gradients_may_be_missing(through: str, device: str, set_tiles:
     assert worst_error(list(found[1]), list(found[0])) <= 2e-5
 
 
+def test_a_window_wider_than_any_integer_of_the_device_is_none(device: str, set_tiles: Any) -> None:
+    set_tiles(16, 16)
+    inputs, _ = TILED[0].build(torch.float32, device)
+    expected = attention_with_entropy(*inputs, implementation="reference")
+    for wide in ((2**31 - 1, 2**31 - 1), (2**40, 2**62)):
+        got = attention_with_entropy(*inputs, window=wide, implementation="triton")
+        assert worst_error(list(got[:4]), list(expected[:4])) <= 2e-5
+
+
 def test_minus_infinity_in_a_bias_masks_its_key(device: str, set_tiles: Any) -> None:
     set_tiles(16, 16)
     inputs, _ = CASES[0].build(torch.float32, device)
@@ -290,8 +304,8 @@ def test_minus_infinity_in_a_bias_masks_its_key(device: str, set_tiles: Any) -> 
 
 def test_rows_without_keys_are_zero_and_carry_no_gradient(device: str, set_tiles: Any) -> None:
     set_tiles(16, 16)
-    inputs, options = TILED[5].build(torch.float32, device)
-    got = TILED[5].run(inputs, options, "triton")
+    inputs, options = TILED[6].build(torch.float32, device)
+    got = TILED[6].run(inputs, options, "triton")
     empty = got.allowed_keys.expand_as(got.entropy) == 0
     assert empty.any()
     assert (got.entropy[empty] == 0).all()

@@ -1,6 +1,7 @@
 """Operators around the kernels: compilation, dropout, refusals; and the real compiler."""
 
 import itertools
+import logging
 import os
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from torch import Tensor
 from torch.library import opcheck
 
 from entropy_regularization import attention_with_entropy
+from entropy_regularization.attention import api
 from entropy_regularization.attention.masking import Structure
 from entropy_regularization.attention.triton import launch, support
 from entropy_regularization.attention.triton.operators import triton_backward, triton_forward
@@ -134,6 +136,22 @@ class TestDropout:
         ]
         assert torch.autograd.gradcheck(function, inputs, fast_mode=True)
 
+    @pytest.mark.skipif(not is_interpreted(), reason="float64 runs interpreted only")
+    def test_gradient_is_exact_beside_other_options(self, device: str) -> None:
+        """Grouped heads, a bias with a gradient, sinks, softcap and padding."""
+        case = Case(
+            "dropout-everything", (1, 2, 1, 4, 5, 3, 2), {"causal": True, "softcap": 3.0},
+            padding=True, bias=(1, 1, 4, 5), sinks=True,
+        )  # fmt: skip
+        inputs, options = case.build(torch.float64, device)
+
+        def function(*tensors: Tensor) -> tuple[Tensor, Tensor]:
+            torch.manual_seed(5)
+            got = case.run(list(tensors), options | {"dropout": 0.4}, "triton")
+            return got.output, got.entropy
+
+        assert torch.autograd.gradcheck(function, inputs, fast_mode=True)
+
 
 @pytest.mark.skipif(not is_interpreted(), reason="float64 runs interpreted only")
 def test_gradcheck(device: str) -> None:
@@ -175,18 +193,42 @@ class TestSupport:
         )
         assert "value has head dimension 300" in self.reason(device, value_dim=300)
 
-    def test_float64_needs_the_interpreter(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def on_cuda(self, monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]) -> list[Tensor]:
+        """Return float64 tensors that say they are on a device of this compute capability."""
+
         class OnCuda(torch.Tensor):
             device = torch.device("cuda")
 
         monkeypatch.setattr(support, "is_interpreted", lambda: False)
-        monkeypatch.setattr(support, "compute_capability", lambda index: (9, 0))
-        tensors = [torch.zeros(1, 1, 4, 8, dtype=torch.float64).as_subclass(OnCuda)] * 3
+        monkeypatch.setattr(support, "compute_capability", lambda index: capability)
+        return [torch.zeros(1, 1, 4, 8, dtype=torch.float64).as_subclass(OnCuda)] * 3
+
+    def test_float64_needs_the_interpreter(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        tensors = self.on_cuda(monkeypatch, (9, 0))
         reason = support.unsupported_reason(*tensors, Structure(), scale=1.0)
         assert reason == "query is float64; the kernels take float16, bfloat16 and float32."
-        monkeypatch.setattr(support, "compute_capability", lambda index: (7, 5))
+
+    def test_old_devices(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        tensors = self.on_cuda(monkeypatch, (7, 5))
         reason = support.unsupported_reason(*tensors, Structure(), scale=1.0)
         assert reason == "the device has compute capability 7.5; the kernels need 8.0."
+
+    def test_auto_takes_blockwise_and_says_so_once(
+        self, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        tensors = self.on_cuda(monkeypatch, (9, 0))
+        api._say_once.cache_clear()
+        with caplog.at_level(logging.INFO, logger="entropy_regularization.attention"):
+            for _ in range(2):
+                name = api.choose_implementation("auto", *tensors, Structure(), 1.0, {})
+                assert name == "blockwise"
+        (record,) = caplog.records
+        assert record.getMessage() == (
+            "attention on cuda runs blockwise, not triton: query is float64; the kernels take "
+            "float16, bfloat16 and float32."
+        )
+        with pytest.raises(ValueError, match="'triton' cannot run: query is float64"):
+            api.choose_implementation("triton", *tensors, Structure(), 1.0, {})
 
 
 class TestVisibleRanges:
@@ -216,12 +258,33 @@ class TestVisibleRanges:
         )
 
 
+def test_no_argument_of_a_kernel_is_a_tuple_of_tuples(
+    device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Triton 3.6 loses the integers 1 in such tuples, and the interpreter does not show it."""
+    inputs, options = EVERYTHING.build(torch.float32, device)
+    launched = []
+
+    def record(kernel: Any, programs: int, tiles: Tiles, arguments: dict[str, Any]) -> None:
+        launched.append(kernel)
+        tuples = [value for value in arguments.values() if isinstance(value, tuple)]
+        assert tuples
+        assert not any(isinstance(part, tuple) for value in tuples for part in value)
+
+    monkeypatch.setattr(launch, "start_kernel", record)
+    gradients(EVERYTHING.run(inputs, options, "triton"), inputs)
+    assert len(launched) == 5
+
+
 def test_every_head_dimension_has_tiles() -> None:
     kernels = ("forward", "query_gradient", "key_gradients", "bias_gradient", "row_constants")
     for kernel in kernels:
         for width in range(1, 257):
-            for dtype, shared in itertools.product((torch.float16, torch.float32), (1e5, 2e5)):
-                rows, keys, warps, stages = choose_tiles(kernel, width, dtype, int(shared))
+            kinds = itertools.product(
+                (torch.float16, torch.float32), (100_000, 200_000), (False, True)
+            )
+            for kind in kinds:
+                rows, keys, warps, stages = choose_tiles(kernel, width, *kind)
                 assert rows & (rows - 1) == 0
                 assert keys & (keys - 1) == 0
                 assert warps in (4, 8)
@@ -229,7 +292,7 @@ def test_every_head_dimension_has_tiles() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options", ["causal", "everything"])
+@pytest.mark.parametrize("options", ["causal", "documents", "everything"])
 def test_compiler_accepts_the_kernels(options: str, tmp_path: Path) -> None:
     """Triton's real compiler, for a Hopper GPU that need not be there."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}

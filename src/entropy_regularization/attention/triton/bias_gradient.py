@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 from entropy_regularization.attention.triton.primitives import (
+    CHANGING,
     dropout_factor,
     head_pointer,
     load_rows,
@@ -31,7 +32,7 @@ def tile_is_seen(row_start, key_start, n_queries, n_keys, left, right, ROWS, KEY
     return seen
 
 
-@triton.jit
+@triton.jit(do_not_specialize=CHANGING)
 def bias_gradient_kernel(
     query,
     key,
@@ -39,7 +40,9 @@ def bias_gradient_kernel(
     d_output,
     d_bias,
     constants,
-    masks,
+    allowed,
+    padding,
+    document,
     bias,
     dropout,
     factor,
@@ -101,12 +104,13 @@ def bias_gradient_kernel(
                 KEYS, VALUE_PADDED, VALUE_DIM, True,
             )  # fmt: skip
             delta, log2_normalizer, entropy_slope = load_constants(
-                constants, unit.to(tl.int64) * n_queries, row, n_queries
+                constants, unit.to(tl.int64) * n_queries, row_start, n_queries, ROWS, 1, True
             )
             # [ROWS, KEYS], all of them
             b_log2_probability, _ = log2_probability_tile(
                 tl.dot(b_query, tl.trans(b_key), input_precision="ieee", out_dtype=WIDE),
-                log2_normalizer, row, o_key, (batch, head, unit), masks, bias, factor, cap_log2,
+                log2_normalizer, row, o_key, (batch, head, unit),
+                allowed, padding, document, bias, factor, cap_log2,
                 left, right, (n_queries, n_keys), MASKED, True,
             )  # fmt: skip
             b_d_weight = tl.dot(

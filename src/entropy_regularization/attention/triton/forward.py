@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 from entropy_regularization.attention.triton.primitives import (
+    CHANGING,
     EMPTY_ROW,
     LN_2,
     LOG2_E,
@@ -38,7 +39,9 @@ def forward_tiles(
     value,
     p_key,
     p_value,
-    masks,
+    allowed,
+    padding,
+    document,
     bias,
     dropout,
     factor,
@@ -63,18 +66,27 @@ def forward_tiles(
         b_key = load_rows(key, p_key, key_start, n_keys, KEYS, PADDED, DIM, EDGE)
         # [ROWS, KEYS]
         b_score = tl.dot(b_query, tl.trans(b_key), input_precision="ieee", out_dtype=largest.dtype)
-        b_score = b_score * factor
         o_key = (key_start + tl.arange(0, KEYS))[None, :]
-        if cap_log2 is not None:
-            b_score = tanh(b_score) * cap_log2
-        if bias is not None:
-            b_score = add_bias(b_score, bias, batch, head, row, o_key, n_queries, n_keys)
-        if EDGE or MASKED:
-            m_allowed = allowed_tile(
-                masks, left, right, batch, head, row, o_key, n_queries, n_keys, EDGE
-            )
-            b_score = tl.where(m_allowed, b_score, MASKED_SCORE)
-        largest, total, weighted, decay, b_weight = online_update(largest, total, weighted, b_score)
+        if cap_log2 is None and bias is None and not EDGE and not MASKED:
+            # only the largest score of a row is scaled by itself, all in a multiply-add
+            new = tl.maximum(largest, tl.max(b_score, 1) * factor)
+            b_shifted = b_score * factor - new[:, None]
+        else:
+            b_score = b_score * factor
+            if cap_log2 is not None:
+                b_score = tanh(b_score) * cap_log2
+            if bias is not None:
+                b_score = add_bias(b_score, bias, batch, head, row, o_key, n_queries, n_keys)
+            if EDGE or MASKED:
+                m_allowed = allowed_tile(
+                    allowed, padding, document, left, right, batch, head, row, o_key,
+                    n_queries, n_keys, EDGE,
+                )  # fmt: skip
+                b_score = tl.where(m_allowed, b_score, MASKED_SCORE)
+            new = tl.maximum(largest, tl.max(b_score, 1))
+            b_shifted = b_score - new[:, None]
+        total, weighted, decay, b_weight = online_update(largest, total, weighted, new, b_shifted)
+        largest = new
         if dropout is not None:
             b_weight = b_weight * dropout_factor(dropout, unit, row, o_key)
         # [KEYS, VALUE_PADDED]
@@ -87,7 +99,7 @@ def forward_tiles(
     return largest, total, weighted, b_sum
 
 
-@triton.jit
+@triton.jit(do_not_specialize=CHANGING)
 def forward_kernel(
     query,
     key,
@@ -96,7 +108,9 @@ def forward_kernel(
     p_entropy,
     p_log_normalizer,
     p_max_score,
-    masks,
+    allowed,
+    padding,
+    document,
     bias,
     p_sinks,
     dropout,
@@ -118,8 +132,12 @@ def forward_kernel(
     KEYS: tl.constexpr,
     MASKED: tl.constexpr,
     WIDE: tl.constexpr,
+    NEGATIVE: tl.constexpr,
 ):
-    """Compute one block of rows of one head; the grid is ``blocks * batch * heads``."""
+    """Compute one block of rows of one head; the grid is ``blocks * batch * heads``.
+
+    ``factor`` is not negative; ``NEGATIVE`` says that the sign belongs to the query.
+    """
     program = tl.program_id(0)
     # The last rows of a causal problem see most keys; they start first.
     block = n_blocks - 1 - program % n_blocks
@@ -136,6 +154,8 @@ def forward_kernel(
     b_query = load_rows(
         query, head_pointer(query, batch, head), row_start, n_queries, ROWS, PADDED, DIM, True
     )
+    if NEGATIVE:
+        b_query = (b_query.to(WIDE) * -1.0).to(b_query.dtype)
     p_key = head_pointer(key, batch, head // group)
     p_value = head_pointer(value, batch, head // group)
     start, full_start, full_stop, stop = key_range(
@@ -151,17 +171,20 @@ def forward_kernel(
     sizes = (n_queries, n_keys)
     if left is not None:
         state = forward_tiles(
-            state, b_query, start, full_start, row, place, key, value, p_key, p_value, masks, bias,
+            state, b_query, start, full_start, row, place, key, value, p_key, p_value,
+            allowed, padding, document, bias,
             dropout, factor, cap_log2, left, right, sizes,
             DIM, VALUE_DIM, PADDED, VALUE_PADDED, KEYS, MASKED, True,
         )  # fmt: skip
     state = forward_tiles(
-        state, b_query, full_start, full_stop, row, place, key, value, p_key, p_value, masks, bias,
+        state, b_query, full_start, full_stop, row, place, key, value, p_key, p_value,
+        allowed, padding, document, bias,
         dropout, factor, cap_log2, left, right, sizes,
         DIM, VALUE_DIM, PADDED, VALUE_PADDED, KEYS, MASKED, False,
     )  # fmt: skip
     state = forward_tiles(
-        state, b_query, full_stop, stop, row, place, key, value, p_key, p_value, masks, bias,
+        state, b_query, full_stop, stop, row, place, key, value, p_key, p_value,
+        allowed, padding, document, bias,
         dropout, factor, cap_log2, left, right, sizes,
         DIM, VALUE_DIM, PADDED, VALUE_PADDED, KEYS, MASKED, True,
     )  # fmt: skip

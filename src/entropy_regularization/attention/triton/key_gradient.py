@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from entropy_regularization.attention.triton.primitives import (
+    CHANGING,
     dropout_factor,
     head_pointer,
     load_rows,
@@ -32,7 +33,9 @@ def key_gradient_tiles(
     query,
     d_output,
     constants,
-    masks,
+    allowed,
+    padding,
+    document,
     bias,
     dropout,
     factor,
@@ -66,11 +69,14 @@ def key_gradient_tiles(
         )
         row = (row_start + tl.arange(0, ROWS))[None, :]
         # [1, ROWS], each
-        delta, log2_normalizer, entropy_slope = load_constants(constants, o_unit, row, n_queries)
+        delta, log2_normalizer, entropy_slope = load_constants(
+            constants, o_unit, row_start, n_queries, ROWS, 0, EDGE
+        )
         # [KEYS, ROWS], all of them
         b_product = tl.dot(b_key, tl.trans(b_query), input_precision="ieee", out_dtype=delta.dtype)
         b_log2_probability, b_slope = log2_probability_tile(
-            b_product, log2_normalizer, row, key, place, masks, bias, factor, cap_log2,
+            b_product, log2_normalizer, row, key, place,
+            allowed, padding, document, bias, factor, cap_log2,
             left, right, sizes, MASKED, EDGE,
         )  # fmt: skip
         b_d_weight = tl.dot(
@@ -96,7 +102,7 @@ def key_gradient_tiles(
     return b_d_key, b_d_value
 
 
-@triton.jit
+@triton.jit(do_not_specialize=CHANGING)
 def key_gradient_kernel(
     query,
     key,
@@ -105,7 +111,9 @@ def key_gradient_kernel(
     d_key,
     d_value,
     constants,
-    masks,
+    allowed,
+    padding,
+    document,
     bias,
     dropout,
     p_ranges,
@@ -165,17 +173,20 @@ def key_gradient_kernel(
         if right is not None:
             state = key_gradient_tiles(
                 state, b_key, b_value, start, full_start, o_key, place, query, d_output,
-                constants, masks, bias, dropout, factor, cap_log2, left, right, sizes,
+                constants,
+                allowed, padding, document, bias, dropout, factor, cap_log2, left, right, sizes,
                 DIM, VALUE_DIM, PADDED, VALUE_PADDED, ROWS, MASKED, True,
             )  # fmt: skip
         state = key_gradient_tiles(
             state, b_key, b_value, full_start, full_stop, o_key, place, query, d_output,
-            constants, masks, bias, dropout, factor, cap_log2, left, right, sizes,
+            constants,
+            allowed, padding, document, bias, dropout, factor, cap_log2, left, right, sizes,
             DIM, VALUE_DIM, PADDED, VALUE_PADDED, ROWS, MASKED, False,
         )  # fmt: skip
         state = key_gradient_tiles(
             state, b_key, b_value, full_stop, stop, o_key, place, query, d_output,
-            constants, masks, bias, dropout, factor, cap_log2, left, right, sizes,
+            constants,
+            allowed, padding, document, bias, dropout, factor, cap_log2, left, right, sizes,
             DIM, VALUE_DIM, PADDED, VALUE_PADDED, ROWS, MASKED, True,
         )  # fmt: skip
         b_d_key, b_d_value = state

@@ -16,7 +16,7 @@ from entropy_regularization.attention.triton.forward import forward_kernel
 from entropy_regularization.attention.triton.key_gradient import key_gradient_kernel
 from entropy_regularization.attention.triton.query_gradient import query_gradient_kernel
 from entropy_regularization.attention.triton.recomputation import row_constants_kernel
-from entropy_regularization.attention.triton.tiles import Tiles, choose_tiles
+from entropy_regularization.attention.triton.tiles import LARGE_SHARED_BYTES, Tiles, choose_tiles
 
 LOG2_E = 1.0 / math.log(2.0)
 
@@ -41,6 +41,11 @@ class Problem(NamedTuple):
     def wide(self) -> torch.dtype:
         """The dtype of scores and sums; float64 only under the interpreter."""
         return torch.promote_types(self.query.dtype, torch.float32)
+
+    @property
+    def loaded(self) -> bool:
+        """Whether the kernels read a number for every score."""
+        return self.bias is not None or self.structure.allowed is not None
 
 
 class Upstream(NamedTuple):
@@ -68,14 +73,18 @@ def rows_like(query: Tensor, width: int) -> Tensor:
     return query.new_empty(batch, heads, rows, width)
 
 
-def masks_of(structure: Structure, batch: int, sizes: tuple[int, int, int, int]) -> tuple[Any, ...]:
-    """Return the views (allowed, key_padding, document); broadcast dimensions have stride 0."""
+def masks_of(structure: Structure, sizes: tuple[int, int, int, int]) -> dict[str, View | None]:
+    """Return the views of the masks; broadcast dimensions have stride 0.
+
+    Each is an argument of its own: Triton 3.6 loses the strides equal to 1 in a tuple of tuples.
+    """
     allowed, padding, document = structure.allowed, structure.key_padding, structure.document
-    return (
-        None if allowed is None else view(allowed.expand(sizes).view(torch.uint8)),
-        None if padding is None else view(padding.expand(batch, -1).view(torch.uint8)),
-        None if document is None else view(document.expand(batch, -1)),
-    )
+    batch = sizes[0]
+    return {
+        "allowed": None if allowed is None else view(allowed.expand(sizes).view(torch.uint8)),
+        "padding": None if padding is None else view(padding.expand(batch, -1).view(torch.uint8)),
+        "document": None if document is None else view(document.expand(batch, -1)),
+    }
 
 
 def common_arguments(problem: Problem) -> dict[str, Any]:
@@ -84,22 +93,22 @@ def common_arguments(problem: Problem) -> dict[str, Any]:
     batch, heads, n_queries, dim = query.shape
     n_keys, value_dim = key.shape[2], value.shape[-1]
     sizes = (batch, heads, n_queries, n_keys)
-    masks = masks_of(problem.structure, batch, sizes)
+    masks = masks_of(problem.structure, sizes)
     dropout = None
     if problem.seed is not None:
         dropout = (problem.seed, problem.dropout, 1.0 / (1.0 - problem.dropout))
     cap = problem.softcap
     return {
+        **masks,
         "query": view(query),
         "key": view(key),
         "value": view(value),
-        "masks": masks,
         "bias": None if problem.bias is None else view(problem.bias.expand(sizes)),
         "dropout": dropout,
         "factor": problem.scale * LOG2_E if cap is None else problem.scale / cap,
         "cap_log2": None if cap is None else cap * LOG2_E,
-        "left": problem.structure.left,
-        "right": problem.structure.right,
+        "left": limit(problem.structure.left, n_queries + n_keys),
+        "right": limit(problem.structure.right, n_queries + n_keys),
         "group": heads // max(key.shape[1], 1),
         "n_queries": n_queries,
         "n_keys": n_keys,
@@ -107,9 +116,14 @@ def common_arguments(problem: Problem) -> dict[str, Any]:
         "VALUE_DIM": value_dim,
         "PADDED": padded(dim),
         "VALUE_PADDED": padded(value_dim),
-        "MASKED": any(mask is not None for mask in masks),
+        "MASKED": any(mask is not None for mask in masks.values()),
         "WIDE": tl.float64 if problem.wide == torch.float64 else tl.float32,
     }
+
+
+def limit(side: int | None, most: int) -> int | None:
+    """Bound a side of a window to what has an effect, so that positions stay 32-bit numbers."""
+    return None if side is None else max(-most, min(side, most))
 
 
 def padded(dim: int) -> int:
@@ -117,13 +131,17 @@ def padded(dim: int) -> int:
     return max(16, 1 << (dim - 1).bit_length())
 
 
-def tiles_for(kernel: str, query: Tensor, value: Tensor) -> Tiles:
-    """Choose the tiles of a kernel for the head dimensions, precision and device of a problem."""
+def tiles_for(kernel: str, query: Tensor, value: Tensor, loaded: bool = False) -> Tiles:
+    """Choose the tiles of a kernel for the head dimensions, precision and device of a problem.
+
+    ``loaded``: a bias or a dense mask takes shared memory and registers too.
+    """
     width = max(query.shape[-1], value.shape[-1])
-    if query.device.type != "cuda":
-        return choose_tiles(kernel, width, query.dtype)
-    shared = torch.cuda.get_device_properties(query.device).shared_memory_per_multiprocessor
-    return choose_tiles(kernel, width, query.dtype, shared)
+    shared = LARGE_SHARED_BYTES
+    if query.device.type == "cuda":
+        properties = torch.cuda.get_device_properties(query.device)
+        shared = properties.shared_memory_per_multiprocessor
+    return choose_tiles(kernel, width, query.dtype, shared, loaded)
 
 
 def visible_ranges(
@@ -198,10 +216,13 @@ def forward(problem: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     entropy, log_normalizer, max_score = (
         query.new_empty(batch, heads, n_queries, dtype=problem.wide) for _ in range(3)
     )
-    tiles = tiles_for("forward", query, value)
+    tiles = tiles_for("forward", query, value, problem.loaded)
     ranges, _ = visible_ranges(problem.structure, batch, n_queries, key.shape[2], tiles)
     blocks = triton.cdiv(n_queries, tiles.rows)
-    arguments = common_arguments(problem) | {
+    arguments = common_arguments(problem)
+    arguments |= {
+        "factor": abs(arguments["factor"]),
+        "NEGATIVE": arguments["factor"] < 0,
         "output": view(output),
         "p_entropy": entropy,
         "p_log_normalizer": log_normalizer,
@@ -300,7 +321,7 @@ def query_gradient(problem: Problem, arguments: dict[str, Any]) -> Tensor:
     query, key, value = problem.query, problem.key, problem.value
     batch, heads, n_queries, _ = query.shape
     d_query = torch.empty_like(query)
-    tiles = tiles_for("query_gradient", query, value)
+    tiles = tiles_for("query_gradient", query, value, problem.loaded)
     ranges, _ = visible_ranges(problem.structure, batch, n_queries, key.shape[2], tiles)
     blocks = triton.cdiv(n_queries, tiles.rows)
     own = {
@@ -321,7 +342,7 @@ def key_gradients(problem: Problem, arguments: dict[str, Any]) -> tuple[Tensor, 
     query, key, value = problem.query, problem.key, problem.value
     batch, kv_heads, n_keys, _ = key.shape
     d_key, d_value = torch.empty_like(key), torch.empty_like(value)
-    tiles = tiles_for("key_gradients", query, value)
+    tiles = tiles_for("key_gradients", query, value, problem.loaded)
     _, ranges = visible_ranges(problem.structure, batch, query.shape[2], n_keys, tiles)
     blocks = triton.cdiv(n_keys, tiles.keys)
     own = {
@@ -344,7 +365,7 @@ def bias_gradient(problem: Problem, bias: Tensor, arguments: dict[str, Any]) -> 
     batch, heads, n_queries, _ = query.shape
     n_keys = problem.key.shape[2]
     d_bias = torch.empty_like(bias)
-    tiles = tiles_for("bias_gradient", query, value)
+    tiles = tiles_for("bias_gradient", query, value, problem.loaded)
     counts = (batch, heads, triton.cdiv(n_queries, tiles.rows), triton.cdiv(n_keys, tiles.keys))
     owned = [1 if size == 1 else n for size, n in zip(bias.shape, counts, strict=True)]
     visited = [n if size == 1 else 1 for size, n in zip(bias.shape, counts, strict=True)]

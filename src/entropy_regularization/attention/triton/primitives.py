@@ -19,6 +19,9 @@ EMPTY_ROW = tl.constexpr(-5e29)
 MASKED_LOG_PROBABILITY = tl.constexpr(-2000.0)
 LN_2 = tl.constexpr(0.6931471805599453)
 LOG2_E = tl.constexpr(1.4426950408889634)
+# Arguments that change with the length of a batch and help no code: a kernel is not compiled again
+# because one of them is 1 or a multiple of 16.
+CHANGING = ("heads", "kv_heads", "left", "right", "n_keys", "n_blocks")
 
 
 @triton.jit
@@ -186,7 +189,9 @@ def add_bias(b_score, bias, batch, head, row, key, n_queries, n_keys):
 
 @triton.jit
 def allowed_tile(
-    masks,
+    allowed,
+    padding,
+    document,
     left,
     right,
     batch,
@@ -197,15 +202,21 @@ def allowed_tile(
     n_keys,
     EDGE: tl.constexpr,
 ):
-    """Tell which scores of a tile count (masking.tile_allowed); ``EDGE`` if left or right cut."""
-    allowed, padding, document = masks
-    m_allowed = (key < n_keys) & (row < n_queries)
+    """Tell which scores of a tile count (masking.tile_allowed).
+
+    ``EDGE``: left, right or the last key may cut the tile. Rows past the end need no mask: their
+    queries and gradients were loaded as zeros, so nothing comes of them.
+    """
     position = row + n_keys - n_queries
+    m_allowed = tl.full([1, 1], True, tl.int1)
     if EDGE:
+        # one comparison a score and side: the last key that a row may see is a number of the row
+        last = n_keys - 1
+        if right is not None:
+            last = tl.minimum(position + right, last)
+        m_allowed = key <= last
         if left is not None:
             m_allowed = m_allowed & (key >= position - left)
-        if right is not None:
-            m_allowed = m_allowed & (key <= position + right)
     if padding is not None:
         p_padding = padding[0] + tl.cast(batch, tl.int64) * padding[1]
         # [1, keys] or [keys, 1]
@@ -243,21 +254,19 @@ def dropout_factor(dropout, unit, row, key):
 
 
 @triton.jit
-def online_update(largest, total, weighted, b_score):
-    """Take a tile of scores into (m, l, t) = (max, sum 2^(s-m), sum 2^(s-m) (s-m)).
+def online_update(largest, total, weighted, new, b_shifted):
+    """Take a tile of scores into (l, t) = (sum 2^(s-m), sum 2^(s-m) (s-m)).
 
-    Returns the new (m, l, t), the factor that brings older sums to the new maximum, and the tile
-    of 2^(s - m).
+    The maximum was ``largest`` and is ``new``; ``b_shifted`` = s - new. Returns the new (l, t), the
+    factor that brings older sums to the new maximum, and the tile of 2^(s - m).
     """
-    new = tl.maximum(largest, tl.max(b_score, 1))
     shift = largest - new
     decay = tl.exp2(shift)
-    b_shifted = b_score - new[:, None]
     b_weight = tl.exp2(b_shifted)
     # the entropy's whole cost in the forward pass: one multiply-add a score
     weighted = decay * (weighted + shift * total) + tl.sum(b_weight * b_shifted, 1)
     total = decay * total + tl.sum(b_weight, 1)
-    return new, total, weighted, decay, b_weight
+    return total, weighted, decay, b_weight
 
 
 @triton.jit

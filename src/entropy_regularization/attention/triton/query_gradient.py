@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 from entropy_regularization.attention.triton.primitives import (
+    CHANGING,
     dropout_factor,
     head_pointer,
     key_range,
@@ -35,7 +36,9 @@ def query_gradient_tiles(
     value,
     p_key,
     p_value,
-    masks,
+    allowed,
+    padding,
+    document,
     bias,
     dropout,
     factor,
@@ -62,7 +65,8 @@ def query_gradient_tiles(
         # [ROWS, KEYS], all of them
         b_product = tl.dot(b_query, tl.trans(b_key), input_precision="ieee", out_dtype=delta.dtype)
         b_log2_probability, b_slope = log2_probability_tile(
-            b_product, log2_normalizer, row, o_key, place, masks, bias, factor, cap_log2,
+            b_product, log2_normalizer, row, o_key, place,
+            allowed, padding, document, bias, factor, cap_log2,
             left, right, sizes, MASKED, EDGE,
         )  # fmt: skip
         b_d_weight = tl.dot(
@@ -79,7 +83,7 @@ def query_gradient_tiles(
     return b_d_query
 
 
-@triton.jit
+@triton.jit(do_not_specialize=CHANGING)
 def query_gradient_kernel(
     query,
     key,
@@ -87,7 +91,9 @@ def query_gradient_kernel(
     d_output,
     d_query,
     constants,
-    masks,
+    allowed,
+    padding,
+    document,
     bias,
     dropout,
     p_ranges,
@@ -130,7 +136,9 @@ def query_gradient_kernel(
         d_output, head_pointer(d_output, batch, head), row_start, n_queries,
         ROWS, VALUE_PADDED, VALUE_DIM, True,
     )  # fmt: skip
-    row_values = load_constants(constants, unit.to(tl.int64) * n_queries, row, n_queries)
+    row_values = load_constants(
+        constants, unit.to(tl.int64) * n_queries, row_start, n_queries, ROWS, 1, True
+    )
     p_key = head_pointer(key, batch, head // group)
     p_value = head_pointer(value, batch, head // group)
     start, full_start, full_stop, stop = key_range(
@@ -142,17 +150,20 @@ def query_gradient_kernel(
     if left is not None:
         b_d_query = query_gradient_tiles(
             b_d_query, b_query, b_d_output, row_values, start, full_start, row, place,
-            key, value, p_key, p_value, masks, bias, dropout, factor, cap_log2, left, right, sizes,
+            key, value, p_key, p_value,
+            allowed, padding, document, bias, dropout, factor, cap_log2, left, right, sizes,
             DIM, VALUE_DIM, PADDED, VALUE_PADDED, KEYS, MASKED, True,
         )  # fmt: skip
     b_d_query = query_gradient_tiles(
         b_d_query, b_query, b_d_output, row_values, full_start, full_stop, row, place,
-        key, value, p_key, p_value, masks, bias, dropout, factor, cap_log2, left, right, sizes,
+        key, value, p_key, p_value,
+        allowed, padding, document, bias, dropout, factor, cap_log2, left, right, sizes,
         DIM, VALUE_DIM, PADDED, VALUE_PADDED, KEYS, MASKED, False,
     )  # fmt: skip
     b_d_query = query_gradient_tiles(
         b_d_query, b_query, b_d_output, row_values, full_stop, stop, row, place,
-        key, value, p_key, p_value, masks, bias, dropout, factor, cap_log2, left, right, sizes,
+        key, value, p_key, p_value,
+        allowed, padding, document, bias, dropout, factor, cap_log2, left, right, sizes,
         DIM, VALUE_DIM, PADDED, VALUE_PADDED, KEYS, MASKED, True,
     )  # fmt: skip
     store_rows(

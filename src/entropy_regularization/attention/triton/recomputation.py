@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 from entropy_regularization.attention.triton.primitives import (
+    CHANGING,
     LN_2,
     LOG2_E,
     MASKED_LOG_PROBABILITY,
@@ -19,7 +20,7 @@ from entropy_regularization.attention.triton.primitives import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=CHANGING)
 def row_constants_kernel(
     output,
     d_output,
@@ -87,7 +88,9 @@ def log2_probability_tile(
     row,
     key,
     place,
-    masks,
+    allowed,
+    padding,
+    document,
     bias,
     factor,
     cap_log2,
@@ -112,19 +115,53 @@ def log2_probability_tile(
     if bias is not None:
         b_log2_probability = tl.maximum(b_log2_probability, MASKED_LOG_PROBABILITY)
     if EDGE or MASKED:
-        m_allowed = allowed_tile(masks, left, right, batch, head, row, key, n_queries, n_keys, EDGE)
+        m_allowed = allowed_tile(
+            allowed, padding, document, left, right, batch, head, row, key, n_queries, n_keys, EDGE
+        )
         b_log2_probability = tl.where(m_allowed, b_log2_probability, MASKED_LOG_PROBABILITY)
     return b_log2_probability, b_slope
 
 
 @triton.jit
-def load_constants(constants, o_unit, row, n_queries):
-    """Load (delta, log-normalizer in base 2, entropy slope) of rows, in the shape of ``row``."""
+def load_constants(
+    constants,
+    o_unit,
+    start,
+    n_queries,
+    ROWS: tl.constexpr,
+    AXIS: tl.constexpr,
+    CHECK: tl.constexpr,
+):
+    """Load (delta, log-normalizer in base 2, entropy slope or None) of ``ROWS`` rows.
+
+    They are read as vectors and then given a dimension at ``AXIS``: read in the shape of a tile,
+    every thread would copy what it needs by itself.
+    """
     p_delta, p_log2_normalizer, p_entropy_slope = constants
-    m_row = row < n_queries
-    delta = tl.load(p_delta + o_unit + row, mask=m_row, other=0.0)
-    log2_normalizer = tl.load(p_log2_normalizer + o_unit + row, mask=m_row, other=0.0)
+    delta = load_constant(p_delta, o_unit, start, n_queries, ROWS, AXIS, CHECK)
+    log2_normalizer = load_constant(p_log2_normalizer, o_unit, start, n_queries, ROWS, AXIS, CHECK)
     entropy_slope = None
     if p_entropy_slope is not None:
-        entropy_slope = tl.load(p_entropy_slope + o_unit + row, mask=m_row, other=0.0)
+        entropy_slope = load_constant(p_entropy_slope, o_unit, start, n_queries, ROWS, AXIS, CHECK)
     return delta, log2_normalizer, entropy_slope
+
+
+@triton.jit
+def load_constant(
+    pointer,
+    o_unit,
+    start,
+    n_queries,
+    ROWS: tl.constexpr,
+    AXIS: tl.constexpr,
+    CHECK: tl.constexpr,
+):
+    """Load one number a row; without ``CHECK`` all rows are known to exist."""
+    # The tile's start is added to the pointer first: what is left are constants of the code.
+    p_tile = pointer + (o_unit + start)
+    o_row = tl.arange(0, ROWS)
+    if CHECK:
+        constant = tl.load(p_tile + o_row, mask=start + o_row < n_queries, other=0.0)
+    else:
+        constant = tl.load(p_tile + o_row)
+    return tl.expand_dims(constant, AXIS)

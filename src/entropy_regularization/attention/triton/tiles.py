@@ -18,18 +18,19 @@ class Tiles(NamedTuple):
 # (benchmarks/kernel_resources.py), not yet by measured time. A group of four warps multiplies 64
 # rows of a tile at once: eight warps want 128 of them, or two groups compute the same.
 _HALF: dict[str, dict[int, Tiles]] = {
-    "forward": {64: Tiles(128, 64, 8, 3), 128: Tiles(128, 64, 8, 2), 256: Tiles(128, 32, 8, 2)},
+    "forward": {64: Tiles(128, 128, 8, 3), 128: Tiles(128, 64, 8, 3), 256: Tiles(128, 32, 8, 2)},
     "query_gradient": {
-        64: Tiles(128, 64, 8, 3), 128: Tiles(128, 64, 8, 2), 256: Tiles(64, 32, 4, 2),
+        64: Tiles(128, 128, 8, 3), 128: Tiles(128, 64, 8, 3), 256: Tiles(64, 32, 4, 2),
     },
     "key_gradients": {
-        64: Tiles(32, 128, 8, 3), 128: Tiles(32, 128, 8, 2), 256: Tiles(32, 32, 8, 1),
+        64: Tiles(64, 128, 8, 2), 128: Tiles(32, 128, 8, 2), 256: Tiles(32, 32, 8, 1),
     },
     "bias_gradient": {
         64: Tiles(64, 64, 4, 1), 128: Tiles(128, 64, 8, 1), 256: Tiles(32, 32, 8, 1),
     },
 }  # fmt: skip
-# The same for devices with about 100 KB of shared memory a program (compute capability 8.6, 8.9).
+# The same for devices with about 100 KB of shared memory a program (compute capability 8.6, 8.9),
+# and for problems that load a bias or a dense mask, whose tiles need room as well.
 _HALF_SMALL: dict[str, dict[int, Tiles]] = {
     "forward": {64: Tiles(64, 64, 4, 2), 128: Tiles(64, 32, 4, 2), 256: Tiles(32, 32, 4, 1)},
     "query_gradient": {64: Tiles(64, 32, 4, 2), 128: Tiles(64, 32, 4, 1), 256: Tiles(32, 32, 4, 1)},
@@ -47,7 +48,11 @@ _SINGLE: dict[str, dict[int, Tiles]] = {
 
 
 def choose_tiles(
-    kernel: str, width: int, dtype: torch.dtype, shared_bytes: int = LARGE_SHARED_BYTES
+    kernel: str,
+    width: int,
+    dtype: torch.dtype,
+    shared_bytes: int = LARGE_SHARED_BYTES,
+    loaded: bool = False,
 ) -> Tiles:
     """Choose the tiles of a kernel.
 
@@ -56,13 +61,15 @@ def choose_tiles(
         width: the wider of the two head dimensions, at most 256.
         dtype: that of query, key and value.
         shared_bytes: shared memory that a program may have on the device.
+        loaded: a number is loaded for every score, that of a bias or a dense mask.
 
     Returns:
         The tiles.
     """
     if kernel == "row_constants":
         return Tiles(32 if width > 128 else 64, 0, 4, 1)
-    table = _HALF if shared_bytes >= LARGE_SHARED_BYTES else _HALF_SMALL
+    roomy = shared_bytes >= LARGE_SHARED_BYTES and not loaded
+    table = _HALF if roomy else _HALF_SMALL
     if dtype.itemsize > 2:
         table = _SINGLE
     return next(tiles for limit, tiles in table[kernel].items() if width <= limit)

@@ -1,0 +1,221 @@
+"""Time each kernel with a few tile configurations on a GPU, so that tiles.py can take the best.
+
+    python benchmarks/gpu_tiles.py                # about a minute
+    python benchmarks/gpu_tiles.py --dry-run      # the candidates; needs no GPU
+
+Causal, bfloat16, an entropy gradient. Everything is compiled first, in processes side by side; then
+the candidates of a kernel take turns. One that does not fit the device is reported and not timed.
+The exit status is 1 if results differ from those of the chosen tiles, or the chosen do not run.
+"""
+
+import argparse
+import json
+import multiprocessing
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from gpu_attention import environment, milliseconds
+
+from entropy_regularization.attention.masking import Structure
+from entropy_regularization.attention.triton import launch
+from entropy_regularization.attention.triton.tiles import Tiles, choose_tiles
+
+RESULTS = Path(__file__).parent / "results" / "gpu_tiles.json"
+SHAPES = ((4, 4096), (1, 16384))  # batch, tokens
+# kernel -> head dimension -> what may be faster than tiles.py: rows, keys, warps, stages
+CANDIDATES: dict[str, dict[int, list[tuple[int, int, int, int]]]] = {
+    "forward": {
+        64: [(128, 64, 8, 3), (128, 64, 4, 3), (128, 128, 4, 3), (128, 128, 8, 2), (64, 128, 4, 3)],
+        128: [(128, 64, 8, 2), (128, 128, 8, 2), (64, 64, 4, 3), (128, 32, 8, 4)],
+    },
+    "query_gradient": {
+        64: [(128, 64, 8, 3), (128, 64, 4, 3), (128, 128, 8, 2), (64, 128, 4, 3), (64, 64, 4, 3)],
+        128: [(128, 64, 8, 2), (128, 128, 8, 2), (64, 64, 4, 2), (64, 64, 4, 3)],
+    },
+    "key_gradients": {
+        64: [(64, 128, 8, 3), (32, 128, 8, 3), (64, 64, 4, 3), (64, 64, 4, 2), (32, 64, 4, 3)],
+        128: [(32, 128, 8, 3), (64, 128, 8, 2), (32, 64, 4, 3), (64, 64, 4, 2)],
+    },
+}
+
+
+class Trial(NamedTuple):
+    """One kernel with one configuration."""
+
+    kernel: str
+    dim: int
+    tiles: Tiles
+
+
+def plan() -> list[Trial]:
+    """List the trials; the first of every kernel and head dimension is what tiles.py has."""
+    return [
+        Trial(kernel, dim, tiles)
+        for kernel, by_dim in CANDIDATES.items()
+        for dim, given in by_dim.items()
+        for tiles in [
+            choose_tiles(kernel, dim, torch.bfloat16),
+            *(Tiles(*numbers) for numbers in given),
+        ]
+    ]
+
+
+def prepare(
+    dim: int, batch: int, tokens: int, device: str, width: int = 2048
+) -> dict[str, Callable[[], Any]]:
+    """Return, by kernel, a function that launches it once."""
+    torch.manual_seed(0)
+    query, key, value, upstream = (
+        torch.randn(batch, width // dim, tokens, dim, device=device, dtype=torch.bfloat16)
+        for _ in range(4)
+    )
+    problem = launch.Problem(
+        query, key, value, Structure(None, 0), dim**-0.5, None, None, None, 0.0, None
+    )
+    saved = launch.forward(problem)[:3]
+    constants = launch.row_constants(
+        problem, saved, launch.Upstream(upstream, torch.randn_like(saved[1]), None)
+    )
+    arguments = launch.common_arguments(problem) | {
+        "d_output": launch.view(upstream),
+        "constants": tuple(constants),
+    }
+    return {
+        "forward": lambda: launch.forward(problem)[:2],
+        "query_gradient": lambda: (launch.query_gradient(problem, arguments),),
+        "key_gradients": lambda: launch.key_gradients(problem, arguments),
+    }
+
+
+def with_tiles(trial: Trial, function: Callable[[], Any]) -> Callable[[], Any]:
+    """Make a launch use the tiles of a trial."""
+
+    def run() -> Any:
+        kept = launch.tiles_for
+        launch.tiles_for = lambda *arguments: trial.tiles
+        try:
+            return function()
+        finally:
+            launch.tiles_for = kept
+
+    return run
+
+
+def compile_trial(trial: Trial) -> str | None:
+    """Launch a trial on a small problem, so that Triton's cache has it; say why it failed."""
+    try:
+        with_tiles(trial, prepare(trial.dim, 1, 512, "cuda", width=2 * trial.dim)[trial.kernel])()
+        torch.cuda.synchronize()
+    except Exception as error:  # noqa: BLE001 - a configuration that does not fit is a result
+        return f"{type(error).__name__}: {str(error)[:300]}"
+    return None
+
+
+def compile_all(trials: list[Trial], jobs: int, seconds: float) -> dict[Trial, str]:
+    """Compile in processes side by side; return what failed, and why."""
+    failed = dict.fromkeys(trials, "not compiled in time")
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(max_workers=jobs, mp_context=context)
+    futures = {pool.submit(compile_trial, trial): trial for trial in trials}
+    try:
+        for future in as_completed(futures, timeout=seconds):
+            error = future.exception()  # a process that was killed, for one
+            reason = future.result() if error is None else f"{type(error).__name__}: {error}"
+            if reason is None:
+                del failed[futures[future]]
+            else:
+                failed[futures[future]] = reason
+    except TimeoutError:
+        pass
+    pool.shutdown(wait=False, cancel_futures=True)
+    return failed
+
+
+def difference(found: Any, expected: Any) -> float:
+    """Return the largest difference, as a share of the largest number."""
+    pairs = zip(found, expected, strict=True)
+    return max(
+        ((one - other).abs().max() / other.abs().max()).item()
+        for one, other in ((a.float(), b.float()) for a, b in pairs)
+    )
+
+
+def measure(trials: list[Trial], batch: int, tokens: int, turns: int) -> list[dict[str, Any]]:
+    """Let the trials of one kernel take turns on one problem; the first says what is right."""
+    function = prepare(trials[0].dim, batch, tokens, "cuda")[trials[0].kernel]
+    steps = {trial: with_tiles(trial, function) for trial in trials}
+    expected = steps[trials[0]]()
+    errors = {trial: difference(step(), expected) for trial, step in steps.items()}
+    taken: dict[Trial, list[float]] = {trial: [] for trial in trials if errors[trial] <= 0.02}
+    for _ in range(turns):
+        for trial, times in taken.items():
+            times.append(milliseconds(steps[trial]))
+    rows = []
+    for trial in trials:
+        row = {**trial._asdict(), "tiles": list(trial.tiles), "batch": batch, "tokens": tokens}
+        row["difference"] = errors[trial]
+        if trial in taken:
+            row["milliseconds_median"] = statistics.median(taken[trial])
+        rows.append(row)
+    return rows
+
+
+def run(turns: int, seconds: float, jobs: int, output: Path) -> list[str]:
+    """Compile and time all trials; write what there is after each problem; return what failed."""
+    begin = time.perf_counter()
+    trials = plan()
+    failed = compile_all(trials, jobs, seconds / 2)
+    result: dict[str, Any] = {"environment": environment(), "trials": []}
+    result["failed"] = [[*trial[:2], list(trial.tiles), why] for trial, why in failed.items()]
+    output.parent.mkdir(parents=True, exist_ok=True)
+    own = {(trial.kernel, trial.dim): trial for trial in reversed(trials)}.values()
+    wrong = [f"{trial.kernel} {trial.dim}: {failed[trial]}" for trial in own if trial in failed]
+    for trial, why in failed.items():
+        print(f"{trial.kernel:14s} {trial.dim:3d} {tuple(trial.tiles)} does not run: {why}")
+    for batch, tokens in SHAPES:
+        for kernel, by_dim in CANDIDATES.items():
+            for dim in by_dim:
+                chosen = [t for t in trials if t[:2] == (kernel, dim) and t not in failed]
+                if not chosen or time.perf_counter() - begin > seconds:
+                    continue
+                rows = measure(chosen, batch, tokens, turns)
+                result["trials"] += rows
+                for row in rows:
+                    taken = row.get("milliseconds_median", float("nan"))
+                    print(f"{kernel:14s} {dim:3d} {tokens:6d} {row['tiles']!s:20} {taken:8.3f} ms")
+                    if "milliseconds_median" not in row:
+                        wrong.append(f"{kernel} {dim} {row['tiles']}: off by {row['difference']}")
+                output.write_text(json.dumps(result, indent=1) + "\n")
+    print(f"written: {output}", flush=True)
+    return wrong
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--turns", type=int, default=20)
+    parser.add_argument(
+        "--seconds", type=float, default=600.0, help="half of it may be compilation"
+    )
+    parser.add_argument("--jobs", type=int, default=12, help="processes that compile")
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("--dry-run", action="store_true", help="print the candidates")
+    chosen = parser.parse_args()
+    if chosen.dry_run:
+        for trial in plan():
+            print(f"{trial.kernel} at head dimension {trial.dim}: {trial.tiles}")
+        return
+    if not torch.cuda.is_available():
+        parser.error("there is no CUDA device; --dry-run prints the candidates without one.")
+    wrong = run(chosen.turns, chosen.seconds, chosen.jobs, chosen.output)
+    if wrong:
+        sys.exit("failed:\n" + "\n".join(wrong))
+
+
+if __name__ == "__main__":
+    main()
