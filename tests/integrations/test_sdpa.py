@@ -94,7 +94,9 @@ def test_causal_is_aligned_upper_left_as_torch_does(x: Tensor) -> None:
     assert recording[0].allowed_keys.flatten().tolist() == [1, 2, 3, 4]
 
 
-@pytest.mark.parametrize("kind", ["boolean", "additive", "3-D", "grouped", "two dimensions"])
+@pytest.mark.parametrize(
+    "kind", ["boolean", "additive", "3-D", "grouped", "two dimensions", "one query for all"]
+)
 def test_masks_and_shapes(kind: str, x: Tensor) -> None:
     q = x.unflatten(-1, (4, 4)).transpose(1, 2)
     allowed = torch.rand(2, 1, 7, 7, generator=torch.Generator().manual_seed(1)) > 0.4
@@ -109,6 +111,9 @@ def test_masks_and_shapes(kind: str, x: Tensor) -> None:
             q, q[:, :2], q[:, :2], enable_gqa=True, scale=0.3
         ),
         "two dimensions": lambda: functional.scaled_dot_product_attention(x[0], x[0], x[0]),
+        "one query for all": lambda: functional.scaled_dot_product_attention(
+            q[:1], q, q, attn_mask=allowed
+        ),
     }
 
     class Caller(nn.Module):
@@ -120,8 +125,10 @@ def test_masks_and_shapes(kind: str, x: Tensor) -> None:
     with record_entropy(model) as recording:
         output = model(x)
     torch.testing.assert_close(output, plain)
-    if kind == "boolean":
-        torch.testing.assert_close(recording[0].entropy, by_hand(q, q, allowed), rtol=0, atol=1e-5)
+    if kind in ("boolean", "one query for all"):
+        queries = q if kind == "boolean" else q[:1]
+        expected = by_hand(queries, q, allowed)
+        torch.testing.assert_close(recording[0].entropy, expected, rtol=0, atol=1e-5)
 
 
 def test_multihead_attention(x: Tensor) -> None:

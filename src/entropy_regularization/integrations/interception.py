@@ -9,6 +9,7 @@ modules, and from other threads, go straight to the originals.
 import threading
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 from torch.nn import functional
 
@@ -101,7 +102,7 @@ def _attention(
     )
     for listener, name in where.items():
         listener.deposit_call(name, found, k.shape[2])
-    return found.output.reshape(*query.shape[:-1], value.shape[-1])
+    return found.output.reshape(*_rows(query, key), value.shape[-1])
 
 
 def _multi_head(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
@@ -135,7 +136,14 @@ def _multi_head(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
 def _mask_of_four(mask: Tensor, query: Tensor, key: Tensor) -> Tensor:
     if mask.dim() == 2 and query.dim() == 4:
         return mask[None, None]
-    return _four(mask.expand(*query.shape[:-1], key.shape[-2]))
+    return _four(mask.expand(*_rows(query, key), key.shape[-2]))
+
+
+def _rows(query: Tensor, key: Tensor) -> tuple[int, ...]:
+    """Return the shape of all rows; a batch of one serves all keys."""
+    end = query.dim() - (3 if query.dim() > 3 else 2)  # heads are the query's own
+    batch = torch.broadcast_shapes(query.shape[:end], key.shape[:end])
+    return (*batch, *query.shape[end:-1])
 
 
 def _four(tensor: Tensor) -> Tensor:
