@@ -6,6 +6,7 @@ it; it is there when a model returns no weights, and it has a name to be compare
 """
 
 import contextlib
+import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -68,8 +69,11 @@ def run_eager(
         batch: its keywords.
         empty: give a row that sees no key the output 0, as scaled_dot_product_attention does; eager
             attention gives it the mean of all values.
-        options: more keywords.
+        options: more keywords; those that the model does not take are left out.
     """
+    taken = inspect.signature(model.forward).parameters
+    if not any(each.kind is inspect.Parameter.VAR_KEYWORD for each in taken.values()):
+        options = {name: value for name, value in options.items() if name in taken}
     found = Eager()
     names = {module: name for name, module in model.named_modules()}
     with (

@@ -49,15 +49,12 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     },
     "zamba2": {"attention_hidden_size": 128, "attention_head_dim": 32},
     "bamba": {"attn_layer_indices": [1]},
-    "clap": {"audio_config": {"spec_size": 64, "num_mel_bins": 16, "window_size": 4}},
     "donut-swin": _SWIN,
     "dots3_note": {"text_config": _NO_GROUPS},
     "dots3_note_text": _NO_GROUPS,
     "esmc": _NO_GROUPS,
     "falcon_h1": {"mamba_d_ssm": 128, "mamba_n_heads": 8, "mamba_d_head": 16},
     "gemma3": {"mm_tokens_per_image": 4},
-    "glm5_next": {"text_config": _NO_GROUPS},
-    "glm5_next_text": _NO_GROUPS,
     "granitemoehybrid": {"layer_types": ["mamba", "attention"]},
     "jamba": {
         "attn_layer_period": 2,
@@ -95,8 +92,14 @@ OVERRIDES: dict[str, dict[str, Any]] = {
             "reshape_hidden_states": False,
         },
     },
-    "granite_speech": {"window_size": 5, "encoder_config": {"input_dim": 16, "output_dim": 16}},
-    "granite_speech5_encoder": {"input_dim": 16},
+    "granite_speech": {"window_size": 5},
+    "granite_speech_plus": {"window_size": 5},
+    "granite_speech5_encoder": _NO_GROUPS,
+    "granite_speech_plus_encoder": {"input_dim": 16, "output_dim": 16},
+    "instructblipvideo": {"image_token_id": 100, "video_token_id": 100},
+    "kimi_k25": {"projection_hidden_size": 64},
+    "mistral4": {"head_dim": 32},
+    "moonshine": {"num_key_value_heads": 4},
     "kosmos-2": {"latent_query_num": 8},
     "mllama": {
         "text_config": {"cross_attention_layers": [1]},
@@ -178,3 +181,119 @@ for _family in (
     "pocket_tts_audio_tokenizer_decoder",
 ):
     OVERRIDES[_family] = _CODEC
+OVERRIDES |= {
+    "align": {
+        "projection_dim": 64,
+        "vision_config": {"width_coefficient": 0.2, "depth_coefficient": 0.3, "hidden_dim": 64},
+    },
+    "aria": {"projector_patch_to_query_dict": {16: 4}},
+    "bailing_hybrid": {"num_expert_group": 2},
+    "chameleon": {
+        "vocabulary_map": {"<image>": 100, **{f"IMGIMG{'ABCD'[i]}Z": 130 + i for i in range(4)}},
+        "image_token_id": 100,
+        "vq_config": {"channel_multiplier": [1, 1], "num_embeddings": 4},
+    },
+    "cohere_compass_text": {
+        "layer_types": ["sliding_attention", "full_attention"],
+        "rope_parameters": {
+            kind: {**_ROPE, "mrope_section": [2, 3, 3]}
+            for kind in ("sliding_attention", "full_attention")
+        },
+    },
+    "clap_audio_model": {
+        "spec_size": 64,
+        "num_mel_bins": 16,
+        "window_size": 2,
+        "patch_size": 4,
+        "patch_stride": [4, 4],
+        "depths": [2, 2],
+        "num_attention_heads": [2, 4],
+    },
+    "dia": {"delay_pattern": [0, 1, 2]},
+    "dia_decoder": {
+        "cross_num_attention_heads": 4,
+        "cross_head_dim": 16,
+        "cross_num_key_value_heads": 2,
+        "cross_hidden_size": 64,
+        "num_channels": 3,
+    },
+    "deepseek_ocr2_text": {"mlp_layer_types": ["dense", "sparse"]},
+    "deepseek_ocr2_sam_vision_model": {
+        "downsample_channels": [32, 64],
+        "output_channels": 16,
+        "global_attn_indexes": [1],
+        "image_size": 64,
+        "patch_size": 4,
+    },
+    "ernie4_5_vl_moe_text": {
+        "rope_parameters": {**_ROPE, "mrope_section": [2, 2, 4]},
+        "moe_intermediate_size": [32, 16],
+    },
+    "florence_vision": {
+        "patch_size": [7, 3, 3, 3],
+        "num_heads": [1, 2, 4, 8],
+        "num_groups": [1, 2, 4, 8],
+    },
+    "fun_asr_nano": {
+        "adaptor_config": {"intermediate_size": 16, "hidden_size": 64, "num_attention_heads": 4}
+    },
+    "fun_asr_nano_encoder": {"num_stacked_frames": 1, "num_timestamp_prediction_layers": 1},
+    "gemma3n_audio": {
+        "input_feat_size": 16,
+        "conf_attention_chunk_size": 4,
+        "conf_attention_context_left": 5,
+        "conf_num_attention_heads": 4,
+        "conf_num_hidden_layers": 2,
+        "sscp_conv_channel_size": [16, 8],
+    },
+    "gemma4_audio": {
+        "subsampling_conv_channels": [16, 16],
+        "attention_context_left": 5,
+        "output_proj_dims": 64,
+    },
+    "gemma4_vision": {
+        "pooling_kernel_size": 2,
+        "position_embedding_size": 64,
+        "rope_parameters": {"rope_type": "axial", "rope_theta": 100.0},
+    },
+    "glm5_next_text": {**_NO_GROUPS, "index_topk": 4, "index_kpool": 2, "qk_rope_head_dim": 0},
+    "granite4_vision": {
+        "downsample_rate": "2/4",
+        "deepstack_layer_map": [[-1, 0]],
+        "spatial_target_layers": [0, 1, 0, 1],
+        "image_grid_pinpoints": [[32, 32], [32, 64]],
+        "image_seq_length": 4,
+    },
+    "granite_docling_vision": {"deepstack_visual_indexes": [0], "scale_factor": 2},
+    "granite_speech_encoder": {"input_dim": 16, "output_dim": 16},
+    "hunyuan_vl_text": {
+        "rope_parameters": {**_ROPE, "mrope_section": [2, 2, 2, 2]},
+        "head_dim": 16,
+    },
+    "moonshine": {"encoder_num_key_value_heads": 4, "decoder_num_key_value_heads": 4},
+    "moonshine_streaming": {"num_key_value_heads": 4},
+    "mistral_large4_text": {
+        "layer_types": ["indexed_attention"] * 2,
+        "kv_source_layers": [0, 1],
+        "indexer_types": ["full", "full"],
+        "no_rope_layers": [1, 0],
+        "num_hidden_layers": 2,
+        "mlp_layer_types": ["dense", "sparse"],
+    },
+    "molmo2_vision": {"image_size": [32, 32], "num_position_embeddings": 16},
+    "molmo2": {
+        "adapter_config": {"vision_feature_layer": [-1, -2]},
+        "text_config": {"rope_scaling_layers": [0]},
+    },
+    "muse_spark_audio": {
+        "num_hidden_layers": 4,
+        "out_hidden_size": 64,
+        "hidden_sizes": [16, 32, 48, 64],
+        "num_attention_heads": 2,
+    },
+    "pocket_tts": {"flow_head_config": {"condition_dim": 64}},
+    "gradium_phonon_tts": {"flow_head_config": {"condition_dim": 64}},
+    "ovis2": {"visual_indicator_token_ids": [120, 121, 122, 123, 124]},
+    "qwen3_asr_encoder": {"n_window": 10},
+    "zamba": {"num_hidden_layers": 6},
+}

@@ -137,19 +137,26 @@ _LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "enco
 
 
 def shrink(
-    config_class: type[PreTrainedConfig], overrides: dict[str, Any] | None = None
+    config_class: type[PreTrainedConfig],
+    overrides: dict[str, dict[str, Any]] | None = None,
+    family: str | None = None,
 ) -> PreTrainedConfig:
     """Return a tiny configuration of a family.
 
     Args:
         config_class: the family's class.
-        overrides: fields that the rules get wrong; a dictionary for a part of the configuration
-            holds the overrides of that part.
+        overrides: by model type, the fields that the rules get wrong. They hold for a part of that
+            type too; a dictionary for a part of the configuration adds to those of that part.
+        family: the model type, unless the class says it.
     """
-    return _shrunk(config_class(), overrides or {})
+    overrides = overrides or {}
+    default = config_class()
+    return _shrunk(default, overrides.get(family or default.model_type, {}), overrides)
 
 
-def _shrunk(default: PreTrainedConfig, overrides: dict[str, Any]) -> PreTrainedConfig:
+def _shrunk(
+    default: PreTrainedConfig, own: dict[str, Any], overrides: dict[str, dict[str, Any]]
+) -> PreTrainedConfig:
     fields = {
         name: value for name, value in vars(default).items() if not name.startswith(("_", "transf"))
     }
@@ -157,13 +164,14 @@ def _shrunk(default: PreTrainedConfig, overrides: dict[str, Any]) -> PreTrainedC
     given: dict[str, Any] = {}
     for name, value in fields.items():
         if isinstance(value, PreTrainedConfig):
-            given[name] = _shrunk(value, overrides.get(name, {}))
-        elif name not in overrides:
+            of_part = {**overrides.get(value.model_type, {}), **own.get(name, {})}
+            given[name] = _shrunk(value, of_part, overrides)
+        elif name not in own:
             small = _small(name, value, fields, layers)
             if small != value:
                 given[name] = small
     parts = {name for name, value in given.items() if isinstance(value, PreTrainedConfig)}
-    given.update({name: value for name, value in overrides.items() if name not in parts})
+    given.update({name: value for name, value in own.items() if name not in parts})
     return type(default)(**given)
 
 
@@ -203,7 +211,7 @@ def _small_rope(rope: dict[str, Any]) -> dict[str, Any]:
 
 def _token(name: str, value: Any) -> Any:
     """Return an identifier inside the vocabulary, the same in every part of a configuration."""
-    if value is None or isinstance(value, list):
+    if value is None or isinstance(value, list | tuple):
         return value if value is None else [_token(name, value[0])]
     stem = name.rsplit("_token_", 1)[0]
     if stem not in _TOKENS:

@@ -1,0 +1,107 @@
+"""Inputs that the makers get wrong, or do not know, family by family.
+
+An input that stands here is always given; None leaves it out.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from makers import BATCH, FRAMES, PATCHES, TARGET, TEXT, Source
+
+Maker = Callable[[Source], Any]
+
+
+def normal(*shape: int) -> Maker:
+    """Make normal numbers of a shape, after the batch."""
+    return lambda source: source.normal(BATCH, *shape)
+
+
+def rows(*shape: int) -> Maker:
+    """Make normal numbers of a shape that has no batch of its own."""
+    return lambda source: source.normal(*shape)
+
+
+def ones(*shape: int) -> Maker:
+    """Make a mask that hides nothing."""
+    return lambda _: torch.ones(BATCH, *shape, dtype=torch.int64)
+
+
+def whole(*values: Any) -> Maker:
+    """Make the same integers for every example."""
+    return lambda _: torch.tensor([values] * BATCH)
+
+
+def tokens(*shape: int) -> Maker:
+    """Make texts that are no plain rows of tokens."""
+    return lambda source: source.tokens(TEXT * 99)[:, : math.prod(shape)].reshape(BATCH, *shape)
+
+
+def flat(maker: Maker) -> Maker:
+    """Join the first two dimensions."""
+    return lambda source: maker(source).flatten(0, 1)
+
+
+def _places(side: int) -> list[list[int]]:
+    """Return the coordinates of the patches of an image."""
+    return [[row, column] for row in range(side) for column in range(side)]
+
+
+GIVEN: dict[str, dict[str, Maker | None]] = {
+    "blip_2_qformer": {"encoder_hidden_states": normal(9, 64)},
+    "chameleon": {"pixel_values": normal(3, 8, 8)},
+    "clap": {"input_features": normal(1, 64, 16)},
+    "decision_transformer": {
+        "states": normal(5, 17),
+        "actions": normal(5, 4),
+        "rewards": normal(5, 1),
+        "returns_to_go": normal(5, 1),
+        "timesteps": whole(0, 1, 2, 3, 4),
+        "attention_mask": ones(5),
+    },
+    "dia": {"decoder_input_ids": tokens(TARGET, 3)},
+    "gemma4_vision": {"pixel_position_ids": whole(*_places(4)), "pixel_values": normal(16, 192)},
+    "glmasr": {"input_features": normal(16, 48), "input_features_mask": ones(48)},
+    "granite_docling": {
+        "pixel_values": normal(1, 3, 32, 32),
+        "pixel_attention_mask": lambda _: torch.ones(BATCH, 1, dtype=torch.bool),
+    },
+    "granite_speech5_encoder": {"input_features": normal(FRAMES, 64)},
+    "granite_speech5_ctc": {"input_features": normal(FRAMES, 64)},
+    "granite_speech": {"input_features_mask": None},
+    "hunyuan_vl": {"pixel_values": rows(32, 192)},
+    "hunyuan_vl_vision": {"pixel_values": rows(32, 192)},
+    "instructblipvideo": {"pixel_values": normal(2, 3, 32, 32)},
+    "kimi_k25_vision": {"pixel_values": rows(32, 3, 8, 8)},
+    "kimi_k25": {"pixel_values": rows(32, 3, 8, 8)},
+    "kyutai_speech_to_text": {"input_ids": tokens(TEXT, 3)},
+    "musicgen": {"decoder_input_ids": flat(tokens(2, TARGET))},
+    "musicgen_melody": {"decoder_input_ids": flat(tokens(2, TARGET))},
+    "voxtral_realtime_text": {"t_cond": rows(1, 64)},
+    "granite_speech_plus": {"input_features_mask": None},
+    "lightglue": {"pixel_values": normal(2, 3, 64, 64)},
+    "superglue": {"pixel_values": normal(2, 3, 64, 64)},
+    "minicpmv4_7_vision": {"target_sizes": whole(4, 4), "pixel_values": rows(1, 3, 8, 32 * 8)},
+    "minicpm_ocr_vision": {"target_sizes": whole(4, 4), "pixel_values": rows(1, 3, 8, 32 * 8)},
+    "minicpmv4_7": {"target_sizes": whole(4, 4), "pixel_values": rows(1, 3, 8, 32 * 8)},
+    "pe_audio": {"input_values": normal(1, 4000)},
+    "pe_audio_encoder": {"input_values": normal(1, 4000)},
+    "muse_glimmer": {"pixel_values": rows(32, 384)},
+    "muse_glimmer_vision": {"pixel_values": rows(32, 384)},
+    "muse_spark_vision": {"pixel_values": rows(32, 384)},
+    "muse_spark": {"pixel_values": rows(32, 384)},
+    "muse_glimmer_assistant": {
+        "noise_embeds": normal(5, 64),
+        "context_hidden_states": normal(5, 128),
+    },
+    "neomme": {"pixel_values": rows(32, 192)},
+    "paddleocr_vl": {"pixel_values": rows(1, 32, 3, 8, 8)},
+    "pix2struct": {"flattened_patches": normal(PATCHES, 2 + 768)},
+    "seamless_m4t": {"input_features": normal(FRAMES, 160)},
+    "wav2vec2-bert": {"input_features": normal(FRAMES, 160)},
+    "xcodec2": {"input_features": normal(FRAMES, 160)},
+    "neucodec": {"input_features": normal(FRAMES, 160)},
+    "timesfm2_5": {"past_values": normal(64)},
+    "timesfm": {"past_values_padding": ones(64), "freq": whole(0)},
+}
