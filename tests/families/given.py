@@ -94,14 +94,39 @@ GIVEN: dict[str, dict[str, Maker | None]] = {
     "muse_glimmer_assistant": {
         "noise_embeds": normal(5, 64),
         "context_hidden_states": normal(5, 128),
+        "position_ids": lambda _: torch.arange(10)[None],
+        "attention_mask": ones(10),
     },
     "neomme": {"pixel_values": rows(32, 192)},
-    "paddleocr_vl": {"pixel_values": rows(1, 32, 3, 8, 8)},
-    "pix2struct": {"flattened_patches": normal(PATCHES, 2 + 768)},
+    "paddleocr_vl": {"pixel_values": rows(32, 3, 8, 8)},
+    "pix2struct": {
+        "flattened_patches": lambda source: torch.cat(
+            [
+                source.tokens(2 * PATCHES).reshape(BATCH, PATCHES, 2),
+                source.normal(BATCH, PATCHES, 768),
+            ],
+            -1,
+        )
+    },
     "seamless_m4t": {"input_features": normal(FRAMES, 160)},
     "wav2vec2-bert": {"input_features": normal(FRAMES, 160)},
     "xcodec2": {"input_features": normal(FRAMES, 160)},
     "neucodec": {"input_features": normal(FRAMES, 160)},
     "timesfm2_5": {"past_values": normal(64)},
-    "timesfm": {"past_values_padding": ones(64), "freq": whole(0)},
+    "timesfm": {
+        "past_values": normal(64),
+        "past_values_padding": lambda _: torch.zeros(BATCH, 64, dtype=torch.int64),
+        "freq": whole(0),
+    },
+    "qwen3_asr_encoder": {"input_features": normal(16, 40), "input_features_mask": ones(40)},
+    "qwen3_asr": {"input_features": normal(16, 40), "input_features_mask": ones(40)},
+    "nemotron3_5_transcribe_word_timestamp": {"inputs_embeds": normal(9, 64)},
+    "seggpt": {"prompt_pixel_values": normal(3, 32, 32), "prompt_masks": normal(3, 32, 32)},
+    "autoformer": {"past_values": normal(10)},
+    "flava": {"image_attention_mask": None},
+    "clvp": {"input_features": normal(16, 40)},
+    "speecht5": {"input_values": normal(9, 64)},
+    "tvp": {"pixel_values": normal(2, 3, 32, 32)},
+    "perceiver": {"inputs": normal(11, 64)},
+    "pi0": {"action_embeds": normal(5, 64)},
 }
