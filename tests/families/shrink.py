@@ -160,15 +160,19 @@ def _shrunk(
     fields = {
         name: value for name, value in vars(default).items() if not name.startswith(("_", "transf"))
     }
-    layers = _kept_layers(fields)
+    handed_out = list(getattr(default, "_out_indices", None) or [])
+    layers = _kept_layers(fields, len(handed_out))
     given: dict[str, Any] = {}
+    if handed_out:
+        given["out_indices"] = _small_stages(handed_out, {**fields, **own}, layers)
+    usual = vars(type(default)())  # what is not given; the whole may have set something else
     for name, value in fields.items():
         if isinstance(value, PreTrainedConfig):
             of_part = {**overrides.get(value.model_type, {}), **own.get(name, {})}
             given[name] = _shrunk(value, of_part, overrides)
         elif name not in own:
             small = _small(name, value, fields, layers)
-            if small != value:
+            if small != value or (name in usual and value != usual[name]):
                 given[name] = small
     parts = {name for name, value in given.items() if isinstance(value, PreTrainedConfig)}
     given.update({name: value for name, value in own.items() if name not in parts})
@@ -224,7 +228,15 @@ def _layer_count(fields: dict[str, Any]) -> int | None:
     return next((count for count in counts if isinstance(count, int)), None)
 
 
-def _kept_layers(fields: dict[str, Any]) -> list[int]:
+def _small_stages(handed_out: list[int], fields: dict[str, Any], layers: list[int]) -> list[int]:
+    """Return the stages that a backbone hands out; a stage may be a layer, and few are left."""
+    depths = fields.get("depths")
+    if depths or len(fields.get("stage_names") or []) != (_layer_count(fields) or 0) + 1:
+        return [stage for stage in handed_out if stage <= len(depths or fields["stage_names"])]
+    return list(range(len(layers) + 1))[-len(handed_out) :]
+
+
+def _kept_layers(fields: dict[str, Any], at_least: int) -> list[int]:
     """Return which layers of the default are kept: one of every kind that a list names."""
     count = _layer_count(fields)
     kept: set[int] = set()
@@ -234,7 +246,7 @@ def _kept_layers(fields: dict[str, Any]) -> list[int]:
             if len(set(kinds)) <= MOST_LAYERS:
                 kept |= {kinds.index(kind) for kind in kinds}
     for layer in range(count or LAYERS):
-        if len(kept) >= LAYERS:
+        if len(kept) >= max(LAYERS, at_least):
             break
         kept.add(layer)
     return sorted(kept)
