@@ -38,6 +38,17 @@ def tokens(*shape: int) -> Maker:
     return lambda source: source.tokens(TEXT * 99)[:, : math.prod(shape)].reshape(BATCH, *shape)
 
 
+def placed(field: str, count: int) -> Maker:
+    """Make texts with places for the features of a sound or an image."""
+
+    def make(source: Source) -> Any:
+        marks = torch.full((BATCH, count), source.field(field, default=-1))
+        text = source.tokens(TEXT)
+        return torch.cat([text[:, :5], marks, text[:, 5:]], dim=1)
+
+    return make
+
+
 def flat(maker: Maker) -> Maker:
     """Join the first two dimensions."""
     return lambda source: maker(source).flatten(0, 1)
@@ -118,8 +129,8 @@ GIVEN: dict[str, dict[str, Maker | None]] = {
         "past_values_padding": lambda _: torch.zeros(BATCH, 64, dtype=torch.int64),
         "freq": whole(0),
     },
-    "qwen3_asr_encoder": {"input_features": normal(16, 40), "input_features_mask": ones(40)},
-    "qwen3_asr": {"input_features": normal(16, 40), "input_features_mask": ones(40)},
+    "qwen3_asr_encoder": {"input_features": normal(16, 100), "input_features_mask": ones(100)},
+    "qwen3_asr": {"input_features": normal(16, 100), "input_features_mask": ones(100)},
     "nemotron3_5_transcribe_word_timestamp": {"inputs_embeds": normal(9, 64)},
     "seggpt": {
         "pixel_values": normal(3, 32, 32),
@@ -130,12 +141,13 @@ GIVEN: dict[str, dict[str, Maker | None]] = {
     "flava": {"image_attention_mask": None},
     "clvp": {"input_features": normal(80, 40)},
     "speecht5": {"input_values": normal(9, 64), "decoder_input_values": normal(TARGET, 64)},
-    "tvp": {"pixel_values": normal(2, 3, 448, 448)},
+    "tvp": {"pixel_values": normal(2, 3, 128, 128)},
     "perceiver": {"inputs": normal(11, 64)},
     "pi0": {
         "action_embeds": normal(5, 64),
         "pixel_attention_mask": ones(1),
         "pixel_values": normal(1, 3, 32, 32),
+        "input_ids": placed("image_token_index", 16),
     },
     "muse_spark_audio": {"input_values": normal(96 * 4)},
     "nemotron_asr_streaming_encoder": {"input_features": normal(64, 16)},
@@ -143,4 +155,7 @@ GIVEN: dict[str, dict[str, Maker | None]] = {
     "deepseek_vl_hybrid": {"high_res_pixel_values": normal(3, 32, 32)},
     "mimi_decoder": {"latents": normal(64, 9)},
     "pocket_tts_audio_tokenizer_decoder": {"latents": normal(64, 9)},
+    "qwen2_audio": {"input_ids": placed("audio_token_id", 10)},
+    "inkling2_vision": {"pixel_values": rows(32, 16, 16, 3)},
+    "inkling2": {"pixel_values": rows(32, 16, 16, 3)},
 }

@@ -17,6 +17,14 @@ _SWIN = {
     "num_heads": [2, 4],
     "window_size": 4,
 }
+_SWIN_OF_FOUR = {
+    "image_size": 64,
+    "patch_size": 4,
+    "embed_dim": 16,
+    "depths": [1, 1, 1, 1],
+    "num_heads": [1, 2, 4, 4],
+    "window_size": 2,
+}
 _NO_GROUPS = {"num_key_value_heads": HEADS}
 _CODEC = {"upsample_groups": 32}
 
@@ -34,8 +42,8 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "exaone4_5_vision": {"window_size": 32},
     "gemma3n_text": {"num_kv_shared_layers": 0},
     "hyperclovax_vision_v2": {"vision_config": {"window_size": 32}},
-    "mask2former": {"backbone_config": _SWIN},
-    "oneformer": {"backbone_config": _SWIN},
+    "mask2former": {"backbone_config": _SWIN_OF_FOUR},
+    "oneformer": {"backbone_config": _SWIN_OF_FOUR, "task_seq_len": 11},
     "qwen2_5_omni_thinker": {
         "text_config": _MROPE,
         "vision_config": {"window_size": 32},
@@ -99,7 +107,6 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "instructblipvideo": {"image_token_id": 100, "video_token_id": 100},
     "kimi_k25": {"projection_hidden_size": 64},
     "mistral4": {"head_dim": 32},
-    "moonshine": {"num_key_value_heads": 4},
     "kosmos-2": {"latent_query_num": 8},
     "mllama": {
         "text_config": {"cross_attention_layers": [1]},
@@ -138,50 +145,6 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "xclip": {"vision_config": {"mit_hidden_size": 64}},
     "voxtral": {"audio_token_id": 101, "audio_config": {"intermediate_size": 128}},
     "zaya": {"num_experts_per_tok": 1},
-}
-for _family in ("autoformer", "informer", "time_series_transformer"):
-    OVERRIDES[_family] = {
-        "prediction_length": 4,
-        "context_length": 8,
-        "lags_sequence": [1, 2],
-        "num_time_features": 1,
-        "cardinality": [],
-        "embedding_dimension": [],
-    }
-for _family in (
-    "qwen2_vl",
-    "qwen2_5_vl",
-    "colqwen2",
-    "paddleocr_vl",
-    "glm_image",
-    "glm4v",
-    "glm46v",
-    "glm_ocr",
-    "glmga",
-):
-    OVERRIDES[_family] = {"text_config": _MROPE}
-for _family in (
-    "qwen2_vl_text",
-    "qwen2_5_vl_text",
-    "glm4v_text",
-    "glm_image_text",
-    "glm_ocr_text",
-    "qwen2_5_omni_text",
-    "paddleocr_vl_text",
-):
-    OVERRIDES[_family] = _MROPE
-OVERRIDES["qwen2_5_vl"] = {"text_config": _MROPE, "vision_config": {"window_size": 32}}
-OVERRIDES["glm4v_moe"] = {"text_config": _HALF_MROPE}
-OVERRIDES["glm4v_moe_text"] = _HALF_MROPE
-for _family in (
-    "mimi",
-    "mimi_encoder",
-    "mimi_decoder",
-    "pocket_tts_audio_tokenizer",
-    "pocket_tts_audio_tokenizer_decoder",
-):
-    OVERRIDES[_family] = _CODEC
-OVERRIDES |= {
     "align": {
         "projection_dim": 64,
         "vision_config": {"width_coefficient": 0.2, "depth_coefficient": 0.3, "hidden_dim": 64},
@@ -296,10 +259,9 @@ OVERRIDES |= {
     "pocket_tts": {"flow_head_config": {"condition_dim": 64}},
     "gradium_phonon_tts": {"flow_head_config": {"condition_dim": 64}},
     "ovis2": {"visual_indicator_token_ids": [120, 121, 122, 123, 124]},
-    "qwen3_asr_encoder": {"n_window": 10},
     "zamba": {"num_hidden_layers": 6},
     "muse_glimmer": {"out_hidden_size": 256},
-    "neucodec": {"quantizer_dim": 128},
+    "neucodec": {"quantization_dim": 64},
     "nemotron3_5_transcribe_asr_audio": _NO_GROUPS,
     "nemotron3_5_transcribe_word_timestamp": _NO_GROUPS,
     "nemotron3_diarization_audio": _NO_GROUPS,
@@ -332,8 +294,6 @@ OVERRIDES |= {
         "num_last_full_attention_layers": 0,
     },
     "t5gemma2_encoder": {"text_config": {"dropout_rate": 0.0}, "mm_tokens_per_image": 4},
-    "d_fine": {"decoder_attention_heads": 4},
-    "deimv2": {"decoder_attention_heads": 4},
     "mobilevitv2": {"patch_size": 2},
     "gemma4_assistant": {"text_config": {"hidden_size_per_layer_input": 0}},
     "vipllava": {"vision_feature_layers": [-1, -2]},
@@ -351,7 +311,88 @@ OVERRIDES |= {
         "stage_out_channels": [16, 32, 64, 128],
         "stage_numb_of_layers": [1, 1, 1, 1],
     },
+    "sam_prompt_encoder": {"hidden_size": 64},
+    "sam_mask_decoder": {"hidden_size": 64, "iou_head_hidden_dim": 64},
+    "tvp": {"num_frames": 2, "max_img_size": 128, "visual_prompt_size": 8},
+    "seggpt": {"image_size": [64, 32]},
+    "clvp_encoder": {"num_attention_heads": 2},
+    "muse_spark": {"out_hidden_size": 256},
+    "sam_vision_model": {"num_pos_feats": 32, "output_channels": 64},
+    "sam_hq_vision_model": {"num_pos_feats": 32, "output_channels": 64},
+    "sam_hq_prompt_encoder": {"hidden_size": 64},
+    "sam_hq_mask_decoder": {"hidden_size": 64, "iou_head_hidden_dim": 64, "vit_dim": 64},
+    "lw_detr": {
+        "projector_in_channels": [64],
+        "projector_out_channels": 64,
+        "projector_scale_factors": [1.0],
+    },
+    "lw_detr_vit": {
+        "num_windows": 4,
+        "num_windows_side": 2,
+        "image_size": 32,
+        "window_block_indices": [0],
+    },
+    "unlimited_ocr_sam_vision_model": {
+        "downsample_channels": [32, 64],
+        "output_channels": 16,
+        "global_attn_indexes": [1],
+        "image_size": 64,
+        "patch_size": 4,
+    },
+    "chmv2": {
+        "post_process_channels": [16, 32, 48, 64],
+        "fusion_hidden_size": 32,
+        "head_hidden_size": 32,
+        "number_output_channels": 16,
+    },
+    "deepseek_vl_hybrid": {"high_res_vision_config": {"global_attn_indexes": [0, 1]}},
+    "maskformer": {"backbone_config": _SWIN_OF_FOUR},
+    "unlimited_ocr_text": _NO_GROUPS,
+    "pp_doclayout_v3": {"x4_feat_dim": 16},
+    "pp_doclayout_v2": {"class_thresholds": [0.5] * 25, "class_order": list(range(25))},
 }
+for _family in ("autoformer", "informer", "time_series_transformer"):
+    OVERRIDES[_family] = {
+        "prediction_length": 4,
+        "context_length": 8,
+        "lags_sequence": [1, 2],
+        "num_time_features": 1,
+        "cardinality": [],
+        "embedding_dimension": [],
+    }
+for _family in (
+    "qwen2_vl",
+    "qwen2_5_vl",
+    "colqwen2",
+    "paddleocr_vl",
+    "glm_image",
+    "glm4v",
+    "glm46v",
+    "glm_ocr",
+    "glmga",
+):
+    OVERRIDES[_family] = {"text_config": _MROPE}
+for _family in (
+    "qwen2_vl_text",
+    "qwen2_5_vl_text",
+    "glm4v_text",
+    "glm_image_text",
+    "glm_ocr_text",
+    "qwen2_5_omni_text",
+    "paddleocr_vl_text",
+):
+    OVERRIDES[_family] = _MROPE
+OVERRIDES["qwen2_5_vl"] = {"text_config": _MROPE, "vision_config": {"window_size": 32}}
+OVERRIDES["glm4v_moe"] = {"text_config": _HALF_MROPE}
+OVERRIDES["glm4v_moe_text"] = _HALF_MROPE
+for _family in (
+    "mimi",
+    "mimi_encoder",
+    "mimi_decoder",
+    "pocket_tts_audio_tokenizer",
+    "pocket_tts_audio_tokenizer_decoder",
+):
+    OVERRIDES[_family] = _CODEC
 for _family in (
     "rt_detr",
     "rt_detr_v2",
@@ -361,15 +402,8 @@ for _family in (
     "pp_doclayout_v3",
     "pp_doclayout_v4",
 ):
-    OVERRIDES[_family] = {
+    OVERRIDES[_family] = OVERRIDES.get(_family, {}) | {
         "encoder_in_channels": [32, 64, 128],
         "decoder_in_channels": [64, 64, 64],
         "decoder_attention_heads": 4,
-        "lw_detr_vit": {"num_windows": 4, "image_size": 32, "window_block_indices": [0]},
-        "sam_prompt_encoder": {"hidden_size": 64},
-        "sam_mask_decoder": {"hidden_size": 64, "iou_head_hidden_dim": 64},
-        "chmv2": {
-            "reassemble_factors": [4, 2, 1, 0.5],
-            "backbone_config": {"return_class_token": True},
-        },
     }

@@ -133,6 +133,7 @@ _TOKENS = {
     "mask": 4,
     "decoder_start": 1,
 }
+_ABSENT = object()
 _LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "encoder_layers")
 
 
@@ -172,7 +173,7 @@ def _shrunk(
             given[name] = _shrunk(value, of_part, overrides)
         elif name not in own:
             small = _small(name, value, fields, layers)
-            if small != value or (name in usual and value != usual[name]):
+            if small != value or value != usual.get(name, _ABSENT):
                 given[name] = small
     parts = {name for name, value in given.items() if isinstance(value, PreTrainedConfig)}
     given.update({name: value for name, value in own.items() if name not in parts})
@@ -231,8 +232,10 @@ def _layer_count(fields: dict[str, Any]) -> int | None:
 def _small_stages(handed_out: list[int], fields: dict[str, Any], layers: list[int]) -> list[int]:
     """Return the stages that a backbone hands out; a stage may be a layer, and few are left."""
     depths = fields.get("depths")
-    if depths or len(fields.get("stage_names") or []) != (_layer_count(fields) or 0) + 1:
-        return [stage for stage in handed_out if stage <= len(depths or fields["stage_names"])]
+    if depths:
+        return [stage for stage in handed_out if stage <= len(depths)]
+    if len(fields.get("stage_names") or []) != (_layer_count(fields) or 0) + 1:
+        return handed_out
     return list(range(len(layers) + 1))[-len(handed_out) :]
 
 
