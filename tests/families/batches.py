@@ -59,7 +59,8 @@ class Batches:
         if required:
             raise ValueError(f"no maker for the inputs {', '.join(required)}")
         self._end_texts(batch)
-        self._place_features(batch)
+        if "input_ids" not in given:
+            self._place_features(batch)
         self._pad(batch, padding)
         return batch
 
@@ -113,7 +114,7 @@ class Batches:
             text = batch["input_ids"]
             batch["input_ids"] = torch.cat([text[:, :5], inserted, text[:, 5:]], dim=1)
         if "mm_token_type_ids" in self.parameters:
-            image = getattr(self.config, "image_token_id", -1)
+            image = self.source.field("image_token_id", default=-1)
             batch["mm_token_type_ids"] = (batch["input_ids"] == image).long()
 
     def _pad(self, batch: dict[str, Any], padding: str) -> None:
@@ -156,6 +157,8 @@ def _count_features(found: Any) -> int:
         found = found.pooler_output
     elif hasattr(found, "last_hidden_state"):
         found = found.last_hidden_state
+    if found is None:
+        return 0
     if isinstance(found, Tensor):
         return found.numel() // found.shape[-1]
     return sum(_count_features(part) for part in found)
