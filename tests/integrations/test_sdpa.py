@@ -9,6 +9,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from entropy_regularization import EntropyRegularization, record_entropy
+from entropy_regularization.integrations.unseen import attends_by_source
 
 ORIGINAL = functional.scaled_dot_product_attention
 
@@ -333,6 +334,61 @@ def test_a_softmax_that_does_not_attend_is_let_pass(x: Tensor) -> None:
     with record_entropy(model) as recording:
         model(x)
     assert (len(recording), recording.missing) == (2, [])
+
+
+class Mixing(nn.Module):
+    """A hyper-connection: four streams of every token, mixed by a doubly stochastic matrix.
+
+    Args:
+        attends: make the scores of queries and keys, and mix the tokens: attention all the same.
+        scaled: over the columns too.
+    """
+
+    def __init__(self, attends: bool, scaled: bool) -> None:
+        super().__init__()
+        self.attends, self.scaled = attends, scaled
+        self.stack, self.scores = Stack(), nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stack(x)
+        if self.attends:
+            scores, values = self.scores(x) @ x.mT, x
+        else:
+            scores, values = self.scores(x).unflatten(-1, (4, 4)), x.unflatten(-1, (4, 4))
+        weights = torch.softmax(scores + 1, dim=-1) + 1e-6
+        if self.scaled:
+            weights = weights / (weights.sum(dim=-2, keepdim=True) + 1e-6)
+        weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-6)
+        return weights.transpose(-1, -2) @ values
+
+
+def test_a_mixture_of_streams_is_let_pass(x: Tensor) -> None:
+    model = Mixing(attends=False, scaled=True)
+    with record_entropy(model) as recording:
+        model(x)
+    assert (len(recording), recording.missing) == (2, [])
+
+
+@pytest.mark.parametrize(("attends", "scaled"), [(True, True), (True, False), (False, False)])
+def test_attention_that_is_scaled_like_a_mixture_is_refused(
+    attends: bool, scaled: bool, x: Tensor
+) -> None:
+    model = Mixing(attends, scaled)
+    message = "Mixing computes a softmax of its own"
+    with pytest.raises(ValueError, match=message), record_entropy(model):
+        model(x)
+
+
+class Commented(nn.Module):
+    """Its softmax( is a gate; a @ b is only spoken of."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * x.softmax(-1)  # not weights @ values
+
+
+def test_comments_are_not_read_as_source() -> None:
+    assert attends_by_source(Commented) is None
+    assert attends_by_source(Mixing) is not None
 
 
 class DeformableAttention(nn.Module):
