@@ -165,8 +165,9 @@ def _watch(found: Eager, names: dict[nn.Module, str]) -> Iterator[list[nn.Module
         def __torch_dispatch__(
             self, function: Any, types: Any, args: Any = (), kwargs: Any = None
         ) -> Any:
-            if function in _SOFTMAX and args[0].dim() > 2 and where and where[-1] is not None:
-                module = where[-1]
+            inside = [each for each in where if not isinstance(each, nn.Softmax)]
+            if function in _SOFTMAX and args[0].dim() > 2 and inside and inside[-1] is not None:
+                module = inside[-1]
                 name = names.get(module, "")
                 shape = tuple(args[0].shape)
                 found.softmaxes.append(Softmax(name, type(module).__name__, shape))

@@ -178,4 +178,5 @@ GIVEN: dict[str, dict[str, Maker | None]] = {
     "pp_ocrv6_tiny_rec": {"pixel_values": normal(3, 64, 64)},
     "moss_transcribe_diarize": {"padding_mask": ones(40)},
     "granite4_vision": {"image_sizes": whole(32, 32)},
+    "dots3_note": {"chunk_sample_lengths": whole(40), "input_features": None},
 }
