@@ -28,6 +28,12 @@ _SWIN_OF_FOUR = {
 _NO_GROUPS = {"num_key_value_heads": HEADS}
 _CODEC = {"upsample_groups": 32}
 
+# Classes to build where the base alone does not attend.
+HEADS = {
+    "pp_ocrv5_mobile_rec": "PPOCRV5MobileRecForTextRecognition",
+    "pp_ocrv5_server_rec": "PPOCRV5ServerRecForTextRecognition",
+    "pp_ocrv6_small_rec": "PPOCRV6SmallRecForTextRecognition",
+}
 OVERRIDES: dict[str, dict[str, Any]] = {
     "audio-spectrogram-transformer": {
         "max_length": 64,
@@ -390,7 +396,21 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "sam3_vision_model": {"backbone_feature_sizes": [[16, 16], [8, 8], [4, 4]]},
     "sam3_tracker_prompt_encoder": {"hidden_size": 64},
     "sam3_tracker_mask_decoder": {"hidden_size": 64, "iou_head_hidden_dim": 64},
-    "depth_pro": {"patch_size": 32},
+    "depth_pro": {
+        "patch_size": 16,
+        "image_model_config": {"image_size": 16, "patch_size": 4},
+        "patch_model_config": {"image_size": 16, "patch_size": 4},
+        "fov_model_config": {"image_size": 16, "patch_size": 4},
+        "intermediate_hook_ids": [1, 0],
+        "intermediate_feature_dims": [64, 64],
+        "scaled_images_feature_dims": [64, 64, 64],
+        "fusion_hidden_size": 64,
+    },
+    "patchtsmixer": {"self_attn": True, "self_attn_heads": 4, "gated_attn": False},
+    "blt": {"encoder_hash_byte_group_vocab": 500, "use_cache": False, "cross_attn_k": 2},
+    "blt_local_encoder": {"hidden_size_global": 64, "sliding_window": 4},
+    "blt_local_decoder": {"hidden_size_global": 64, "sliding_window": 4},
+    "sam3_lite_text_text_model": {"num_hidden_layers": 3},
 }
 for _family in ("autoformer", "informer", "time_series_transformer"):
     OVERRIDES[_family] = {

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from batches import PADDINGS, Batches
 from huggingface_hub.errors import StrictDataclassError
-from overrides import OVERRIDES
+from overrides import HEADS, OVERRIDES
 from shrink import shrink
 from torch import nn
 from transformers import CONFIG_MAPPING, PreTrainedModel
@@ -94,7 +94,9 @@ def _model(family: str, implementation: str) -> PreTrainedModel:
 
 
 def _class(family: str, config_class: type) -> type[nn.Module]:
-    """Return the first class of a family that is made of the family's own configuration."""
+    """Return the first class of a family that is made of its own configuration and attends."""
+    if family in HEADS:
+        return _named(family, HEADS[family])
     found = [_named(family, name) for name in _classes()[family]]
     fitting = [each for each in found if getattr(each, "config_class", None) is config_class]
     return (fitting or found)[0]
