@@ -119,10 +119,18 @@ GIVEN: dict[str, dict[str, Maker | None]] = {
             -1,
         )
     },
-    "seamless_m4t": {"input_features": normal(FRAMES, 160)},
+    "seamless_m4t": {"input_features": None},
     "wav2vec2-bert": {"input_features": normal(FRAMES, 160)},
-    "xcodec2": {"input_features": normal(FRAMES, 160)},
-    "neucodec": {"input_features": normal(FRAMES, 160)},
+    "xcodec2": {
+        "input_features": normal(8, 160),
+        "input_features_mask": ones(8),
+        "input_values": normal(1, 320 * 8),
+    },
+    "neucodec": {
+        "input_features": normal(8, 160),
+        "input_features_mask": ones(8),
+        "input_values": normal(1, 320 * 8),
+    },
     "timesfm2_5": {"past_values": normal(64)},
     "timesfm": {
         "past_values": normal(64),
@@ -147,7 +155,10 @@ GIVEN: dict[str, dict[str, Maker | None]] = {
         "action_embeds": normal(5, 64),
         "pixel_attention_mask": ones(1),
         "pixel_values": normal(1, 3, 32, 32),
-        "input_ids": placed("image_token_index", 16),
+        "input_ids": lambda source: torch.cat(
+            [torch.full((BATCH, 16), source.config.vlm_config.image_token_id), source.tokens(TEXT)],
+            1,
+        ),
     },
     "muse_spark_audio": {"input_values": normal(96 * 4)},
     "nemotron_asr_streaming_encoder": {"input_features": normal(64, 16)},
@@ -180,4 +191,15 @@ GIVEN: dict[str, dict[str, Maker | None]] = {
     "granite4_vision": {"image_sizes": whole(32, 32), "input_ids": placed("image_token_index", 10)},
     "dots3_note": {"chunk_sample_lengths": whole(40), "input_features": None},
     "depth_pro": {"pixel_values": normal(3, 64, 64)},
+    "efficientloftr": {"pixel_values": normal(2, 3, 64, 64)},
+    "colqwen2": {"pixel_values": normal(16, 384)},
+    "musicflamingo": {"input_ids": placed("audio_token_id", 10)},
+    "vitmatte": {"pixel_values": normal(4, 32, 32)},
+    "jev": {"marks": ones(TEXT), "num_options": whole(2), "question_type_ids": whole(0)},
+    "speech-encoder-decoder": {"input_values": normal(4000), "input_features": None},
+    "nemotron_h_omni": {
+        "image_grid_hw": whole(4, 4),
+        "pixel_values": rows(32, 192),
+        "input_features_mask": None,
+    },
 }

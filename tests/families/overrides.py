@@ -283,7 +283,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "n_mamba_heads": 2,
     },
     "muse_glimmer": {"out_hidden_size": 256},
-    "neucodec": {"quantization_dim": 64},
+    "neucodec": {"quantization_dim": 128, **_NO_GROUPS},
     "nemotron3_5_transcribe_asr_audio": _NO_GROUPS,
     "nemotron3_5_transcribe_word_timestamp": _NO_GROUPS,
     "nemotron3_diarization_audio": _NO_GROUPS,
@@ -316,8 +316,10 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "num_last_full_attention_layers": 0,
     },
     "t5gemma2_encoder": {"text_config": {"dropout_rate": 0.0}, "mm_tokens_per_image": 4},
-    "mobilevitv2": {"patch_size": 2},
-    "gemma4_assistant": {"text_config": {"hidden_size_per_layer_input": 0}},
+    "mobilevitv2": {"patch_size": 2, "image_size": 128},
+    "gemma4_assistant": {
+        "text_config": {"hidden_size_per_layer_input": 0, "num_kv_shared_layers": 0}
+    },
     "vipllava": {"vision_feature_layers": [-1, -2]},
     "vitmatte": {"fusion_hidden_sizes": [32, 16, 16, 8]},
     "upernet": {"auxiliary_in_channels": 64},
@@ -383,9 +385,10 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "embed_dim_per_stage": [16, 32, 64, 128],
         "hidden_size": 16,
         "num_attention_heads": 1,
-        "blocks_per_stage": [1, 1, 1, 1],
+        "blocks_per_stage": [1, 2, 1, 1],
         "image_size": [128, 128],
         "global_attention_blocks": [2],
+        "window_size_per_stage": [8, 4, 4, 2],
     },
     "sam2_vision_model": {
         "backbone_channel_list": [128, 64, 32, 16],
@@ -411,6 +414,21 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "blt_local_encoder": {"hidden_size_global": 64, "sliding_window": 4},
     "blt_local_decoder": {"hidden_size_global": 64, "sliding_window": 4},
     "sam3_lite_text_text_model": {"num_hidden_layers": 3},
+    "efficientloftr": {
+        "out_features": [16, 16, 32, 64],
+        "hidden_size": 64,
+        "stage_num_blocks": [1, 1, 1, 1],
+        "stage_in_channels": [1, 16, 16, 32],
+        "num_attention_heads": 8,
+        "num_key_value_heads": 8,
+        "intermediate_size": 128,
+        "fine_fusion_dims": [64, 32, 16],
+    },
+    "nemotron_h_omni": {
+        "vision_config": {"video_temporal_patch_size": 2},
+        "vision_projector_hidden_size": 256,
+    },
+    "xcodec2": {"quantization_dim": 128, **_NO_GROUPS},
 }
 for _family in ("autoformer", "informer", "time_series_transformer"):
     OVERRIDES[_family] = {
