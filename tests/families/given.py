@@ -194,12 +194,13 @@ GIVEN: dict[str, dict[str, Maker | None]] = {
     "efficientloftr": {"pixel_values": normal(2, 3, 64, 64)},
     "colqwen2": {"pixel_values": normal(16, 384)},
     "musicflamingo": {"input_ids": placed("audio_token_id", 10)},
-    "vitmatte": {"pixel_values": normal(4, 32, 32)},
-    "jev": {"marks": ones(TEXT), "num_options": whole(2), "question_type_ids": whole(0)},
+    "vitmatte": {"pixel_values": normal(4, 64, 64)},
+    "jev": {"marks": whole(3, 6), "num_options": whole(2, 2), "question_type_ids": whole(0, 0)},
     "speech-encoder-decoder": {"input_values": normal(4000), "input_features": None},
     "nemotron_h_omni": {
         "image_grid_hw": whole(4, 4),
         "pixel_values": rows(32, 192),
         "input_features_mask": None,
+        "input_ids": placed("image_token_id", 4),
     },
 }

@@ -321,7 +321,10 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "text_config": {"hidden_size_per_layer_input": 0, "num_kv_shared_layers": 0}
     },
     "vipllava": {"vision_feature_layers": [-1, -2]},
-    "vitmatte": {"fusion_hidden_sizes": [32, 16, 16, 8]},
+    "vitmatte": {
+        "fusion_hidden_sizes": [32, 16, 16, 8],
+        "backbone_config": {"num_channels": 4, "patch_size": 16, "image_size": 64},
+    },
     "upernet": {"auxiliary_in_channels": 64},
     "step3p5": {
         "sliding_window": 4,
@@ -426,9 +429,14 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     },
     "nemotron_h_omni": {
         "vision_config": {"video_temporal_patch_size": 2},
-        "vision_projector_hidden_size": 256,
+        "projector_hidden_size": 64,
+        "vit_hidden_size": 64,
+        "image_token_id": 100,
+        "video_token_id": 101,
+        "audio_token_id": 102,
     },
     "xcodec2": {"quantization_dim": 128, **_NO_GROUPS},
+    "superglue": {"hidden_size": 256, "keypoint_encoder_sizes": [32, 64]},
 }
 for _family in ("autoformer", "informer", "time_series_transformer"):
     OVERRIDES[_family] = {
@@ -438,6 +446,7 @@ for _family in ("autoformer", "informer", "time_series_transformer"):
         "num_time_features": 1,
         "cardinality": [],
         "embedding_dimension": [],
+        "label_length": 2,
     }
 for _family in (
     "qwen2_vl",
