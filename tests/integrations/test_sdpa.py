@@ -359,14 +359,14 @@ class Mixing(nn.Module):
         if self.scaled:
             weights = weights / (weights.sum(dim=-2, keepdim=True) + 1e-6)
         weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-6)
-        return weights.transpose(-1, -2) @ values
+        return (weights.transpose(-1, -2) @ values).reshape(x.shape)
 
 
 def test_a_mixture_of_streams_is_let_pass(x: Tensor) -> None:
-    model = Mixing(attends=False, scaled=True)
+    model = nn.Sequential(*[Mixing(attends=False, scaled=True) for _ in range(2)])
     with record_entropy(model) as recording:
         model(x)
-    assert (len(recording), recording.missing) == (2, [])
+    assert (len(recording), recording.missing) == (4, [])
 
 
 @pytest.mark.parametrize(("attends", "scaled"), [(True, True), (True, False), (False, False)])
@@ -375,6 +375,21 @@ def test_attention_that_is_scaled_like_a_mixture_is_refused(
 ) -> None:
     model = Mixing(attends, scaled)
     message = "Mixing computes a softmax of its own"
+    with pytest.raises(ValueError, match=message), record_entropy(model):
+        model(x)
+
+
+class Differential(nn.Module):
+    """The difference of two attentions, whose weights are one softmax that is taken apart."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, second = torch.softmax(torch.stack([x @ x.mT, x @ x.mT / 2]), -1).unbind()
+        return (first - 0.5 * second) @ x
+
+
+def test_attention_whose_weights_are_taken_apart_is_refused(x: Tensor) -> None:
+    model = nn.Sequential(Stack(), Differential())
+    message = "1 computes a softmax of its own"
     with pytest.raises(ValueError, match=message), record_entropy(model):
         model(x)
 

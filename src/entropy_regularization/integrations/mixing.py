@@ -10,10 +10,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.utils.weak import WeakIdKeyDictionary
 
 DIVISIONS = {torch.div, Tensor.div, Tensor.__truediv__, torch.true_divide, Tensor.true_divide}
 SUMS = {torch.sum, Tensor.sum}
+SPLITS = {torch.split, Tensor.split, torch.chunk, Tensor.chunk, torch.unbind, Tensor.unbind}
 TURNS = {torch.transpose, Tensor.transpose, torch.permute, Tensor.permute}
 
 SCORES, WEIGHTS, SUM, MIXTURE = "scores", "weights", "sum", "mixture"
@@ -24,10 +26,11 @@ class Mixtures:
 
     Args:
         products: the functions that make scores of queries and keys.
+        cuts: the functions whose result is the same thing with another number of elements.
     """
 
-    def __init__(self, products: Container[Any]) -> None:
-        self._products = products
+    def __init__(self, products: Container[Any], cuts: Container[Any]) -> None:
+        self._products, self._cuts = products, cuts
         # tensor -> what it is, and the dimension that its softmax or sum ran over
         self._found = WeakIdKeyDictionary()
 
@@ -43,20 +46,34 @@ class Mixtures:
         self, func: Callable[..., Any], args: Any, kwargs: Mapping[str, Any], result: Any
     ) -> None:
         """Note what another function made."""
-        if not isinstance(result, Tensor):
-            return
+        if func is functional.linear:
+            return  # what a token is projected to is no score of its attention
         known = self._known(args, kwargs)
+        for part in tensors_of([result], {}):
+            found = self._kind_of(func, args, kwargs, part, known)
+            if found is not None:
+                self._found[part] = found
+
+    def _kind_of(
+        self,
+        func: Callable[..., Any],
+        args: Any,
+        kwargs: Mapping[str, Any],
+        result: Tensor,
+        known: list[tuple[str, int | None]],
+    ) -> tuple[str, int | None] | None:
+        given = tensors_of(args, kwargs)
         if func in self._products:
-            if not any(isinstance(each, nn.Parameter) for each in tensors_of(args, kwargs)):
-                self._found[result] = (SCORES, None)
-        elif known and func in SUMS and known[0][0] == WEIGHTS:
-            self._found[result] = (SUM, _dimension(args, kwargs))
-        elif func in DIVISIONS and _is_across(known):
-            self._found[result] = (MIXTURE, None)
-        elif known and not (func in TURNS and known[0][0] in (WEIGHTS, SUM)):
-            sizes = [each.numel() for each in tensors_of(args, kwargs)]
-            if result.numel() in sizes or known[0][0] == SCORES:
-                self._found[result] = known[0]
+            learned = any(isinstance(each, nn.Parameter) for each in given)
+            return None if learned else (SCORES, None)
+        if not known or (func in TURNS and known[0][0] in (WEIGHTS, SUM)):
+            return None
+        if func in SUMS and known[0][0] == WEIGHTS:
+            return (SUM, _dimension(args, kwargs))
+        if func in DIVISIONS and _is_across(known):
+            return (MIXTURE, None)
+        same = func in self._cuts or func in SPLITS
+        return known[0] if same or result.numel() in [each.numel() for each in given] else None
 
     def _known(self, args: Any, kwargs: Mapping[str, Any]) -> list[tuple[str, int | None]]:
         given = tensors_of(args, kwargs)

@@ -22,7 +22,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from entropy_regularization.integrations.compiled import is_compiled
 from entropy_regularization.integrations.interception import original_attention
-from entropy_regularization.integrations.mixing import Mixtures, tensors_of
+from entropy_regularization.integrations.mixing import SPLITS, Mixtures, tensors_of
 from entropy_regularization.integrations.stack import calling_module, runs_compiled
 
 SOFTMAX = {functional.softmax, torch.softmax, Tensor.softmax, torch.special.softmax}
@@ -62,7 +62,7 @@ class UnseenAttention(TorchFunctionMode):
         self._names = names
         self._kinds = {name: type(part).__name__.lower() for part, name in names.items()}
         self._weights = WeakIdKeyDictionary()  # tensors that came from a softmax -> the module
-        self._mixtures = Mixtures(PRODUCTS)
+        self._mixtures = Mixtures(PRODUCTS, CUTS)
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
@@ -86,7 +86,12 @@ class UnseenAttention(TorchFunctionMode):
 
     def _follow(self, func: Callable[..., Any], tensors: list[Tensor], result: Any) -> None:
         source = next((each for each in tensors if each in self._weights), None)
-        if source is None or not isinstance(result, Tensor):
+        if source is None:
+            return
+        if func in SPLITS:
+            for part in tensors_of([result], {}):
+                self._weights[part] = self._weights[source]
+        if not isinstance(result, Tensor):
             return
         if func in PRODUCTS:
             others = [each for each in tensors if each is not source]
