@@ -177,7 +177,7 @@ GIVEN: dict[str, dict[str, Maker | None]] = {
     "voxtral_realtime": {"input_features": normal(16, 88)},
     "molmo2": {
         "pixel_values": normal(1, 16, 192),
-        "image_token_pooling": lambda _: torch.arange(16).reshape(1, 4, 4).repeat(BATCH, 1, 1),
+        "image_token_pooling": lambda _: torch.arange(32).reshape(8, 4),
         "image_grids": whole(2, 2, 0, 0),
     },
     "sam2": {"pixel_values": normal(3, 128, 128)},
@@ -203,4 +203,5 @@ GIVEN: dict[str, dict[str, Maker | None]] = {
         "input_features_mask": None,
         "input_ids": placed("image_token_id", 4),
     },
+    "emu3": {"image_sizes": whole(32, 32)},
 }

@@ -264,6 +264,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "molmo2": {
         "adapter_config": {"vision_feature_layer": [-1, -2]},
         "text_config": {"rope_scaling_layers": [0]},
+        "image_patch_id": 100,
     },
     "muse_spark_audio": {
         "patch_sizes": [16, 6],
@@ -437,6 +438,15 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     },
     "xcodec2": {"quantization_dim": 128, **_NO_GROUPS},
     "superglue": {"hidden_size": 256, "keypoint_encoder_sizes": [32, 64]},
+    "emu3": {
+        "vocabulary_map": {
+            "<image>": 100,
+            "<|extra_200|>": 101,
+            **{f"<|visual token {number:06}|>": 130 + number for number in range(16)},
+        },
+        "image_token_id": 100,
+        "vq_config": {"codebook_size": 16, "channel_multiplier": [2, 2]},
+    },
 }
 for _family in ("autoformer", "informer", "time_series_transformer"):
     OVERRIDES[_family] = {
