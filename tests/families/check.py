@@ -200,9 +200,10 @@ def _describe(result: Result, case: Case, eager: Eager) -> Case:
     recorded = case
     if eager.called:
         result.way = INTERFACE
-        if any(_is_attention(each) and each.name not in eager.called for each in eager.softmaxes):
-            recorded = _fused(case, result.padding, eager) or case  # a part beside the interface
-            result.way = INTERFACE if recorded is case else f"{INTERFACE} and {FUSED}"
+        own = {each.name for each in eager.softmaxes if _is_attention(each)} - {*eager.called}
+        fused = _fused(case, result.padding, eager) if own else None
+        if fused is not None and own & {name for name, _ in eager.fused}:
+            result.way, recorded = f"{INTERFACE} and {FUSED}", fused  # a part beside the interface
     elif (fused := _fused(case, result.padding, eager)) or eager.fused:
         result.way, recorded = FUSED, fused or case
     elif eager.returned() or any(_is_attention(each) for each in eager.softmaxes):
