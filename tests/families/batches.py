@@ -4,21 +4,13 @@ import inspect
 from typing import Any
 
 import torch
+from given import GIVEN
 from makers import BATCH, FIRST_TOKEN, MAKERS, Source
 from torch import Tensor
 from transformers import PreTrainedModel
 
 PADDED = 3
 PADDINGS = ("none", "left", "right")
-IMAGES = (
-    "pixel_values",
-    "image_grid_thw",
-    "image_sizes",
-    "image_merge_sizes",
-    "spatial_shapes",
-    "pixel_attention_mask",
-)
-SOUNDS = ("input_features", "input_features_mask", "feature_attention_mask")
 ALWAYS = set(
     "image_grid_thw grid_thw bbox input_points input_features_mask feature_attention_mask "
     "spatial_shapes image_merge_sizes visual_feats visual_pos aspect_ratio_ids "
@@ -26,8 +18,8 @@ ALWAYS = set(
     "past_observed_mask future_values future_time_features".split()
 )
 PLACED = (
-    ("image", "get_image_features", IMAGES),
-    ("audio", "get_audio_features", SOUNDS),
+    ("image", "get_image_features", "pixel_values"),
+    ("audio", "get_audio_features", "input_features"),
 )
 
 
@@ -51,9 +43,11 @@ class Batches:
         Raises:
             ValueError: if the model wants an input that is not known here.
         """
+        given = GIVEN.get(self.config.model_type, {})
         batch: dict[str, Any] = {}
-        for name, maker in MAKERS.items():
-            if name in self.parameters and self._wanted(name):
+        for name, maker in {**MAKERS, **given}.items():
+            wanted = name in given or (name in self.parameters and self._wanted(name))
+            if wanted and maker is not None:
                 batch[name] = maker(self.source)
         required = [
             name
@@ -65,7 +59,8 @@ class Batches:
         if required:
             raise ValueError(f"no maker for the inputs {', '.join(required)}")
         self._end_texts(batch)
-        self._place_features(batch)
+        if "input_ids" not in given:
+            self._place_features(batch)
         self._pad(batch, padding)
         return batch
 
@@ -103,15 +98,14 @@ class Batches:
     def _place_features(self, batch: dict[str, Any]) -> None:
         if "input_ids" not in batch:
             return
-        for token, asked, inputs in PLACED:
+        for token, asked, main in PLACED:
             identifier = self.source.field(f"{token}_token_id", f"{token}_token_index", default=-1)
             parts = (getattr(part, asked, None) for part in self.model.modules())
             function = next(filter(None, parts), None)
-            given = {name: batch[name] for name in inputs if name in batch}
-            if identifier < 0 or function is None or inputs[0] not in given:
+            if identifier < 0 or function is None or main not in batch:
                 continue
             asks = inspect.signature(function).parameters
-            given = {name: value for name, value in given.items() if name in asks}
+            given = {name: value for name, value in batch.items() if name in asks}
             with torch.no_grad():
                 count = _count_features(function(**given)) // BATCH
             start = getattr(self.config, "vision_start_token_id", None)
@@ -120,14 +114,14 @@ class Batches:
             text = batch["input_ids"]
             batch["input_ids"] = torch.cat([text[:, :5], inserted, text[:, 5:]], dim=1)
         if "mm_token_type_ids" in self.parameters:
-            image = getattr(self.config, "image_token_id", -1)
+            image = self.source.field("image_token_id", default=-1)
             batch["mm_token_type_ids"] = (batch["input_ids"] == image).long()
 
     def _pad(self, batch: dict[str, Any], padding: str) -> None:
         """Pad the first text of the batch, on the side asked for."""
         if "input_ids" not in batch:
             return
-        mask = torch.ones_like(batch["input_ids"])
+        mask = _unmasked(batch["input_ids"])
         if padding == "none":
             if self.config.model_type == "qwen2_audio":  # the only one that insists on a mask
                 batch["attention_mask"] = mask
@@ -136,13 +130,20 @@ class Batches:
         mask[0, place] = 0
         fill = getattr(self.config, "pad_token_id", None) or 0
         fill = fill if fill < FIRST_TOKEN else 0  # some wholes say what their text part does not
-        batch["input_ids"] = batch["input_ids"].masked_fill(mask == 0, fill)
+        codes = [1] * (batch["input_ids"].dim() - 2)
+        hidden = (mask == 0).reshape(*mask.shape, *codes)
+        batch["input_ids"] = batch["input_ids"].masked_fill(hidden, fill)
         batch["attention_mask"] = mask
         if "decoder_input_ids" in batch and "decoder_attention_mask" in self.parameters:
-            decoder = torch.ones_like(batch["decoder_input_ids"])
+            decoder = _unmasked(batch["decoder_input_ids"])
             decoder[0, : 2 if padding == "left" else 0] = 0
             decoder[0, decoder.shape[1] - (2 if padding == "right" else 0) :] = 0
             batch["decoder_attention_mask"] = decoder
+
+
+def _unmasked(texts: Tensor) -> Tensor:
+    """Return the mask of texts whose tokens may be several codes each, side by side or stacked."""
+    return torch.ones(BATCH, texts.shape[1], dtype=torch.int64)
 
 
 def _modalities(model: PreTrainedModel) -> set[str]:
@@ -156,6 +157,8 @@ def _count_features(found: Any) -> int:
         found = found.pooler_output
     elif hasattr(found, "last_hidden_state"):
         found = found.last_hidden_state
+    if found is None:
+        return 0
     if isinstance(found, Tensor):
         return found.numel() // found.shape[-1]
     return sum(_count_features(part) for part in found)

@@ -6,6 +6,7 @@ it; it is there when a model returns no weights, and it has a name to be compare
 """
 
 import contextlib
+import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -68,8 +69,11 @@ def run_eager(
         batch: its keywords.
         empty: give a row that sees no key the output 0, as scaled_dot_product_attention does; eager
             attention gives it the mean of all values.
-        options: more keywords.
+        options: more keywords; those that the model does not take are left out.
     """
+    taken = inspect.signature(model.forward).parameters
+    if not any(each.kind is inspect.Parameter.VAR_KEYWORD for each in taken.values()):
+        options = {name: value for name, value in options.items() if name in taken}
     found = Eager()
     names = {module: name for name, module in model.named_modules()}
     with (
@@ -161,8 +165,9 @@ def _watch(found: Eager, names: dict[nn.Module, str]) -> Iterator[list[nn.Module
         def __torch_dispatch__(
             self, function: Any, types: Any, args: Any = (), kwargs: Any = None
         ) -> Any:
-            if function in _SOFTMAX and args[0].dim() > 2 and where and where[-1] is not None:
-                module = where[-1]
+            inside = [each for each in where if not isinstance(each, nn.Softmax)]
+            if function in _SOFTMAX and args[0].dim() > 2 and inside and inside[-1] is not None:
+                module = inside[-1]
                 name = names.get(module, "")
                 shape = tuple(args[0].shape)
                 found.softmaxes.append(Softmax(name, type(module).__name__, shape))

@@ -133,37 +133,50 @@ _TOKENS = {
     "mask": 4,
     "decoder_start": 1,
 }
+_ABSENT = object()
 _LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "encoder_layers")
 
 
 def shrink(
-    config_class: type[PreTrainedConfig], overrides: dict[str, Any] | None = None
+    config_class: type[PreTrainedConfig],
+    overrides: dict[str, dict[str, Any]] | None = None,
+    family: str | None = None,
 ) -> PreTrainedConfig:
     """Return a tiny configuration of a family.
 
     Args:
         config_class: the family's class.
-        overrides: fields that the rules get wrong; a dictionary for a part of the configuration
-            holds the overrides of that part.
+        overrides: by model type, the fields that the rules get wrong. They hold for a part of that
+            type too; a dictionary for a part of the configuration adds to those of that part.
+        family: the model type, unless the class says it.
     """
-    return _shrunk(config_class(), overrides or {})
+    overrides = overrides or {}
+    default = config_class()
+    return _shrunk(default, overrides.get(family or default.model_type, {}), overrides)
 
 
-def _shrunk(default: PreTrainedConfig, overrides: dict[str, Any]) -> PreTrainedConfig:
+def _shrunk(
+    default: PreTrainedConfig, own: dict[str, Any], overrides: dict[str, dict[str, Any]]
+) -> PreTrainedConfig:
     fields = {
         name: value for name, value in vars(default).items() if not name.startswith(("_", "transf"))
     }
-    layers = _kept_layers(fields)
+    handed_out = list(getattr(default, "_out_indices", None) or [])
+    layers = _kept_layers(fields, len(handed_out))
     given: dict[str, Any] = {}
+    if handed_out:
+        given["out_indices"] = _small_stages(handed_out, {**fields, **own}, layers)
+    usual = vars(type(default)())  # what is not given; the whole may have set something else
     for name, value in fields.items():
         if isinstance(value, PreTrainedConfig):
-            given[name] = _shrunk(value, overrides.get(name, {}))
-        elif name not in overrides:
+            of_part = {**overrides.get(value.model_type, {}), **own.get(name, {})}
+            given[name] = _shrunk(value, of_part, overrides)
+        elif name not in own:
             small = _small(name, value, fields, layers)
-            if small != value:
+            if small != value or value != usual.get(name, _ABSENT):
                 given[name] = small
     parts = {name for name, value in given.items() if isinstance(value, PreTrainedConfig)}
-    given.update({name: value for name, value in overrides.items() if name not in parts})
+    given.update({name: value for name, value in own.items() if name not in parts})
     return type(default)(**given)
 
 
@@ -203,7 +216,7 @@ def _small_rope(rope: dict[str, Any]) -> dict[str, Any]:
 
 def _token(name: str, value: Any) -> Any:
     """Return an identifier inside the vocabulary, the same in every part of a configuration."""
-    if value is None or isinstance(value, list):
+    if value is None or isinstance(value, list | tuple):
         return value if value is None else [_token(name, value[0])]
     stem = name.rsplit("_token_", 1)[0]
     if stem not in _TOKENS:
@@ -216,7 +229,17 @@ def _layer_count(fields: dict[str, Any]) -> int | None:
     return next((count for count in counts if isinstance(count, int)), None)
 
 
-def _kept_layers(fields: dict[str, Any]) -> list[int]:
+def _small_stages(handed_out: list[int], fields: dict[str, Any], layers: list[int]) -> list[int]:
+    """Return the stages that a backbone hands out; a stage may be a layer, and few are left."""
+    depths = fields.get("depths")
+    if depths:
+        return [stage for stage in handed_out if stage <= len(depths)]
+    if len(fields.get("stage_names") or []) != (_layer_count(fields) or 0) + 1:
+        return handed_out
+    return list(range(len(layers) + 1))[-len(handed_out) :]
+
+
+def _kept_layers(fields: dict[str, Any], at_least: int) -> list[int]:
     """Return which layers of the default are kept: one of every kind that a list names."""
     count = _layer_count(fields)
     kept: set[int] = set()
@@ -226,7 +249,7 @@ def _kept_layers(fields: dict[str, Any]) -> list[int]:
             if len(set(kinds)) <= MOST_LAYERS:
                 kept |= {kinds.index(kind) for kind in kinds}
     for layer in range(count or LAYERS):
-        if len(kept) >= LAYERS:
+        if len(kept) >= max(LAYERS, at_least):
             break
         kept.add(layer)
     return sorted(kept)

@@ -18,13 +18,17 @@ def draw(model: nn.Module, seed: int) -> None:
     with torch.no_grad():
         for module in model.modules():
             for parameter in module.parameters(recurse=False):
-                if id(parameter) not in seen and parameter.is_floating_point():
+                if id(parameter) not in seen and _is_drawn(parameter):
                     seen.add(id(parameter))
                     noise = torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
                     if parameter.dim() < 2:
                         parameter.add_(NOISE * noise)
                     else:
                         parameter.copy_(noise * _scale(module, parameter))
+
+
+def _is_drawn(parameter: torch.Tensor) -> bool:
+    return parameter.is_floating_point() and parameter.numel() > 0
 
 
 def _scale(module: nn.Module, parameter: torch.Tensor) -> float:

@@ -1,5 +1,6 @@
 """A tiny random model of any transformers family, with a batch that fits it."""
 
+import functools
 import importlib
 import random
 from dataclasses import dataclass
@@ -8,7 +9,7 @@ from typing import Any
 import torch
 from batches import PADDINGS, Batches
 from huggingface_hub.errors import StrictDataclassError
-from overrides import OVERRIDES
+from overrides import HEADS, OVERRIDES
 from shrink import shrink
 from torch import nn
 from transformers import CONFIG_MAPPING, PreTrainedModel
@@ -83,25 +84,45 @@ def build(
 
 
 def _model(family: str, implementation: str) -> PreTrainedModel:
-    config = shrink(CONFIG_MAPPING[family], OVERRIDES.get(family))
+    config = shrink(CONFIG_MAPPING[family], OVERRIDES, family)
     config._attn_implementation = implementation
-    model_class = getattr(importlib.import_module("transformers"), _classes()[family])
+    model_class = _class(family, type(config))
     model: nn.Module = model_class(config)
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"{model_class.__name__} is no PreTrainedModel")
     return model
 
 
-def _classes() -> dict[str, str]:
-    """Return the class name to build for every family."""
+def _class(family: str, config_class: type) -> type[nn.Module]:
+    """Return the first class of a family that is made of its own configuration and attends."""
+    if family in HEADS:
+        return _named(family, HEADS[family])
+    found = [_named(family, name) for name in _classes()[family]]
+    fitting = [each for each in found if getattr(each, "config_class", None) is config_class]
+    return (fitting or found)[0]
+
+
+def _named(family: str, name: str) -> type[nn.Module]:
+    """Find a model class; some are not exported."""
+    public = importlib.import_module("transformers")
+    if hasattr(public, name):
+        return getattr(public, name)
+    module = CONFIG_MAPPING[family].__module__.replace(".configuration_", ".modeling_")
+    return getattr(importlib.import_module(module), name)
+
+
+@functools.cache
+def _classes() -> dict[str, list[str]]:
+    """Return the class names to build for every family, the one to prefer first."""
     others = sorted(
         name
         for name in vars(modeling_auto)
         if name.startswith("MODEL_FOR_") and name.endswith("_MAPPING_NAMES") and name not in _FIRST
     )
-    found: dict[str, str] = {}
+    found: dict[str, list[str]] = {}
     for mapping in (*_FIRST, *others):
         for family, name in getattr(modeling_auto, mapping).items():
             if family in CONFIG_MAPPING:
-                found.setdefault(family, name if isinstance(name, str) else name[0])
+                names = found.setdefault(family, [])
+                names.append(name if isinstance(name, str) else name[0])
     return found

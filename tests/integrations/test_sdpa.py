@@ -15,6 +15,7 @@ from torch.nn.attention import flex_attention
 from torch.utils.checkpoint import checkpoint
 
 from entropy_regularization import EntropyRegularization, record_entropy
+from entropy_regularization.integrations.unseen import attends_by_source
 from entropy_regularization.recording.recorder import Layers
 
 ORIGINAL = functional.scaled_dot_product_attention
@@ -621,6 +622,76 @@ def test_a_softmax_that_does_not_attend_is_let_pass(x: Tensor) -> None:
     assert (len(recording), recording.missing) == (2, [])
 
 
+class Mixing(nn.Module):
+    """A hyper-connection: four streams of every token, mixed by a doubly stochastic matrix.
+
+    Args:
+        attends: make the scores of queries and keys, and mix the tokens: attention all the same.
+        scaled: over the columns too.
+    """
+
+    def __init__(self, attends: bool, scaled: bool) -> None:
+        super().__init__()
+        self.attends, self.scaled = attends, scaled
+        self.stack, self.scores = Stack(), nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stack(x)
+        if self.attends:
+            scores, values = self.scores(x) @ x.mT, x
+        else:
+            scores, values = self.scores(x).unflatten(-1, (4, 4)), x.unflatten(-1, (4, 4))
+        weights = torch.softmax(scores + 1, dim=-1) + 1e-6
+        if self.scaled:
+            weights = weights / (weights.sum(dim=-2, keepdim=True) + 1e-6)
+        weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-6)
+        return (weights.transpose(-1, -2) @ values).reshape(x.shape)
+
+
+def test_a_mixture_of_streams_is_let_pass(x: Tensor) -> None:
+    model = nn.Sequential(*[Mixing(attends=False, scaled=True) for _ in range(2)])
+    with record_entropy(model) as recording:
+        model(x)
+    assert (len(recording), recording.missing) == (4, [])
+
+
+@pytest.mark.parametrize(("attends", "scaled"), [(True, True), (True, False), (False, False)])
+def test_attention_that_is_scaled_like_a_mixture_is_refused(
+    attends: bool, scaled: bool, x: Tensor
+) -> None:
+    model = Mixing(attends, scaled)
+    message = "Mixing computes a softmax of its own"
+    with pytest.raises(ValueError, match=message), record_entropy(model):
+        model(x)
+
+
+class Differential(nn.Module):
+    """The difference of two attentions, whose weights are one softmax that is taken apart."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, second = torch.softmax(torch.stack([x @ x.mT, x @ x.mT / 2]), -1).unbind()
+        return (first - 0.5 * second) @ x
+
+
+def test_attention_whose_weights_are_taken_apart_is_refused(x: Tensor) -> None:
+    model = nn.Sequential(Stack(), Differential())
+    message = "1 computes a softmax of its own"
+    with pytest.raises(ValueError, match=message), record_entropy(model):
+        model(x)
+
+
+class Commented(nn.Module):
+    """Its softmax( is a gate; a @ b is only spoken of."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * x.softmax(-1)  # not weights @ values
+
+
+def test_comments_are_not_read_as_source() -> None:
+    assert attends_by_source(Commented) is None
+    assert attends_by_source(Mixing) is not None
+
+
 class DeformableAttention(nn.Module):
     """Weighs values sampled at a few places, as deformable DETR does."""
 
@@ -644,12 +715,32 @@ class LogAttention(nn.Module):
         return functional.log_softmax(x @ x.transpose(-1, -2), -1).exp() @ x
 
 
+class StepwiseAttention(nn.Module):
+    """Takes the exponentials, a mask of them, and their sum by itself."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores = x @ x.transpose(-1, -2)
+        weights = (scores - scores.amax(-1, keepdim=True)).exp() * torch.ones(7, 7).tril()
+        return (weights / weights.sum(-1, keepdim=True).clamp(min=1e-6)) @ x
+
+
+class LinearAttention(nn.Module):
+    """Multiplies the values by a function that others project with."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights = torch.softmax(x @ x.transpose(-1, -2), -1)
+        each = zip(weights, x, strict=True)
+        return torch.stack([functional.linear(weight, value.T) for weight, value in each])
+
+
 @pytest.mark.parametrize(
     ("part", "message"),
     [
         (DeformableAttention, "1 weighs sampled values by a softmax of its own"),
         (BroadcastAttn, "1 weighs sampled values by a softmax of its own"),
         (LogAttention, "1 computes a softmax of its own"),
+        (StepwiseAttention, "1 computes a softmax of its own"),
+        (LinearAttention, "1 computes a softmax of its own"),
     ],
 )
 def test_attention_in_another_guise_is_refused_by_name(

@@ -151,8 +151,9 @@ def attend(
     """Do what attention_with_entropy does, for inputs that are known to fit together.
 
     Hosts call it, whose limits ``left`` and ``right`` may be negative (a static cache is longer
-    than what it holds).
+    than what it holds), and whose batches may be one for all (learned queries).
     """
+    query, key, value = _in_one_batch(query, key, value)
     options = {"bias": bias, "softcap": softcap, "sinks": sinks, "dropout": dropout}
     name = choose_implementation(implementation, query, key, value, structure, scale, options)
     if name != "reference":
@@ -160,6 +161,15 @@ def attend(
     rows = _IMPLEMENTATIONS[name](query, key, value, structure, scale=scale, **options)
     counts = count_allowed_keys(structure, query.shape[2], key.shape[2], query.device)
     return AttentionOutput(*rows, allowed_keys=counts)
+
+
+def _in_one_batch(*tensors: Tensor) -> list[Tensor]:
+    """Repeat a batch of one for the batch of the others, as a product of matrices does."""
+    batch = max(tensor.shape[0] for tensor in tensors)
+    return [
+        tensor if tensor.shape[0] == batch else tensor.expand(batch, -1, -1, -1)
+        for tensor in tensors
+    ]
 
 
 _IMPLEMENTATIONS: dict[str, Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]] = {

@@ -2,12 +2,15 @@
 
 A recording that silently misses layers is a wrong answer. So the first forward pass of its kind is
 watched: every softmax is followed to where its result multiplies other activations, which is what
-makes it attention; a router's softmax, which is sorted and scattered, is not.
+makes it attention; a router's softmax, which is sorted and scattered, is not, nor is one that mixes
+streams (``mixing``).
 """
 
+import ast
 import functools
 import inspect
 import sys
+import textwrap
 import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -20,11 +23,10 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from entropy_regularization.integrations.compiled import is_compiled
 from entropy_regularization.integrations.interception import original_attention
+from entropy_regularization.integrations.mixing import SPLITS, Mixtures, tensors_of
+from entropy_regularization.integrations.softmaxes import Softmaxes
 from entropy_regularization.integrations.stack import calling_module, runs_compiled
 
-SOFTMAX = {functional.softmax, torch.softmax, Tensor.softmax, torch.special.softmax}
-LOG_SOFTMAX = {functional.log_softmax, torch.log_softmax, Tensor.log_softmax}
-EXPONENTIALS = {torch.exp, Tensor.exp}
 PRODUCTS = {
     torch.matmul,
     Tensor.matmul,
@@ -36,6 +38,7 @@ PRODUCTS = {
     torch.baddbmm,
     Tensor.baddbmm,
     torch.einsum,
+    functional.linear,
 }
 FLEX = "attention/flex_attention.py"  # of torch; computes everything where no watch sees it
 OWN_SOFTMAX = "computes a softmax of its own"
@@ -61,8 +64,9 @@ class UnseenAttention(TorchFunctionMode):
         self.found: dict[str, str] = {}
         self._names = names
         self._kinds = {name: type(part).__name__.lower() for part, name in names.items()}
-        self._logs = WeakIdKeyDictionary()  # logarithms of a softmax
+        self._softmaxes = Softmaxes()
         self._weights = WeakIdKeyDictionary()  # tensors that came from a softmax -> the module
+        self._mixtures = Mixtures(PRODUCTS, CUTS)
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
@@ -74,27 +78,33 @@ class UnseenAttention(TorchFunctionMode):
             return result
         if sys._getframe(1).f_code.co_filename.endswith(FLEX):
             self._note(calling_module(self._names), "calls flex_attention")
-        if func in SOFTMAX or (func in EXPONENTIALS and args and args[0] in self._logs):
+        if self._softmaxes.made(func, args, kwargs, result):
             name = calling_module(self._names)
             if name is not None:
                 self._weights[result] = name
-        elif func in LOG_SOFTMAX:
-            self._logs[result] = None
+                self._mixtures.softmax(args, kwargs, result)
         elif func is original_attention:
             how = "calls scaled_dot_product_attention by another name"
             self._note(calling_module(self._names), how)
-        elif self._weights:
-            self._follow(func, [*args, *kwargs.values()], result)
+        else:
+            self._mixtures.follow(func, args, kwargs, result)
+            if self._weights:
+                self._follow(func, tensors_of(args, kwargs), result)
         return result
 
-    def _follow(self, func: Callable[..., Any], given: list[Any], result: Any) -> None:
-        tensors = [each for each in _flat(given) if isinstance(each, Tensor)]
+    def _follow(self, func: Callable[..., Any], tensors: list[Tensor], result: Any) -> None:
         source = next((each for each in tensors if each in self._weights), None)
-        if source is None or not isinstance(result, Tensor):
+        if source is None:
+            return
+        if func in SPLITS:
+            for part in tensors_of([result], {}):
+                self._weights[part] = self._weights[source]
+        if not isinstance(result, Tensor):
             return
         if func in PRODUCTS:
             others = [each for each in tensors if each is not source]
-            if not any(isinstance(each, nn.Parameter) for each in others):
+            learned = any(isinstance(each, nn.Parameter) for each in others)
+            if not learned and source not in self._mixtures:
                 self._note(self._weights[source], OWN_SOFTMAX)
         elif func in SCALINGS and result.numel() > source.numel():
             # Deformable attention weighs the values that it samples; so does a mixture of experts.
@@ -107,16 +117,6 @@ class UnseenAttention(TorchFunctionMode):
     def _note(self, name: str | None, how: str) -> None:
         if name is not None:
             self.found[name] = how
-
-
-def _flat(given: list[Any]) -> list[Any]:
-    result: list[Any] = []
-    for each in given:
-        if isinstance(each, (list, tuple)):
-            result += each
-        else:
-            result.append(each)
-    return result
 
 
 # Kinds of passes that were watched and in which everything was heard.
@@ -227,8 +227,8 @@ def attends_by_source(kind: type[nn.Module]) -> str | None:
     if issubclass(kind, nn.MultiheadAttention):
         return CALLS_TORCH
     try:
-        source = inspect.getsource(kind)
-    except (OSError, TypeError):  # made at run time, or written in C
+        source = _code_of(kind)
+    except (OSError, TypeError, SyntaxError):  # made at run time, or written in C
         return None
     if "ALL_ATTENTION_FUNCTIONS" in source:
         return None
@@ -236,3 +236,12 @@ def attends_by_source(kind: type[nn.Module]) -> str | None:
         return CALLS_TORCH
     product = any(word in source for word in ("matmul", "bmm", "einsum", " @ "))
     return OWN_SOFTMAX if product and "softmax(" in source else None
+
+
+def _code_of(kind: type[nn.Module]) -> str:
+    """Return the source of a class without what it says in comments and docstrings."""
+    tree = ast.parse(textwrap.dedent(inspect.getsource(kind)))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+            node.value = ast.Constant(value=None)
+    return ast.unparse(tree)

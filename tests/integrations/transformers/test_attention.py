@@ -49,3 +49,10 @@ def test_a_sink_of_every_row_is_one_key_more_without_a_value() -> None:
     torch.testing.assert_close(output, expected)
     torch.testing.assert_close(found.entropy, wanted.entropy)
     torch.testing.assert_close(found.log_normalizer, wanted.log_normalizer)
+
+
+def test_one_query_serves_a_batch_of_keys() -> None:
+    query, keys = torch.randn(1, 4, 3, 8), torch.randn(5, 2, 7, 8)
+    output, _ = entropy_attention(nn.Module(), query, keys, keys, None)
+    expected, _ = entropy_attention(nn.Module(), query.expand(5, -1, -1, -1), keys, keys, None)
+    torch.testing.assert_close(output, expected)
