@@ -46,7 +46,7 @@ CALLS_TORCH = "calls torch's own attention, which cannot be heard in a compiled 
 
 SCALINGS = {torch.mul, Tensor.mul, Tensor.__mul__}
 # What may lie between the softmax and the product, where the number of elements may change.
-CUTS = {Tensor.__getitem__, Tensor.expand, torch.cat, Tensor.narrow, functional.pad}
+CUTS = {Tensor.__getitem__, Tensor.expand, Tensor.repeat, torch.cat, Tensor.narrow, functional.pad}
 
 
 class UnseenAttention(TorchFunctionMode):
