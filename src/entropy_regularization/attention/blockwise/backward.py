@@ -118,7 +118,7 @@ def _backward_chunk(
             continue
         keys = slice(tile.key_start, tile.key_stop)
         d_score, weights = _score_gradient(
-            view, tile, query, d_output, view.value_t[:, :, keys], RowConstants(*rows), d_bias
+            view, tile, query, d_output, view.value[:, keys], RowConstants(*rows), d_bias
         )
         if value_sum is not None:
             _add_product(value_sum[:, keys], weights, d_output, 1.0, view.scratch)
@@ -165,7 +165,7 @@ def _score_gradient(
     tile: Tile,
     query: Tensor,
     d_output: Tensor,
-    value_t: Tensor,
+    value: Tensor,
     rows: RowConstants,
     d_bias: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
@@ -182,10 +182,10 @@ def _score_gradient(
     d_score = log2_probability.mul_(rows.log2_slope).sub_(rows.delta)
     keep = view.keep(tile, probability)
     if keep is None:
-        d_score.baddbmm_(d_output, value_t)
+        d_score.baddbmm_(d_output, value.transpose(1, 2))
     else:
         product = scratch.take("d_weights", *shape)
-        d_score.addcmul_(torch.bmm(d_output, value_t, out=product), keep)
+        d_score.addcmul_(torch.bmm(d_output, value.transpose(1, 2), out=product), keep)
     d_score.mul_(probability)
     if d_bias is not None:
         target = tile.crop(d_bias)

@@ -12,6 +12,7 @@ from entropy_regularization.attention.masking import visible_keys
 SCRATCH_ELEMENTS = 800_000
 LONGEST_BUFFER = 4_000_000  # beyond the cache anyway: from here on memory counts
 
+ROWS, MOST_ROWS = ((512, 64), (1024, 96), (2048, 128)), 192  # (keys, rows of a block)
 WHOLE_SCORES = 40_000  # of one head: a matrix so small is not cut, unless half of it is masked
 
 
@@ -51,7 +52,8 @@ def choose_blocks(problem: Problem) -> Blocks:
     n_queries, group = problem.query.shape[2], problem.group
     left, right = problem.structure.left, problem.structure.right
     window = n_keys if left is None or right is None else min(n_keys, max(left + right + 1, 0))
-    rows = 64 if window <= 512 else 96 if window <= 2048 else 128
+    # Keys are packed anew for every product: the more of them, the more rows must share that.
+    rows = next((rows for most, rows in ROWS if window <= most), MOST_ROWS)
     n_keys = min(n_keys, window + rows)
     if problem.structure.document is not None or problem.structure.key_padding is not None:
         n_keys = min(n_keys, _widest(problem, rows))

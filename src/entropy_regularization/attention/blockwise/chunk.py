@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Iterator
-from functools import cached_property
 from typing import ClassVar
 
 import torch
@@ -18,9 +17,6 @@ from entropy_regularization.attention.masking import (
     tile_allowed,
     visible_keys,
 )
-
-# A contiguous transpose of the keys costs as much as products with few keys, or few rows, save.
-LONG, MANY_ROWS = 2048, 1024
 
 # Scratch buffers up to this size stay for the next call.
 KEPT_BYTES = 32 * 2**20
@@ -106,43 +102,11 @@ class ChunkView:
         inner = self.structure._replace(left=None, right=None)
         self.inner = None if inner == Structure() else inner  # what no edge of a tile says
         self.rows_in_block = blocks.rows
-        self._key = problem.key[chunk.batches, chunk.heads]
-        self._value = problem.value[chunk.batches, chunk.heads]
-        self.shape = (self._key.shape[0], self._key.shape[1], problem.group)
+        key, value = (each[chunk.batches, chunk.heads] for each in (problem.key, problem.value))
+        self.shape = (*key.shape[:2], problem.group)
+        self.key = self.widen("key", key).flatten(0, 1)  # [units, keys, dim]
+        self.value = self.widen("value", value).flatten(0, 1)
         self.bias = None if problem.bias is None else chunk.of(problem.bias, problem.group)
-        many = problem.group * problem.query.shape[2] >= MANY_ROWS
-        self._transposes = many and blocks.keys >= LONG
-
-    # Each ``[units, keys, dim]`` or ``[units, dim, keys]``, made when first asked for: the forward
-    # pass needs no keys beside their transpose, the backward pass no values beside theirs.
-
-    @cached_property
-    def key(self) -> Tensor:
-        """The keys."""
-        return self.widen("key", self._key).flatten(0, 1)
-
-    @cached_property
-    def value(self) -> Tensor:
-        """The values."""
-        return self.widen("value", self._value).flatten(0, 1)
-
-    @cached_property
-    def key_t(self) -> Tensor:
-        """The keys, transposed."""
-        if self._transposes:
-            return self._contiguous("key_t", self._key)
-        return self.key.transpose(1, 2)
-
-    @cached_property
-    def value_t(self) -> Tensor:
-        """The values, transposed."""
-        if self._transposes:
-            return self._contiguous("value_t", self._value)
-        return self.value.transpose(1, 2)
-
-    def _contiguous(self, name: str, tensor: Tensor) -> Tensor:
-        transposed = tensor.transpose(2, 3)
-        return self.scratch.take(name, *transposed.shape).copy_(transposed).flatten(0, 1)
 
     def widen(self, name: str, tensor: Tensor) -> Tensor:
         """Return a tensor in the dtype of scores, in a scratch buffer if it is not yet."""
@@ -183,7 +147,7 @@ class ChunkView:
             query: ``[units, group rows, dim]``.
         """
         problem = self.problem
-        keys = self.key_t[:, :, tile.key_start : tile.key_stop]
+        keys = self.key[:, tile.key_start : tile.key_stop].transpose(1, 2)
         score = self.scratch.take("score", *query.shape[:2], keys.shape[2])
         factor = problem.scale * (LOG2_E if problem.softcap is None else 1.0 / problem.softcap)
         score.baddbmm_(query, keys, beta=0, alpha=factor)
