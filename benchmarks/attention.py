@@ -105,10 +105,10 @@ def both(name: str, given: list[Tensor]) -> Callable[[], Any]:
 
 
 def take_turns(
-    runs: dict[str, Callable[[], Any]], turns: int, base: str = "sdpa"
+    runs: dict[str, Callable[[], Any]], turns: int, base: str = "sdpa", *, warm: bool = True
 ) -> dict[str, dict[str, float]]:
     """Return seconds, and the ratio to the base of the same turn: min, median, max."""
-    for run in runs.values():
+    for run in runs.values() if warm else ():
         run()
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(turns):
@@ -131,7 +131,7 @@ def take_turns(
 
 
 def turns_for(n: int) -> int:
-    return max(3, min(40, 40 * 1024 // n))
+    return max(3 if n <= 16384 else 2, min(40, 40 * 1024 // n))
 
 
 def measure_times(lengths: list[int], turns: int | None) -> dict[str, Any]:
@@ -140,8 +140,8 @@ def measure_times(lengths: list[int], turns: int | None) -> dict[str, Any]:
         names = ["sdpa", "ours", *(["eager"] if n <= EAGER_UP_TO else [])]
         given, count = inputs(n), turns or turns_for(n)
         rows[str(n)] = {
-            "forward": take_turns({name: forward(name, given) for name in names}, count),
-            "both": take_turns({name: both(name, given) for name in names}, count),
+            kind: take_turns({name: of(name, given) for name in names}, count, warm=n <= 8192)
+            for kind, of in (("forward", forward), ("both", both))
         }
         for kind, row in rows[str(n)].items():
             text = "  ".join(

@@ -112,26 +112,37 @@ def _backward_chunk(
     for index, (tile, query, d_output, *rows) in enumerate(
         zip(view.tiles(), *sources, strict=False)
     ):
-        if tile.key_start == tile.key_stop:
-            if d_queries is not None:
-                d_queries[index].zero_()
-            continue
-        keys = slice(tile.key_start, tile.key_stop)
-        d_score, weights = _score_gradient(
-            view, tile, query, d_output, view.value[:, keys], RowConstants(*rows), d_bias
-        )
-        if value_sum is not None:
-            _add_product(value_sum[:, keys], weights, d_output, 1.0, view.scratch)
-        if key_sum is not None:
-            _add_product(key_sum[:, keys], d_score, query, problem.scale, view.scratch)
-        if d_queries is not None:
-            target = d_queries[index]
-            product = view.scratch.take("product", *d_score.shape[:2], target.shape[-1])
-            torch.bmm(d_score, view.key[:, keys], out=product)
-            torch.mul(product.view(target.shape), problem.scale, out=target)
+        d_query = None if d_queries is None else d_queries[index]
+        targets = (d_query, key_sum, value_sum, d_bias)
+        _backward_block(view, tile, query, d_output, RowConstants(*rows), targets)
     for name, cut in cuts.items():
         if totals[name] is not cut:
             cut.copy_(totals[name])
+
+
+def _backward_block(
+    view: ChunkView,
+    tile: Tile,
+    query: Tensor,
+    d_output: Tensor,
+    rows: RowConstants,
+    targets: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None],
+) -> None:
+    """Fill one block of the query's gradient; add its share to those of key, value and bias."""
+    d_query, key_sum, value_sum, d_bias = targets
+    scale, scratch = view.problem.scale, view.scratch
+    block = None if d_query is None else scratch.take("d_query_block", *query.shape).zero_()
+    for piece in view.pieces(tile):
+        keys = slice(piece.key_start, piece.key_stop)
+        d_score, weights = _score_gradient(view, piece, query, d_output, rows, d_bias)
+        if value_sum is not None:
+            _add_product(value_sum[:, keys], weights, d_output, 1.0, scratch)
+        if key_sum is not None:
+            _add_product(key_sum[:, keys], d_score, query, scale, scratch)
+        if block is not None:
+            block.baddbmm_(d_score, view.key[:, keys])
+    if block is not None and d_query is not None:
+        torch.mul(block.view(d_query.shape), scale, out=d_query)
 
 
 def _cuts(view: ChunkView, gradients: Gradients) -> dict[str, Tensor]:
@@ -165,12 +176,12 @@ def _score_gradient(
     tile: Tile,
     query: Tensor,
     d_output: Tensor,
-    value: Tensor,
     rows: RowConstants,
     d_bias: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Return d(score before the cap) and the weights that multiplied the values."""
     problem, scratch = view.problem, view.scratch
+    value_t = view.value[:, tile.key_start : tile.key_stop].transpose(1, 2)
     log2_probability, capped = view.scores(tile, query)
     log2_probability.sub_(rows.log2_normalizer)
     view.mask(log2_probability, tile, MASKED_LOG_PROBABILITY)
@@ -182,10 +193,10 @@ def _score_gradient(
     d_score = log2_probability.mul_(rows.log2_slope).sub_(rows.delta)
     keep = view.keep(tile, probability)
     if keep is None:
-        d_score.baddbmm_(d_output, value.transpose(1, 2))
+        d_score.baddbmm_(d_output, value_t)
     else:
         product = scratch.take("d_weights", *shape)
-        d_score.addcmul_(torch.bmm(d_output, value.transpose(1, 2), out=product), keep)
+        d_score.addcmul_(torch.bmm(d_output, value_t, out=product), keep)
     d_score.mul_(probability)
     if d_bias is not None:
         target = tile.crop(d_bias)

@@ -10,9 +10,8 @@ from entropy_regularization.attention.masking import visible_keys
 
 # Elements of one score buffer: two of them should stay near the second-level cache.
 SCRATCH_ELEMENTS = 800_000
-LONGEST_BUFFER = 4_000_000  # beyond the cache anyway: from here on memory counts
-
-ROWS, MOST_ROWS = ((512, 64), (1024, 96), (2048, 128)), 192  # (keys, rows of a block)
+ROWS, MOST_ROWS = ((512, 64), (1024, 96), (2048, 192)), 256  # (keys, rows of a block)
+UNCUT, PIECE, UNITS = 1024, 512, 4  # more keys are cut in pieces, of so many units at once
 WHOLE_SCORES = 40_000  # of one head: a matrix so small is not cut, unless half of it is masked
 
 
@@ -38,7 +37,7 @@ class Chunk(NamedTuple):
 
 
 class Blocks(NamedTuple):
-    """How the work is cut: rows in a block, (batch, key head) pairs in a chunk, most keys."""
+    """How the work is cut: rows in a block, (batch, key head) pairs in a chunk, keys in a piece."""
 
     rows: int
     batches: int
@@ -53,30 +52,37 @@ def choose_blocks(problem: Problem) -> Blocks:
     left, right = problem.structure.left, problem.structure.right
     window = n_keys if left is None or right is None else min(n_keys, max(left + right + 1, 0))
     # Keys are packed anew for every product: the more of them, the more rows must share that.
-    rows = next((rows for most, rows in ROWS if window <= most), MOST_ROWS)
+    rows = _rows_for(window)
     n_keys = min(n_keys, window + rows)
     if problem.structure.document is not None or problem.structure.key_padding is not None:
         n_keys = min(n_keys, _widest(problem, rows))
-    rows = min(rows, max(32, LONGEST_BUFFER // max(2 * n_keys, 1)))
+        rows = min(rows, _rows_for(n_keys))
     rows = max(16, rows // group)
     whole = group * n_queries * problem.key.shape[2]
     if right is None and whole <= WHOLE_SCORES:
         rows = n_queries
-    rows = _even(n_queries, rows)
+    rows = even(n_queries, rows)
     if batch * kv_heads * whole <= SCRATCH_ELEMENTS // 4:
         return Blocks(max(n_queries, 1), max(batch, 1), max(kv_heads, 1), n_keys)
-    room = max(2, SCRATCH_ELEMENTS // max(group * rows * n_keys, 1))
+    keys = n_keys if n_keys <= UNCUT else PIECE
+    room = max(2, SCRATCH_ELEMENTS // max(group * rows * keys, 1))
+    if keys < n_keys:
+        room = min(room, UNITS)
     if room >= kv_heads:
-        return Blocks(rows, min(max(room // kv_heads, 1), batch), kv_heads, n_keys)
+        return Blocks(rows, min(max(room // kv_heads, 1), batch), kv_heads, keys)
     # An even share for every core, and no smaller chunk at the end.
-    even = [units for units in range(2, room + 1, 2) if kv_heads % units == 0]
-    return Blocks(rows, 1, max(even, default=room), n_keys)
+    shares = [units for units in range(2, room + 1, 2) if kv_heads % units == 0]
+    return Blocks(rows, 1, max(shares, default=room), keys)
 
 
-def _even(n_queries: int, rows: int) -> int:
-    """Return about so many rows, such that no small block is left at the end."""
-    blocks = max(1, round(n_queries / max(rows, 1)))
-    return max(1, -(-n_queries // blocks))
+def _rows_for(keys: int) -> int:
+    return next((rows for most, rows in ROWS if keys <= most), MOST_ROWS)
+
+
+def even(whole: int, part: int) -> int:
+    """Return a number near ``part`` that cuts the whole without a small rest."""
+    parts = max(1, round(whole / max(part, 1)))
+    return max(1, -(-whole // parts))
 
 
 def _widest(problem: Problem, rows: int) -> int:

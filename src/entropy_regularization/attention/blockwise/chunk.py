@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from entropy_regularization.attention.blockwise.blocking import Blocks, Chunk
+from entropy_regularization.attention.blockwise.blocking import Blocks, Chunk, even
 from entropy_regularization.attention.blockwise.problem import LOG2_E, MASKED_SCORE, Problem
 from entropy_regularization.attention.masking import (
     Structure,
@@ -77,6 +77,8 @@ class Scratch:
             # Causal: only the columns near the diagonal are cut, wherever the block begins.
             inside = tile.row_start + n_keys - n_queries + structure.right + 1 - tile.key_start
             first = min(max(inside, 0), keys)
+        if first == keys:
+            return []
         place = (rows, keys - first, tile.row_start - tile.key_start - first)
         if place not in self._fences:
             masks = edge_masks(structure, tile, n_queries, n_keys, self._like.device)
@@ -101,7 +103,7 @@ class ChunkView:
         self.structure = problem.structure.of_batches(chunk.batches)
         inner = self.structure._replace(left=None, right=None)
         self.inner = None if inner == Structure() else inner  # what no edge of a tile says
-        self.rows_in_block = blocks.rows
+        self.rows_in_block, self.keys_in_piece = blocks.rows, blocks.keys
         key, value = (each[chunk.batches, chunk.heads] for each in (problem.key, problem.value))
         self.shape = (*key.shape[:2], problem.group)
         self.key = self.widen("key", key).flatten(0, 1)  # [units, keys, dim]
@@ -124,6 +126,12 @@ class ChunkView:
         for start in range(0, n_queries, self.rows_in_block):
             stop = min(start + self.rows_in_block, n_queries)
             yield Tile(start, stop, *visible_keys(self.structure, start, stop, n_queries, n_keys))
+
+    def pieces(self, tile: Tile) -> Iterator[Tile]:
+        """Cut the keys of a tile into pieces whose scores stay in the cache."""
+        width = even(tile.key_stop - tile.key_start, self.keys_in_piece)
+        for start in range(tile.key_start, tile.key_stop, width):
+            yield tile._replace(key_start=start, key_stop=min(start + width, tile.key_stop))
 
     def room_for(self, name: str, cut: Tensor) -> Tensor:
         """Return where to compute a result: itself, or wide scratch if it is in low precision."""
@@ -185,7 +193,7 @@ class ChunkView:
         problem = self.problem
         if problem.seed is None:
             return None
-        where = (self.chunk.batches.start, self.chunk.heads.start, tile.row_start)
+        where = (self.chunk.batches.start, self.chunk.heads.start, tile.row_start, tile.key_start)
         seed = hash((int(problem.seed.item()), *where)) & 0x7FFF_FFFF_FFFF_FFFF
         generator = torch.Generator(like.device).manual_seed(seed)
         keep = self.scratch.take("keep", *like.shape)

@@ -62,22 +62,47 @@ def _forward_block(
     weighted: Tensor,
 ) -> None:
     """Fill the rows of one block, each ``[units, group, rows, value_dim or 1]``."""
-    flat, _ = view.scores(tile, query)
-    view.mask(flat, tile, MASKED_SCORE)
-    score = flat.view(*output.shape[:3], flat.shape[-1])
-    torch.amax(score, -1, keepdim=True, out=largest)
-    score.sub_(largest)
-    probability = torch.exp2(score, out=view.scratch.take("probability", *score.shape))
-    torch.sum(probability, -1, keepdim=True, out=total)
-    torch.sum(score.mul_(probability), -1, keepdim=True, out=weighted)
-    keep = view.keep(tile, flat)
-    weights = probability.view(flat.shape)
-    if keep is not None:
-        weights.mul_(keep)
-    # By way of a contiguous buffer: a batched product into a strided slice is a third slower.
-    product = view.scratch.take("product", *flat.shape[:2], output.shape[-1])
-    torch.bmm(weights, view.value[:, tile.key_start : tile.key_stop], out=product)
+    shape = output.shape[:3]
+    # A buffer of its own: a batched product into a strided slice is a third slower.
+    product = view.scratch.take("product", *query.shape[:2], output.shape[-1])
+    for piece in view.pieces(tile):
+        flat, _ = view.scores(piece, query)
+        view.mask(flat, piece, MASKED_SCORE)
+        score = flat.view(*shape, flat.shape[-1])
+        here = torch.amax(score, -1, keepdim=True)
+        if piece.key_start == tile.key_start:
+            largest.copy_(here)
+            for sums in (total, weighted, product):
+                sums.zero_()
+        else:
+            _raise_maximum(here, largest, total, weighted, product)
+        score.sub_(largest)
+        probability = torch.exp2(score, out=view.scratch.take("probability", *score.shape))
+        total.add_(torch.sum(probability, -1, keepdim=True))
+        weighted.add_(torch.sum(score.mul_(probability), -1, keepdim=True))
+        keep = view.keep(piece, flat)
+        weights = probability.view(flat.shape)
+        if keep is not None:
+            weights.mul_(keep)
+        product.baddbmm_(weights, view.value[:, piece.key_start : piece.key_stop])
     torch.div(product.view(output.shape), total, out=output)
+
+
+def _raise_maximum(
+    here: Tensor, largest: Tensor, total: Tensor, weighted: Tensor, product: Tensor
+) -> None:
+    """Bring the sums of earlier pieces to a new maximum: from ``m`` to ``m'``, in base 2.
+
+    With ``a = 2^(m - m')``: ``t <- a (t + (m - m') l)``, ``l <- a l``, and so the product. A row
+    that has met masked scores alone has m = MASKED_SCORE, so that a real one makes ``a`` 0.
+    """
+    raised = torch.maximum(largest, here)
+    shift = largest - raised
+    factor = shift.exp2()
+    weighted.addcmul_(shift, total).mul_(factor)
+    total.mul_(factor)
+    product.mul_(factor.view(*product.shape[:2], 1))
+    largest.copy_(raised)
 
 
 def _finish(
