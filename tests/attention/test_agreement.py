@@ -6,6 +6,7 @@ from cases import CASES, Case, gradients, worst_error
 
 from entropy_regularization import attention_with_entropy
 from entropy_regularization.attention.blockwise import Problem, blocking
+from entropy_regularization.attention.masking import Structure
 
 
 def small_blocks(problem: Problem) -> blocking.Blocks:
@@ -165,6 +166,25 @@ def test_non_contiguous_and_expanded_inputs() -> None:
     assert worst_error(gradients(found[0], inputs), gradients(found[1], inputs)) <= 1e-12
 
 
+@pytest.mark.parametrize("window", [None, (1200, 0)])
+def test_many_keys_are_met_in_pieces(window: tuple[int, int] | None) -> None:
+    generator = torch.Generator().manual_seed(0)
+    inputs = [
+        (2 * torch.randn(1, heads, 1301, 4, generator=generator, dtype=torch.float64))
+        for heads in (2, 1, 1)
+    ]
+    query, key, value = (tensor.requires_grad_() for tensor in inputs)
+    problem = Problem(query, key, value, Structure(right=0), 0.5)
+    assert blocking.choose_blocks(problem).keys < 1301 / 2
+    options = {"causal": True, "window": window}
+    expected, got = (
+        attention_with_entropy(query, key, value, implementation=implementation, **options)
+        for implementation in ("reference", "blockwise")
+    )
+    assert worst_error(list(got), list(expected)) <= 1e-12
+    assert worst_error(gradients(got, inputs), gradients(expected, inputs)) <= 1e-11
+
+
 def test_peaked_rows_and_large_offsets_keep_their_precision() -> None:
     """float32 at a common logit offset of 1e4, and rows so peaked that most weights underflow."""
     generator = torch.Generator().manual_seed(0)
@@ -212,6 +232,7 @@ class TestDropout:
         error = (draws.mean(0) - plain).abs() / (draws.std(0) / 600**0.5 + 1e-9)
         assert error.max() < 5.5
 
+    @pytest.mark.usefixtures("blocks")
     def test_gradient_is_exact_for_the_drawn_mask(self) -> None:
         def function(*inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             torch.manual_seed(5)
