@@ -724,6 +724,32 @@ class StepwiseAttention(nn.Module):
         return (weights / weights.sum(-1, keepdim=True).clamp(min=1e-6)) @ x
 
 
+class LogSumAttention(nn.Module):
+    """Takes the logarithm of the sum from the scores, as reformer does."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores = x @ x.transpose(-1, -2)
+        return torch.exp(scores - scores.logsumexp(-1)[..., None]) @ x
+
+
+class InPlaceAttention(nn.Module):
+    """Divides in place, by an operator and by a method."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights = (x @ x.transpose(-1, -2)).sigmoid().exp()
+        if len(x) % 2:
+            return weights.div_(weights.sum(-1, keepdim=True)) @ x
+        weights /= weights.sum(-1, keepdim=True)
+        return weights @ x
+
+
+class AssigningAttention(nn.Module):
+    """Its values are a softmax too."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.softmax(x @ x.transpose(-1, -2), -1) @ x.softmax(-1)
+
+
 class LinearAttention(nn.Module):
     """Multiplies the values by a function that others project with."""
 
@@ -740,6 +766,9 @@ class LinearAttention(nn.Module):
         (BroadcastAttn, "1 weighs sampled values by a softmax of its own"),
         (LogAttention, "1 computes a softmax of its own"),
         (StepwiseAttention, "1 computes a softmax of its own"),
+        (LogSumAttention, "1 computes a softmax of its own"),
+        (InPlaceAttention, "1 computes a softmax of its own"),
+        (AssigningAttention, "1 computes a softmax of its own"),
         (LinearAttention, "1 computes a softmax of its own"),
     ],
 )
@@ -747,8 +776,49 @@ def test_attention_in_another_guise_is_refused_by_name(
     part: type[nn.Module], message: str, x: Tensor
 ) -> None:
     model = nn.Sequential(Stack(), part())
-    with pytest.raises(ValueError, match=message), record_entropy(model):
-        model(x)
+    for each in (x, x[:1]):
+        with pytest.raises(ValueError, match=message), record_entropy(model):
+            model(each)
+
+
+class Retention(nn.Module):
+    """Products of queries and keys that decay, divided by their sum: mLSTM, RetNet."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        gates = x.mean(-1).sigmoid().log().cumsum(-1)
+        decay = (gates[:, :, None] - gates[:, None]).tril().exp()
+        decay = decay / decay.sum(-1, keepdim=True).sqrt()
+        scores = (x @ x.transpose(-1, -2)) * decay
+        return (scores / scores.sum(-1, keepdim=True).abs().clamp(min=1)) @ x
+
+
+class GaussianBlur(nn.Module):
+    """As torchvision writes it: the product of two normalised kernels, then a convolution."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        density = torch.exp(-0.5 * torch.linspace(-1, 1, 3).pow(2))
+        kernel = density / density.sum()
+        kernel = torch.mm(kernel[:, None], kernel[None])
+        return functional.conv2d(x[:, None], kernel[None, None], padding=1)[:, 0]
+
+
+class CastHead(nn.Linear):
+    """A softmax over 16 projected by weights that are no parameters, as those that were cast."""
+
+    def __init__(self) -> None:
+        super().__init__(16, 16, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.linear(x.softmax(-1), self.weight.double().float())
+
+
+@pytest.mark.parametrize("part", [Retention, GaussianBlur, CastHead])
+def test_exponentials_that_do_not_attend_are_let_pass(part: type[nn.Module], x: Tensor) -> None:
+    model = nn.Sequential(Stack(), part())
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad), record_entropy(model) as recording:
+            model(x)
+        assert (len(recording), recording.missing) == (2, [])
 
 
 class Flex(nn.Module):

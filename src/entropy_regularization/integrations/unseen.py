@@ -64,6 +64,7 @@ class UnseenAttention(TorchFunctionMode):
         self.found: dict[str, str] = {}
         self._names = names
         self._kinds = {name: type(part).__name__.lower() for part, name in names.items()}
+        self._linears = {name for part, name in names.items() if isinstance(part, nn.Linear)}
         self._softmaxes = Softmaxes()
         self._weights = WeakIdKeyDictionary()  # tensors that came from a softmax -> the module
         self._mixtures = Mixtures(PRODUCTS, CUTS)
@@ -102,10 +103,7 @@ class UnseenAttention(TorchFunctionMode):
         if not isinstance(result, Tensor):
             return
         if func in PRODUCTS:
-            others = [each for each in tensors if each is not source]
-            learned = any(isinstance(each, nn.Parameter) for each in others)
-            if not learned and source not in self._mixtures:
-                self._note(self._weights[source], OWN_SOFTMAX)
+            self._multiply(func, tensors, source, result)
         elif func in SCALINGS and result.numel() > source.numel():
             # Deformable attention weighs the values that it samples; so does a mixture of experts.
             name = self._weights[source]
@@ -113,6 +111,22 @@ class UnseenAttention(TorchFunctionMode):
                 self._note(name, "weighs sampled values by a softmax of its own")
         elif func in CUTS or result.numel() == source.numel():
             self._weights[result] = self._weights[source]
+
+    def _multiply(
+        self, func: Callable[..., Any], tensors: list[Tensor], source: Tensor, result: Tensor
+    ) -> None:
+        """Weights meet another matrix: activations, unless it is one of these."""
+        if all(
+            each in self._weights and self._mixtures.is_without_scores(each) for each in tensors
+        ):
+            self._weights[result] = self._weights[source]  # a kernel made of two
+        elif not (
+            source in self._mixtures
+            or any(isinstance(each, nn.Parameter) for each in tensors)
+            # The weight of a layer that is sharded, cast, or stood in for is no parameter.
+            or (func is functional.linear and calling_module(self._names) in self._linears)
+        ):
+            self._note(self._weights[source], OWN_SOFTMAX)
 
     def _note(self, name: str | None, how: str) -> None:
         if name is not None:
