@@ -15,6 +15,7 @@ from torch.nn.attention import flex_attention
 from torch.utils.checkpoint import checkpoint
 
 from entropy_regularization import EntropyRegularization, record_entropy
+from entropy_regularization.integrations.sdpa import SdpaRecorder
 from entropy_regularization.integrations.unseen import attends_by_source
 from entropy_regularization.recording.recorder import Layers
 
@@ -395,6 +396,16 @@ def test_a_pass_of_another_kind_is_watched_again(change: str, x: Tensor) -> None
     model.part.training = change == "a part's mode"
     with pytest.raises(ValueError, match="attention computes a softmax"), record_entropy(model):
         model(x, fuse=change != "an argument", fails=False)
+
+
+def test_a_recorder_that_is_kept_forgets_what_it_refused(x: Tensor) -> None:
+    model = Chooses().eval()
+    recorder = SdpaRecorder(model)
+    for fuse in (False, True, False, True):
+        recorder.start()
+        model(x, fuse=fuse)
+        with contextlib.nullcontext() if fuse else pytest.raises(ValueError, match="own"):
+            assert len(recorder.stop()) == 1
 
 
 class Encoder(nn.Module):
@@ -841,6 +852,38 @@ def test_attention_inside_flex_attention_or_torch_jit_is_refused(x: Tensor) -> N
         model = nn.Sequential(Stack(), part)
         with pytest.raises(ValueError, match=message), record_entropy(model):
             model(x)
+
+
+class BlockMasked(Stack):
+    """Makes a mask for flex_attention, and calls a function of its own in a file of that name."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        mask = flex_attention.create_block_mask(lambda b, h, q, k: q >= k, 2, 4, 7, 7, device="cpu")
+        own: dict[str, Any] = {}
+        exec(compile("def twice(x): return x + x", "my/attention/flex_attention.py", "exec"), own)
+        return super().forward(own["twice"](x) * mask.shape[0])
+
+
+class ScriptedHead(Stack):
+    """A classifier that torch.jit runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = torch.jit.script(nn.Sequential(nn.Linear(16, 16), nn.Softmax(-1)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.head(super().forward(x))
+        return y
+
+
+@pytest.mark.parametrize("kind", [BlockMasked, ScriptedHead])
+def test_what_only_looks_like_flex_attention_or_scripted_attention_is_let_pass(
+    kind: type[Stack], x: Tensor
+) -> None:
+    model = kind()
+    with record_entropy(model) as recording:
+        model(x)
+    assert (len(recording), recording.missing) == (2, [])
 
 
 def test_a_compiled_function_inside_a_model_is_left_alone(x: Tensor) -> None:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.attention import flex_attention
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
@@ -40,7 +41,9 @@ PRODUCTS = {
     torch.einsum,
     functional.linear,
 }
-FLEX = "attention/flex_attention.py"  # of torch; computes everything where no watch sees it
+MATRIX_PRODUCTS = ("matmul", "bmm", "einsum")  # as source and graphs of torch.jit name them
+FLEX = flex_attention.flex_attention.__code__  # computes everything where no watch sees it
+SWITCHES = (bool, str)  # types of attributes that may choose the code that runs
 OWN_SOFTMAX = "computes a softmax of its own"
 CALLS_TORCH = "calls torch's own attention, which cannot be heard in a compiled model"
 
@@ -77,7 +80,7 @@ class UnseenAttention(TorchFunctionMode):
         result = func(*args, **kwargs)
         if torch.compiler.is_compiling():  # a compiled function inside; nothing can be followed
             return result
-        if sys._getframe(1).f_code.co_filename.endswith(FLEX):
+        if sys._getframe(1).f_code is FLEX:
             self._note(calling_module(self._names), "calls flex_attention")
         if self._softmaxes.made(func, args, kwargs, result):
             name = calling_module(self._names)
@@ -157,6 +160,10 @@ class Watch:
         """A copied model is not being watched."""
         return {**self.__dict__, "_mode": None}
 
+    def begin(self) -> None:
+        """A recording begins; what an earlier one found is not its own."""
+        self.found = {}
+
     def enter(
         self, names: Mapping[nn.Module, str], part: nn.Module, given: Mapping[str, Any]
     ) -> None:
@@ -167,13 +174,14 @@ class Watch:
             part: the module whose pass begins, the model itself or a part that is called alone.
             given: its arguments, by name.
         """
-        if self._mode is not None or runs_compiled() or any(map(is_compiled, names)):
+        if self._mode is not None or runs_compiled():
             return
         self._kind = _kind_of(names, part, given)
-        if self._kind not in _sound.get(self._model, ()):
-            self._mode = UnseenAttention(names)
-            self._mode.found.update(_scripted(names))
-            self._mode.__enter__()  # type: ignore[no-untyped-call]
+        if self._kind in _sound.get(self._model, ()) or any(map(is_compiled, names)):
+            return
+        self._mode = UnseenAttention(names)
+        self._mode.found.update(_scripted(names))
+        self._mode.__enter__()  # type: ignore[no-untyped-call]
 
     def read(self, names: Mapping[nn.Module, str], *, torch_is_heard: bool) -> None:
         """Read the source of a compiled model's modules, since its pass cannot be watched.
@@ -208,14 +216,12 @@ def _kind_of(names: Mapping[nn.Module, str], part: nn.Module, given: Mapping[str
     Which arguments are given (an image beside the text), and the switches: those among the
     arguments, and those of every module (``training``, a flag for a fused function).
     """
-    switches = [
-        (
-            type(each),
-            *(value for value in vars(each).values() if isinstance(value, bool | str)),
-            getattr(getattr(each, "config", None), "_attn_implementation", None),
-        )
-        for each in names
-    ]
+    switches: list[Any] = []
+    for each in names:  # at every pass: cheap
+        attributes = each.__dict__
+        switches += [value for value in attributes.values() if type(value) in SWITCHES]
+        config = attributes.get("config")
+        switches += [type(each), getattr(config, "_attn_implementation", None)]
     arguments = frozenset(
         (name, value if isinstance(value, bool) else None)
         for name, value in given.items()
@@ -230,7 +236,8 @@ def _scripted(names: Mapping[nn.Module, str]) -> dict[str, str]:
     for part, name in names.items():
         if isinstance(part, torch.jit.ScriptModule) and hasattr(part, "inlined_graph"):
             graph = str(part.inlined_graph)
-            if "softmax" in graph or "scaled_dot_product_attention" in graph:
+            weighs = "softmax" in graph and any(word in graph for word in MATRIX_PRODUCTS)
+            if weighs or "scaled_dot_product_attention" in graph:
                 found[name] = "attends inside torch.jit"
     return found
 
@@ -248,7 +255,7 @@ def attends_by_source(kind: type[nn.Module]) -> str | None:
         return None
     if "scaled_dot_product_attention(" in source:
         return CALLS_TORCH
-    product = any(word in source for word in ("matmul", "bmm", "einsum", " @ "))
+    product = any(word in source for word in (*MATRIX_PRODUCTS, " @ "))
     return OWN_SOFTMAX if product and "softmax(" in source else None
 
 
