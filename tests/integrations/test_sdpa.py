@@ -15,6 +15,7 @@ from torch.nn.attention import flex_attention
 from torch.utils.checkpoint import checkpoint
 
 from entropy_regularization import EntropyRegularization, record_entropy
+from entropy_regularization.integrations.sdpa import SdpaRecorder
 from entropy_regularization.integrations.unseen import attends_by_source
 from entropy_regularization.recording.recorder import Layers
 
@@ -397,6 +398,16 @@ def test_a_pass_of_another_kind_is_watched_again(change: str, x: Tensor) -> None
         model(x, fuse=change != "an argument", fails=False)
 
 
+def test_a_recorder_that_is_kept_forgets_what_it_refused(x: Tensor) -> None:
+    model = Chooses().eval()
+    recorder = SdpaRecorder(model)
+    for fuse in (False, True, False, True):
+        recorder.start()
+        model(x, fuse=fuse)
+        with contextlib.nullcontext() if fuse else pytest.raises(ValueError, match="own"):
+            assert len(recorder.stop()) == 1
+
+
 class Encoder(nn.Module):
     """Is run by another method than forward, as modules of Lightning are."""
 
@@ -724,6 +735,32 @@ class StepwiseAttention(nn.Module):
         return (weights / weights.sum(-1, keepdim=True).clamp(min=1e-6)) @ x
 
 
+class LogSumAttention(nn.Module):
+    """Takes the logarithm of the sum from the scores, as reformer does."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores = x @ x.transpose(-1, -2)
+        return torch.exp(scores - scores.logsumexp(-1)[..., None]) @ x
+
+
+class InPlaceAttention(nn.Module):
+    """Divides in place, by an operator and by a method."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights = (x @ x.transpose(-1, -2)).sigmoid().exp()
+        if len(x) % 2:
+            return weights.div_(weights.sum(-1, keepdim=True)) @ x
+        weights /= weights.sum(-1, keepdim=True)
+        return weights @ x
+
+
+class AssigningAttention(nn.Module):
+    """Its values are a softmax too."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.softmax(x @ x.transpose(-1, -2), -1) @ x.softmax(-1)
+
+
 class LinearAttention(nn.Module):
     """Multiplies the values by a function that others project with."""
 
@@ -740,6 +777,9 @@ class LinearAttention(nn.Module):
         (BroadcastAttn, "1 weighs sampled values by a softmax of its own"),
         (LogAttention, "1 computes a softmax of its own"),
         (StepwiseAttention, "1 computes a softmax of its own"),
+        (LogSumAttention, "1 computes a softmax of its own"),
+        (InPlaceAttention, "1 computes a softmax of its own"),
+        (AssigningAttention, "1 computes a softmax of its own"),
         (LinearAttention, "1 computes a softmax of its own"),
     ],
 )
@@ -747,8 +787,49 @@ def test_attention_in_another_guise_is_refused_by_name(
     part: type[nn.Module], message: str, x: Tensor
 ) -> None:
     model = nn.Sequential(Stack(), part())
-    with pytest.raises(ValueError, match=message), record_entropy(model):
-        model(x)
+    for each in (x, x[:1]):
+        with pytest.raises(ValueError, match=message), record_entropy(model):
+            model(each)
+
+
+class Retention(nn.Module):
+    """Products of queries and keys that decay, divided by their sum: mLSTM, RetNet."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        gates = x.mean(-1).sigmoid().log().cumsum(-1)
+        decay = (gates[:, :, None] - gates[:, None]).tril().exp()
+        decay = decay / decay.sum(-1, keepdim=True).sqrt()
+        scores = (x @ x.transpose(-1, -2)) * decay
+        return (scores / scores.sum(-1, keepdim=True).abs().clamp(min=1)) @ x
+
+
+class GaussianBlur(nn.Module):
+    """As torchvision writes it: the product of two normalised kernels, then a convolution."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        density = torch.exp(-0.5 * torch.linspace(-1, 1, 3).pow(2))
+        kernel = density / density.sum()
+        kernel = torch.mm(kernel[:, None], kernel[None])
+        return functional.conv2d(x[:, None], kernel[None, None], padding=1)[:, 0]
+
+
+class CastHead(nn.Linear):
+    """A softmax over 16 projected by weights that are no parameters, as those that were cast."""
+
+    def __init__(self) -> None:
+        super().__init__(16, 16, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.linear(x.softmax(-1), self.weight.double().float())
+
+
+@pytest.mark.parametrize("part", [Retention, GaussianBlur, CastHead])
+def test_exponentials_that_do_not_attend_are_let_pass(part: type[nn.Module], x: Tensor) -> None:
+    model = nn.Sequential(Stack(), part())
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad), record_entropy(model) as recording:
+            model(x)
+        assert (len(recording), recording.missing) == (2, [])
 
 
 class Flex(nn.Module):
@@ -771,6 +852,38 @@ def test_attention_inside_flex_attention_or_torch_jit_is_refused(x: Tensor) -> N
         model = nn.Sequential(Stack(), part)
         with pytest.raises(ValueError, match=message), record_entropy(model):
             model(x)
+
+
+class BlockMasked(Stack):
+    """Makes a mask for flex_attention, and calls a function of its own in a file of that name."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        mask = flex_attention.create_block_mask(lambda b, h, q, k: q >= k, 2, 4, 7, 7, device="cpu")
+        own: dict[str, Any] = {}
+        exec(compile("def twice(x): return x + x", "my/attention/flex_attention.py", "exec"), own)
+        return super().forward(own["twice"](x) * mask.shape[0])
+
+
+class ScriptedHead(Stack):
+    """A classifier that torch.jit runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = torch.jit.script(nn.Sequential(nn.Linear(16, 16), nn.Softmax(-1)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.head(super().forward(x))
+        return y
+
+
+@pytest.mark.parametrize("kind", [BlockMasked, ScriptedHead])
+def test_what_only_looks_like_flex_attention_or_scripted_attention_is_let_pass(
+    kind: type[Stack], x: Tensor
+) -> None:
+    model = kind()
+    with record_entropy(model) as recording:
+        model(x)
+    assert (len(recording), recording.missing) == (2, [])
 
 
 def test_a_compiled_function_inside_a_model_is_left_alone(x: Tensor) -> None:

@@ -13,7 +13,16 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.weak import WeakIdKeyDictionary
 
-DIVISIONS = {torch.div, Tensor.div, Tensor.__truediv__, torch.true_divide, Tensor.true_divide}
+DIVISIONS = {
+    torch.div,
+    Tensor.div,
+    Tensor.div_,
+    Tensor.__truediv__,
+    Tensor.__itruediv__,
+    torch.true_divide,
+    Tensor.true_divide,
+    Tensor.true_divide_,
+}
 SUMS = {torch.sum, Tensor.sum}
 SPLITS = {torch.split, Tensor.split, torch.chunk, Tensor.chunk, torch.unbind, Tensor.unbind}
 TURNS = {torch.transpose, Tensor.transpose, torch.permute, Tensor.permute}
@@ -36,6 +45,10 @@ class Mixtures:
 
     def __contains__(self, tensor: Tensor) -> bool:
         return bool(self._found.get(tensor, ("", None))[0] == MIXTURE)
+
+    def is_without_scores(self, tensor: Tensor) -> bool:
+        """Tell whether these are weights that no queries and keys had a part in."""
+        return bool(self._found.get(tensor, ("", None))[0] == WEIGHTS)
 
     def softmax(self, args: Any, kwargs: Mapping[str, Any], result: Tensor) -> None:
         """Note the weights that a softmax made of anything but scores of queries and keys."""

@@ -93,6 +93,7 @@ class SdpaRecorder:
         if not self._hooks:
             for part, name in self._names.items():
                 self._hooks += self._follow(part, name)
+        self._watch.begin()
         if self._keeps_hooks or runs_compiled():
             self._watch.read(self._names, torch_is_heard=True)
         if call is not None:

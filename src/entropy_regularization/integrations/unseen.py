@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.attention import flex_attention
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
@@ -40,7 +41,9 @@ PRODUCTS = {
     torch.einsum,
     functional.linear,
 }
-FLEX = "attention/flex_attention.py"  # of torch; computes everything where no watch sees it
+MATRIX_PRODUCTS = ("matmul", "bmm", "einsum")  # as source and graphs of torch.jit name them
+FLEX = flex_attention.flex_attention.__code__  # computes everything where no watch sees it
+SWITCHES = (bool, str)  # types of attributes that may choose the code that runs
 OWN_SOFTMAX = "computes a softmax of its own"
 CALLS_TORCH = "calls torch's own attention, which cannot be heard in a compiled model"
 
@@ -64,6 +67,7 @@ class UnseenAttention(TorchFunctionMode):
         self.found: dict[str, str] = {}
         self._names = names
         self._kinds = {name: type(part).__name__.lower() for part, name in names.items()}
+        self._linears = {name for part, name in names.items() if isinstance(part, nn.Linear)}
         self._softmaxes = Softmaxes()
         self._weights = WeakIdKeyDictionary()  # tensors that came from a softmax -> the module
         self._mixtures = Mixtures(PRODUCTS, CUTS)
@@ -76,7 +80,7 @@ class UnseenAttention(TorchFunctionMode):
         result = func(*args, **kwargs)
         if torch.compiler.is_compiling():  # a compiled function inside; nothing can be followed
             return result
-        if sys._getframe(1).f_code.co_filename.endswith(FLEX):
+        if sys._getframe(1).f_code is FLEX:
             self._note(calling_module(self._names), "calls flex_attention")
         if self._softmaxes.made(func, args, kwargs, result):
             name = calling_module(self._names)
@@ -102,10 +106,7 @@ class UnseenAttention(TorchFunctionMode):
         if not isinstance(result, Tensor):
             return
         if func in PRODUCTS:
-            others = [each for each in tensors if each is not source]
-            learned = any(isinstance(each, nn.Parameter) for each in others)
-            if not learned and source not in self._mixtures:
-                self._note(self._weights[source], OWN_SOFTMAX)
+            self._multiply(func, tensors, source, result)
         elif func in SCALINGS and result.numel() > source.numel():
             # Deformable attention weighs the values that it samples; so does a mixture of experts.
             name = self._weights[source]
@@ -113,6 +114,22 @@ class UnseenAttention(TorchFunctionMode):
                 self._note(name, "weighs sampled values by a softmax of its own")
         elif func in CUTS or result.numel() == source.numel():
             self._weights[result] = self._weights[source]
+
+    def _multiply(
+        self, func: Callable[..., Any], tensors: list[Tensor], source: Tensor, result: Tensor
+    ) -> None:
+        """Weights meet another matrix: activations, unless it is one of these."""
+        if all(
+            each in self._weights and self._mixtures.is_without_scores(each) for each in tensors
+        ):
+            self._weights[result] = self._weights[source]  # a kernel made of two
+        elif not (
+            source in self._mixtures
+            or any(isinstance(each, nn.Parameter) for each in tensors)
+            # The weight of a layer that is sharded, cast, or stood in for is no parameter.
+            or (func is functional.linear and calling_module(self._names) in self._linears)
+        ):
+            self._note(self._weights[source], OWN_SOFTMAX)
 
     def _note(self, name: str | None, how: str) -> None:
         if name is not None:
@@ -143,6 +160,10 @@ class Watch:
         """A copied model is not being watched."""
         return {**self.__dict__, "_mode": None}
 
+    def begin(self) -> None:
+        """A recording begins; what an earlier one found is not its own."""
+        self.found = {}
+
     def enter(
         self, names: Mapping[nn.Module, str], part: nn.Module, given: Mapping[str, Any]
     ) -> None:
@@ -153,13 +174,14 @@ class Watch:
             part: the module whose pass begins, the model itself or a part that is called alone.
             given: its arguments, by name.
         """
-        if self._mode is not None or runs_compiled() or any(map(is_compiled, names)):
+        if self._mode is not None or runs_compiled():
             return
         self._kind = _kind_of(names, part, given)
-        if self._kind not in _sound.get(self._model, ()):
-            self._mode = UnseenAttention(names)
-            self._mode.found.update(_scripted(names))
-            self._mode.__enter__()  # type: ignore[no-untyped-call]
+        if self._kind in _sound.get(self._model, ()) or any(map(is_compiled, names)):
+            return
+        self._mode = UnseenAttention(names)
+        self._mode.found.update(_scripted(names))
+        self._mode.__enter__()  # type: ignore[no-untyped-call]
 
     def read(self, names: Mapping[nn.Module, str], *, torch_is_heard: bool) -> None:
         """Read the source of a compiled model's modules, since its pass cannot be watched.
@@ -194,14 +216,12 @@ def _kind_of(names: Mapping[nn.Module, str], part: nn.Module, given: Mapping[str
     Which arguments are given (an image beside the text), and the switches: those among the
     arguments, and those of every module (``training``, a flag for a fused function).
     """
-    switches = [
-        (
-            type(each),
-            *(value for value in vars(each).values() if isinstance(value, bool | str)),
-            getattr(getattr(each, "config", None), "_attn_implementation", None),
-        )
-        for each in names
-    ]
+    switches: list[Any] = []
+    for each in names:  # at every pass: cheap
+        attributes = each.__dict__
+        switches += [value for value in attributes.values() if type(value) in SWITCHES]
+        config = attributes.get("config")
+        switches += [type(each), getattr(config, "_attn_implementation", None)]
     arguments = frozenset(
         (name, value if isinstance(value, bool) else None)
         for name, value in given.items()
@@ -216,7 +236,8 @@ def _scripted(names: Mapping[nn.Module, str]) -> dict[str, str]:
     for part, name in names.items():
         if isinstance(part, torch.jit.ScriptModule) and hasattr(part, "inlined_graph"):
             graph = str(part.inlined_graph)
-            if "softmax" in graph or "scaled_dot_product_attention" in graph:
+            weighs = "softmax" in graph and any(word in graph for word in MATRIX_PRODUCTS)
+            if weighs or "scaled_dot_product_attention" in graph:
                 found[name] = "attends inside torch.jit"
     return found
 
@@ -234,7 +255,7 @@ def attends_by_source(kind: type[nn.Module]) -> str | None:
         return None
     if "scaled_dot_product_attention(" in source:
         return CALLS_TORCH
-    product = any(word in source for word in ("matmul", "bmm", "einsum", " @ "))
+    product = any(word in source for word in (*MATRIX_PRODUCTS, " @ "))
     return OWN_SOFTMAX if product and "softmax(" in source else None
 
 

@@ -134,6 +134,7 @@ class TransformersRecorder:
         for part in self._names:
             part.__dict__[RECORDERS] = (*part.__dict__.get(RECORDERS, ()), self)
         self._padding.active = True
+        self._watch.begin()
         if self._keeps_hooks or runs_compiled():
             self._watch.read(self._names, torch_is_heard=False)
         if call is not None and not self._kept:
