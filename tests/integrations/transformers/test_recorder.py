@@ -509,14 +509,18 @@ def test_threads_record_their_own_models() -> None:
 # Machinery
 
 
-def penalised(model: PreTrainedModel, n: int = 9) -> dict[str, Tensor]:
-    """Return the gradients of a sum of logits and entropies, backward outside the context."""
+def penalised(model: PreTrainedModel, n: int = 9, inside: bool = False) -> dict[str, Tensor]:
+    """Return the gradients of logits and entropies, backward after the context or inside it."""
     model.zero_grad()
-    with record_entropy(model) as recording:
+    context = contextlib.ExitStack()
+    recording = context.enter_context(record_entropy(model))
+    with context:
         logits = model(tokens(n)).logits
-    weights = torch.arange(1.0, 1 + len(recording))
-    entropies = [w * layer.entropy.square().sum() for w, layer in zip(weights, recording)]  # noqa: B905
-    (logits.float().square().mean() + sum(entropies)).backward()
+        if not inside:
+            context.close()
+        weights = torch.arange(1.0, 1 + len(recording))
+        entropies = [w * layer.entropy.square().sum() for w, layer in zip(weights, recording)]  # noqa: B905
+        (logits.float().square().mean() + sum(entropies)).backward()
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
@@ -560,16 +564,17 @@ class WholeCheckpointed(nn.Module):
         return checkpoint(self.model, *args, use_reentrant=False)
 
 
+@pytest.mark.parametrize("inside", [False, True])
 @pytest.mark.parametrize("kind", ["through torch", "direct"])
-def test_checkpointing_of_other_kinds_is_exact(kind: str) -> None:
+def test_checkpointing_of_other_kinds_is_exact(kind: str, inside: bool) -> None:
     model = (falcon() if kind == "through torch" else llama()).train()
     model.config.use_cache = False
     expected = penalised(model)
     if kind == "through torch":
         model.gradient_checkpointing_enable({"use_reentrant": False})
-        found = penalised(model)
+        found = penalised(model, inside=inside)
     else:
-        found = penalised(WholeCheckpointed(model))
+        found = penalised(WholeCheckpointed(model), inside=inside)
         found = {name.removeprefix("model."): gradient for name, gradient in found.items()}
     assert_near(found, expected, 1e-5)
 
