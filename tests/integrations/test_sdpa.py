@@ -5,6 +5,7 @@ import copy
 import gc
 import io
 import itertools
+import weakref
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from entropy_regularization import EntropyRegularization, record_entropy
 from entropy_regularization.integrations.sdpa import SdpaRecorder
 from entropy_regularization.integrations.unseen import attends_by_source
-from entropy_regularization.recording.recorder import Layers
+from entropy_regularization.recording.recorder import Layers, make_recorder
 
 ORIGINAL = functional.scaled_dot_product_attention
 
@@ -565,6 +566,21 @@ def test_checkpointing_is_exact_wherever_backward_runs(inside: bool, x: Tensor) 
     Checkpointed()(x).sum().backward()  # another model computes its own attention again
     output.sum().backward()
     model(x)
+    assert is_restored()
+
+
+def test_a_recorder_that_is_kept_leaves_nothing_at_every_step(x: Tensor) -> None:
+    model, counts = Checkpointed(), []
+    recorder = make_recorder(model)
+    for _ in range(3):
+        recorder.start()
+        output = model(x)
+        recorder.stop()
+        output.sum().backward()
+        counts.append(len(weakref.finalize._registry))  # type: ignore[attr-defined]
+    assert counts[0] == counts[2]
+    assert not is_restored()
+    del recorder, model, output
     assert is_restored()
 
 

@@ -40,6 +40,7 @@ class Listener(Protocol):
 _listeners: list[tuple[Listener, int]] = []  # each with the thread that it was started in
 # Stopped; backward, after the context, computes their checkpointed calls again.
 _lingering: "weakref.WeakSet[Listener]" = weakref.WeakSet()
+_finalized: "weakref.WeakSet[Listener]" = weakref.WeakSet()  # to restore when they are dropped
 _lock = threading.RLock()  # the functions and the fast path are those of all threads
 _fast_path: list[bool] = []  # as it was found, while anyone listens
 _thread = threading.local()  # places: (listener, module name or None), the innermost last
@@ -82,7 +83,9 @@ def stop_listening(listener: Listener, *, lingers: bool = False) -> None:
         _lingering.discard(listener)
         if lingers:
             _lingering.add(listener)
-            weakref.finalize(listener, _restore).atexit = False  # or its model is dropped
+            if listener not in _finalized:
+                _finalized.add(listener)
+                weakref.finalize(listener, _restore).atexit = False  # or its model is dropped
         _restore()
     places()[:] = [place for place in places() if place[0] is not listener]
 
@@ -96,10 +99,14 @@ def _restore() -> None:
 
 
 def _is_computed_again() -> bool:
-    """Tell whether backward computes a checkpointed call of a listener that has stopped."""
-    if torch.compiler.is_compiling() or not _lingering:
+    """Tell whether backward computes a checkpointed call of a listener once more.
+
+    The listener may have stopped, and on a GPU backward runs in a thread of its own.
+    """
+    if torch.compiler.is_compiling() or not runs_in_backward():
         return False
-    return runs_in_backward() and any(each.is_running() for each in list(_lingering))
+    heard = [*_lingering, *(listener for listener, _ in list(_listeners))]
+    return any(listener.is_running() for listener in heard)
 
 
 def places() -> list[tuple[Listener, str | None]]:

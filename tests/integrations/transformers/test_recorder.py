@@ -472,6 +472,37 @@ def test_recordings_may_end_in_another_order_than_they_began() -> None:
     assert state_of(model) == before
 
 
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+@pytest.mark.parametrize("kind", ["part", "twin", "copy"])
+def test_a_config_is_put_back_by_the_last_that_needs_it(kind: str, order: tuple[int, int]) -> None:
+    whole = CLIPModel(CLIPConfig(text_config=TEXT, vision_config=VISION, projection_dim=16))
+    part = whole.vision_model if kind == "part" else CLIPModel(whole.config)
+    configs = [whole.config, whole.config.vision_config, whole.config.text_config]
+    contexts = [contextlib.ExitStack(), contextlib.ExitStack()]
+    contexts[0].enter_context(record_entropy(whole))
+    if kind == "copy":  # which is recorded before its first pass
+        part = copy.deepcopy(whole)
+        configs += [part.config, part.config.vision_config, part.config.text_config]
+    contexts[1].enter_context(record_entropy(part))
+    for index in order:
+        assert configs[1]._attn_implementation == "entropy_regularization" or kind == "copy"
+        contexts[index].close()
+    if kind == "copy":
+        part(input_ids=tokens(), pixel_values=torch.randn(2, 3, 16, 16))
+    assert {config._attn_implementation for config in configs} == {"sdpa"}
+
+
+def test_checkpointed_recordings_of_a_model_and_its_part_put_all_back() -> None:
+    model = llama().train()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    with record_entropy(model), record_entropy(model.model):
+        loss = model(tokens()).logits.square().mean()
+    loss.backward()
+    assert model.config._attn_implementation == "entropy_regularization"
+    model(tokens())
+    assert model.config._attn_implementation == "sdpa"
+
+
 def test_one_model_is_recorded_by_one_thread_at_a_time() -> None:
     model = llama()
 
@@ -509,14 +540,18 @@ def test_threads_record_their_own_models() -> None:
 # Machinery
 
 
-def penalised(model: PreTrainedModel, n: int = 9) -> dict[str, Tensor]:
-    """Return the gradients of a sum of logits and entropies, backward outside the context."""
+def penalised(model: PreTrainedModel, n: int = 9, inside: bool = False) -> dict[str, Tensor]:
+    """Return the gradients of logits and entropies, backward after the context or inside it."""
     model.zero_grad()
-    with record_entropy(model) as recording:
+    context = contextlib.ExitStack()
+    recording = context.enter_context(record_entropy(model))
+    with context:
         logits = model(tokens(n)).logits
-    weights = torch.arange(1.0, 1 + len(recording))
-    entropies = [w * layer.entropy.square().sum() for w, layer in zip(weights, recording)]  # noqa: B905
-    (logits.float().square().mean() + sum(entropies)).backward()
+        if not inside:
+            context.close()
+        weights = torch.arange(1.0, 1 + len(recording))
+        entropies = [w * layer.entropy.square().sum() for w, layer in zip(weights, recording)]  # noqa: B905
+        (logits.float().square().mean() + sum(entropies)).backward()
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
@@ -560,16 +595,17 @@ class WholeCheckpointed(nn.Module):
         return checkpoint(self.model, *args, use_reentrant=False)
 
 
+@pytest.mark.parametrize("inside", [False, True])
 @pytest.mark.parametrize("kind", ["through torch", "direct"])
-def test_checkpointing_of_other_kinds_is_exact(kind: str) -> None:
+def test_checkpointing_of_other_kinds_is_exact(kind: str, inside: bool) -> None:
     model = (falcon() if kind == "through torch" else llama()).train()
     model.config.use_cache = False
     expected = penalised(model)
     if kind == "through torch":
         model.gradient_checkpointing_enable({"use_reentrant": False})
-        found = penalised(model)
+        found = penalised(model, inside=inside)
     else:
-        found = penalised(WholeCheckpointed(model))
+        found = penalised(WholeCheckpointed(model), inside=inside)
         found = {name.removeprefix("model."): gradient for name, gradient in found.items()}
     assert_near(found, expected, 1e-5)
 

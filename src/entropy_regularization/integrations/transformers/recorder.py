@@ -20,7 +20,7 @@ from entropy_regularization.integrations.stack import (
 )
 from entropy_regularization.integrations.transformers.attention import RECORDERS
 from entropy_regularization.integrations.transformers.padding import PaddingTracker, arguments_of
-from entropy_regularization.integrations.transformers.switching import AttentionSwitch
+from entropy_regularization.integrations.transformers.switching import AttentionSwitch, switch_on
 from entropy_regularization.integrations.unseen import Watch
 from entropy_regularization.recording.recorder import ForwardCall, Layers
 from entropy_regularization.recording.recording import EntropyRecording, LayerEntropy
@@ -130,7 +130,7 @@ class TransformersRecorder:
         self._names = _names_of(self.model)
         interception.listen(self)
         self._next_forward.cancel()
-        self._switches = [AttentionSwitch.on(part, self) for part in self._parts]
+        self._switches = [each for part in self._parts for each in switch_on(part, self)]
         for part in self._names:
             part.__dict__[RECORDERS] = (*part.__dict__.get(RECORDERS, ()), self)
         self._padding.active = True

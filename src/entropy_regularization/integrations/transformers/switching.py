@@ -1,5 +1,7 @@
 """Which attention a model runs is a field of its configs; it is set, and put back exactly."""
 
+import threading
+import weakref
 from typing import Any
 
 from torch import nn
@@ -7,71 +9,91 @@ from transformers import PreTrainedModel
 
 from entropy_regularization.integrations.transformers.attention import NAME
 
-SWITCH = "_entropy_switch"  # attribute of a model while its attention is switched
+_lock = threading.RLock()  # models of several threads may have been built from one config
 
 
 class AttentionSwitch:
-    """Switches one model, and the parts of it that use the attention interface, and back.
+    """What one config said before it was switched, and who needs it switched.
 
-    Several recorders may need it at once, in any order; the last that leaves puts all back.
+    Several recorders may need it at once, of one model, of a part of it, or of another model with
+    the same config; the last that leaves puts it back, in whatever order they leave. A copy of a
+    recorder takes along copies of its switches, for the copied config.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
-        self._model = model
-        self._saved: list[tuple[Any, str]] = []
+    def __init__(self, config: Any) -> None:
+        self._config = config
+        self._implementation: str | None = config._attn_implementation
         self._holders: list[object] = []
+        _switches[id(config)] = self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copied config is switched already when a recorder next asks for it."""
+        self.__dict__.update(state)
+        with _lock:
+            _switches[id(self._config)] = self
 
     @classmethod
-    def on(cls, model: PreTrainedModel, holder: object) -> "AttentionSwitch":
-        """Let every part of a model that can run the entropy attention; return the model's switch.
-
-        Args:
-            model: the model.
-            holder: who needs it, until ``off(holder)``.
-        """
-        switch: AttentionSwitch | None = model.__dict__.get(SWITCH)
-        if switch is None:
-            switch = cls(model)
-            model.__dict__[SWITCH] = switch
-            switch._set()
+    def of(cls, config: Any, holder: object) -> "AttentionSwitch":
+        """Return the switch of a config, which the holder now holds until ``off(holder)``."""
+        switch = _switches.get(id(config)) or cls(config)
         if not any(each is holder for each in switch._holders):
             switch._holders.append(holder)
         return switch
 
     def off(self, holder: object) -> None:
-        """Put every config back as it was, if nobody else needs the entropy attention."""
-        self._holders = [each for each in self._holders if each is not holder]
-        if not self._holders:
-            while self._saved:
-                config, implementation = self._saved.pop()
-                config._attn_implementation_internal = implementation
-            self._model.__dict__.pop(SWITCH, None)
+        """Put the config back as it was, if nobody else needs the entropy attention."""
+        with _lock:
+            remaining = [each for each in self._holders if each is not holder]
+            was_last = bool(self._holders) and not remaining
+            self._holders = remaining
+            if was_last:
+                self._config._attn_implementation_internal = self._implementation
+                _switches.pop(id(self._config), None)
 
-    def _set(self) -> None:
-        self._save()
-        parts = (part for part in self._model.modules() if isinstance(part, PreTrainedModel))
-        if any(part._can_set_attn_implementation() for part in parts):
-            self._model.set_attn_implementation(NAME)
-            self._set_copies(self._model, can_set=False)
 
-    def _save(self) -> None:
-        seen: set[int] = set()
-        for part in self._model.modules():
-            config = getattr(part, "config", None)
-            if config is not None and hasattr(config, "_attn_implementation"):
-                for each in _with_parts(config):
-                    if id(each) not in seen:
-                        seen.add(id(each))
-                        self._saved.append((each, each._attn_implementation))
+# By the id of the config, which the switch keeps alive; whoever holds a switch keeps that.
+_switches: "weakref.WeakValueDictionary[int, AttentionSwitch]" = weakref.WeakValueDictionary()
 
-    def _set_copies(self, module: nn.Module, can_set: bool) -> None:
-        """Reach the configs that a part holds as a copy (xclip; T5 in 5.17)."""
-        if isinstance(module, PreTrainedModel):
-            can_set = module._can_set_attn_implementation()
-        if can_set and hasattr(getattr(module, "config", None), "_attn_implementation"):
-            module.config._attn_implementation_internal = NAME  # type: ignore[union-attr]
-        for child in module.children():
-            self._set_copies(child, can_set)
+
+def switch_on(model: PreTrainedModel, holder: object) -> list[AttentionSwitch]:
+    """Let every part of a model that can run the entropy attention; return what to switch off.
+
+    Args:
+        model: the model.
+        holder: who needs it, until ``off(holder)`` of every switch.
+    """
+    with _lock:
+        switches = [AttentionSwitch.of(config, holder) for config in _configs_of(model)]
+        try:
+            parts = (part for part in model.modules() if isinstance(part, PreTrainedModel))
+            if any(part._can_set_attn_implementation() for part in parts):
+                model.set_attn_implementation(NAME)
+                _set_copies(model, can_set=False)
+        except BaseException:
+            for switch in switches:
+                switch.off(holder)
+            raise
+    return switches
+
+
+def _configs_of(model: PreTrainedModel) -> list[Any]:
+    """Return every config in a model once."""
+    found: dict[int, Any] = {}
+    for part in model.modules():
+        config = getattr(part, "config", None)
+        if config is not None and hasattr(config, "_attn_implementation"):
+            found |= {id(each): each for each in _with_parts(config)}
+    return list(found.values())
+
+
+def _set_copies(module: nn.Module, can_set: bool) -> None:
+    """Reach the configs that a part holds as a copy (xclip; T5 in 5.17)."""
+    if isinstance(module, PreTrainedModel):
+        can_set = module._can_set_attn_implementation()
+    if can_set and hasattr(getattr(module, "config", None), "_attn_implementation"):
+        module.config._attn_implementation_internal = NAME  # type: ignore[union-attr]
+    for child in module.children():
+        _set_copies(child, can_set)
 
 
 def _with_parts(config: Any) -> list[Any]:
