@@ -81,14 +81,25 @@ class SdpaRecorder:
 
         Args:
             call: the forward pass that is already beginning, see Recorder.
+
+        Raises:
+            RuntimeError: if another thread records the model.
         """
+        interception.listen(self)
+        try:
+            self._start(call)
+        except BaseException:
+            self.abort()
+            raise
+        return self._recording
+
+    def _start(self, call: ForwardCall | None) -> None:
         self._recording = EntropyRecording()
         self._ran = self._attended = False
         self._index = 0
         self._heard = []
         self._checkpointed = False
         self._next_forward.cancel()
-        interception.listen(self)
         self.listens = True
         if not self._hooks:
             for part, name in self._names.items():
@@ -98,7 +109,6 @@ class SdpaRecorder:
             self._watch.read(self._names, torch_is_heard=True)
         if call is not None:
             self._enter(self._names[self.model], *call)
-        return self._recording
 
     def stop(self) -> EntropyRecording:
         """Stop listening; return the recording.

@@ -22,7 +22,7 @@ class Recorder(Protocol):
     """
 
     def start(self, call: ForwardCall | None = None) -> EntropyRecording:
-        """Begin to listen; return the recording that will fill.
+        """Begin to listen; return the recording that will fill. If it raises, nothing listens.
 
         Args:
             call: (module, args, kwargs) of the forward pass that is already beginning, when start
@@ -92,8 +92,9 @@ def record_entropy(
         >>> loss = output.loss + regularization(recording)  # doctest: +SKIP
     """
     recorder = make_recorder(model, layers=layers, gradient=gradient, allow_partial=allow_partial)
+    recording = recorder.start()
     try:
-        yield recorder.start()
+        yield recording
     except BaseException:
         recorder.abort()
         raise

@@ -42,7 +42,9 @@ from transformers import (
 )
 
 from entropy_regularization import EntropyRegularization, record_entropy
+from entropy_regularization.integrations import interception
 from entropy_regularization.integrations.transformers import regularize
+from entropy_regularization.integrations.transformers.attention import RECORDERS
 
 TEXT = {
     "vocab_size": 64,
@@ -516,6 +518,34 @@ def test_one_model_is_recorded_by_one_thread_at_a_time() -> None:
             pool.submit(record).result()
     assert len(recording) == 2
     record()
+
+
+def test_a_thread_that_is_refused_takes_nothing_from_the_other() -> None:
+    model = llama()
+    with record_entropy(model) as recording, ThreadPoolExecutor(1) as pool:
+        given = [part.__dict__[RECORDERS] for part in model.modules()]
+        with pytest.raises(RuntimeError, match="another thread"):
+            pool.submit(record_entropy(model).__enter__).result()
+        for part, recorders in zip(model.modules(), given, strict=True):
+            assert part.__dict__[RECORDERS] is recorders  # not for a moment without them
+        model(tokens())
+    assert len(recording) == 2
+
+
+def test_a_start_that_fails_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = llama().train()
+    before = state_of(model)
+    handle = regularize(model)
+    with monkeypatch.context() as patch:
+        patch.setattr(type(model), "set_attn_implementation", None)
+        for _ in range(2):
+            with pytest.raises(TypeError, match="not callable"):
+                model(tokens())
+        assert not interception._listeners
+    assert model.config._attn_implementation == "sdpa"
+    model(tokens(), labels=tokens())
+    handle.remove()
+    assert state_of(model) == before
 
 
 def test_threads_record_their_own_models() -> None:

@@ -1,5 +1,6 @@
 """TransformersRecorder: listens to the attention modules of a transformers model."""
 
+import threading
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from entropy_regularization.integrations.unseen import Watch
 from entropy_regularization.recording.recorder import ForwardCall, Layers
 from entropy_regularization.recording.recording import EntropyRecording, LayerEntropy
 
+_lock = threading.Lock()  # threads may record models that share modules
 WRAPPERS = ("torch", "peft", "accelerate")  # packages whose classes only hand a model on
 
 
@@ -120,7 +122,19 @@ class TransformersRecorder:
 
         Args:
             call: the forward pass that is already beginning, see Recorder.
+
+        Raises:
+            RuntimeError: if another thread records the model.
         """
+        interception.listen(self)
+        try:
+            self._start(call)
+        except BaseException:
+            self.abort()
+            raise
+        return self._recording
+
+    def _start(self, call: ForwardCall | None) -> None:
         self._recording = EntropyRecording()
         self._ran = self._attended = False
         self._index = self._depth = 0
@@ -128,11 +142,11 @@ class TransformersRecorder:
         self._checkpointed = False
         # now, not when built: a copied or wrapped model has other modules and names
         self._names = _names_of(self.model)
-        interception.listen(self)
         self._next_forward.cancel()
         self._switches = [each for part in self._parts for each in switch_on(part, self)]
-        for part in self._names:
-            part.__dict__[RECORDERS] = (*part.__dict__.get(RECORDERS, ()), self)
+        with _lock:
+            for part in self._names:
+                part.__dict__[RECORDERS] = (*part.__dict__.get(RECORDERS, ()), self)
         self._padding.active = True
         self._watch.begin()
         if self._keeps_hooks or runs_compiled():
@@ -147,7 +161,6 @@ class TransformersRecorder:
         if call is not None and call[0] is self.model:
             self._enter(*call)
             self._padding.enter(*call)
-        return self._recording
 
     def _follow(self) -> list[RemovableHandle]:
         """Hook the model, and the transformers models in it, which may be called alone."""
@@ -187,10 +200,7 @@ class TransformersRecorder:
         self._recording = EntropyRecording()  # a recorder that is kept must not keep the graph
         lingers = self._recomputes_in_backward()
         interception.stop_listening(self, lingers=lingers)
-        for part in self.model.modules():
-            others = [each for each in part.__dict__.pop(RECORDERS, ()) if each is not self]
-            if others:
-                part.__dict__[RECORDERS] = tuple(others)
+        self._leave_modules()
         while self._hooks:
             self._hooks.pop().remove()
         self._padding.active = False
@@ -200,6 +210,17 @@ class TransformersRecorder:
             self._next_forward.wait({self.model, *self._parts})
         else:
             self._switch_off()
+
+    def _leave_modules(self) -> None:
+        """Deposit no more; what other recorders hear, in other threads too, misses no call."""
+        with _lock:
+            for part in self.model.modules():
+                given = part.__dict__.get(RECORDERS, ())
+                others = tuple(each for each in given if each is not self)
+                if others:
+                    part.__dict__[RECORDERS] = others
+                elif given:
+                    del part.__dict__[RECORDERS]
 
     def _switch_off(self) -> None:
         self._next_forward.cancel()
