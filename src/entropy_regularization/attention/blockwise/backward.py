@@ -1,17 +1,16 @@
 """Backward: recompute the scores from the log-normalizer; one multiply-add more for the entropy."""
 
+from itertools import repeat
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from entropy_regularization.attention.blockwise import blocking
-from entropy_regularization.attention.blockwise.blocking import Blocks
 from entropy_regularization.attention.blockwise.chunk import ChunkView, Scratch
 from entropy_regularization.attention.blockwise.problem import (
     LN_2,
     LOG2_E,
-    MASKED_LOG_PROBABILITY,
     MASKED_SCORE,
     Gradients,
     Problem,
@@ -51,73 +50,97 @@ def backward(
     if wanted[3] and problem.bias is not None:
         d_bias = torch.zeros(problem.bias.shape, dtype=problem.wide, device=problem.bias.device)
     gradients = Gradients(d_query, d_key, d_value, d_bias, None)
+    constants = _row_constants(problem, saved, upstream)
     blocks = blocking.choose_blocks(problem)
     with Scratch(problem, blocks) as scratch:
-        constants, d_sinks = _row_constants(problem, saved, upstream, blocks, scratch)
-        if any(wanted[:4]):
-            for chunk in blocking.chunks_of(problem, blocks):
-                view = ChunkView(problem, chunk, blocks, scratch)
-                _backward_chunk(view, constants, upstream[0], gradients)
+        for chunk in blocking.chunks_of(problem, blocks):
+            view = ChunkView(problem, chunk, blocks, scratch)
+            _backward_chunk(view, constants, (saved[0], upstream[0]), gradients)
     if d_bias is not None and problem.bias is not None:
         d_bias = d_bias.to(problem.bias.dtype)
-    return Gradients(d_query, d_key, d_value, d_bias, d_sinks if wanted[4] else None)
+    d_sinks = None
+    if wanted[4] and problem.sinks is not None:
+        d_sinks = _sinks_gradient(problem.sinks, saved[2], upstream[1], constants.delta)
+    return Gradients(d_query, d_key, d_value, d_bias, d_sinks)
 
 
 def _row_constants(
     problem: Problem,
     saved: tuple[Tensor, Tensor, Tensor],
     upstream: tuple[Tensor, Tensor, Tensor],
-    blocks: Blocks,
-    scratch: Scratch,
-) -> tuple[RowConstants, Tensor | None]:
-    """Collect the terms of dS_ij that do not depend on the key; return the sinks' gradient too.
+) -> RowConstants:
+    """Collect the terms of dS_ij that do not depend on the key, but for ``dO_i . O_i``.
 
     ``dS_ij = p_ij (dO_i . v_j - delta_i - g_i (s_ij - lse_i))`` with
     ``delta_i = dO_i . O_i + g_i (H_i + sink share) - (gradient of lse_i)``.
     """
-    output, entropy, log_normalizer = saved
-    output_gradient, entropy_gradient, normalizer_gradient = upstream
-    delta = torch.empty_like(entropy)
-    for chunk in blocking.chunks_of(problem, blocks):
-        left, right = (chunk.units(x, problem.group) for x in (output_gradient, output))
-        product = scratch.take("product", *left.shape).copy_(left).mul_(right)
-        chunk.units(delta[..., None], problem.group)[..., 0].copy_(product.sum(-1))
-    delta.addcmul_(entropy_gradient, entropy).sub_(normalizer_gradient)
-    d_sinks = None
+    _, entropy, log_normalizer = saved
+    _, entropy_gradient, normalizer_gradient = upstream
+    # Contiguous, because the blocks of rows complete it through views.
+    delta = torch.empty_like(entropy, memory_format=torch.contiguous_format)
+    torch.mul(entropy_gradient, entropy, out=delta).sub_(normalizer_gradient)
     if problem.sinks is not None:
-        share = (problem.sinks.to(problem.wide)[None, :, None] - log_normalizer).exp()
-        delta.addcmul_(entropy_gradient, share)
-        # dlse/dsink = share, dp_j/dsink = -share p_j: delta with mass in place of 1 - mass
-        d_sinks = (share * (entropy_gradient - delta)).sum((0, 2)).to(problem.sinks.dtype)
+        delta.addcmul_(entropy_gradient, _sink_share(problem.sinks, log_normalizer))
     # An empty row: exp(s - lse) must be 0, whatever its scores.
     finite = log_normalizer.masked_fill(log_normalizer == -torch.inf, -MASKED_SCORE)
     rows = (finite * LOG2_E, entropy_gradient * -LN_2, delta)
-    return RowConstants(*(row[..., None] for row in rows)), d_sinks
+    return RowConstants(*(row[..., None] for row in rows))
+
+
+def _sink_share(sinks: Tensor, log_normalizer: Tensor) -> Tensor:
+    """Return the share of every row's mass that its sink takes: ``[batch, heads, queries]``."""
+    return (sinks.to(log_normalizer.dtype)[None, :, None] - log_normalizer).exp()
+
+
+def _sinks_gradient(
+    sinks: Tensor, log_normalizer: Tensor, entropy_gradient: Tensor, delta: Tensor
+) -> Tensor:
+    """Return the gradient of the sinks: ``[heads]``.
+
+    dlse/dsink = share and dp_j/dsink = -share p_j: delta with the share in place of 1 - share.
+    """
+    share = _sink_share(sinks, log_normalizer)
+    return (share * (entropy_gradient - delta[..., 0])).sum((0, 2)).to(sinks.dtype)
 
 
 def _backward_chunk(
-    view: ChunkView, constants: RowConstants, output_gradient: Tensor, gradients: Gradients
+    view: ChunkView,
+    constants: RowConstants,
+    outputs: tuple[Tensor, Tensor],
+    gradients: Gradients,
 ) -> None:
-    """Add one chunk's share to the gradients."""
-    problem = view.problem
-    given = {"query": problem.query, "d_output": output_gradient, **constants._asdict()}
+    """Add one chunk's share to the gradients; complete its delta.
+
+    Args:
+        view: the chunk.
+        constants: of all rows.
+        outputs: the output of the forward pass, and its gradient.
+        gradients: those that are wanted, to be filled.
+    """
+    given = {"query": view.problem.query, "output": outputs[0], "d_output": outputs[1]}
     sources = (view.sources(name, view.by_unit(tensor)) for name, tensor in given.items())
-    d_bias = None if gradients.bias is None else view.chunk.of(gradients.bias, problem.group)
-    cuts = _cuts(view, gradients)
-    totals = {name: view.room_for(f"d_{name}", cut) for name, cut in cuts.items()}
-    key_sum, value_sum = (
-        totals[name].zero_() if name in totals else None for name in ("key", "value")
+    rows = zip(*(view.targets(view.by_unit(each)) for each in constants), strict=True)
+    d_queries = (
+        repeat(None) if gradients.query is None else view.targets(view.by_unit(gradients.query))
     )
-    d_queries = view.targets(totals["query"]) if "query" in totals else None
-    for index, (tile, query, d_output, *rows) in enumerate(
-        zip(view.tiles(), *sources, strict=False)
+    cuts = {"d_key": view.by_key(gradients.key), "d_value": view.by_key(gradients.value)}
+    key_sum, value_sum = (view.zeros_for(name, cut) for name, cut in cuts.items())
+    d_bias = None if gradients.bias is None else view.chunk.of(gradients.bias, view.problem.group)
+    for tile, query, output, d_output, row, d_query in zip(
+        view.tiles(), *sources, rows, d_queries, strict=False
     ):
-        d_query = None if d_queries is None else d_queries[index]
+        of_rows = RowConstants(*row)
+        product = view.scratch.take("product", *output.shape)
+        torch.mul(d_output, output, out=product)
+        of_rows.delta.add_(product.sum(-1).view(of_rows.delta.shape))
         targets = (d_query, key_sum, value_sum, d_bias)
-        _backward_block(view, tile, query, d_output, RowConstants(*rows), targets)
-    for name, cut in cuts.items():
-        if totals[name] is not cut:
-            cut.copy_(totals[name])
+        if tile.key_start < tile.key_stop and any(target is not None for target in targets):
+            _backward_block(view, tile, query, d_output, of_rows, targets)
+        elif d_query is not None:
+            d_query.zero_()
+    for cut, total in zip(cuts.values(), (key_sum, value_sum), strict=True):
+        if cut is not None and total is not None and cut is not total:
+            cut.copy_(total)
 
 
 def _backward_block(
@@ -128,35 +151,33 @@ def _backward_block(
     rows: RowConstants,
     targets: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None],
 ) -> None:
-    """Fill one block of the query's gradient; add its share to those of key, value and bias."""
+    """Fill one block of the query's gradient; add its share to those of key, value and bias.
+
+    Args:
+        view: the chunk.
+        tile: the block of rows and its keys, at least one.
+        query: ``[units, group rows, dim]``.
+        d_output: ``[units, group rows, value_dim]``.
+        rows: constants, ``[units, group, rows, 1]``.
+        targets: gradients of the block's queries ``[units, group, rows, dim]``, of all keys and
+            values of the chunk ``[units, keys, dim]``, and of the bias.
+    """
     d_query, key_sum, value_sum, d_bias = targets
+    constants = RowConstants(*(row.flatten(1, 2) for row in rows))
     scale, scratch = view.problem.scale, view.scratch
-    block = None if d_query is None else scratch.take("d_query_block", *query.shape).zero_()
+    block = None if d_query is None else scratch.take("d_query_block", *query.shape)
     for piece in view.pieces(tile):
         keys = slice(piece.key_start, piece.key_stop)
-        d_score, weights = _score_gradient(view, piece, query, d_output, rows, d_bias)
+        d_score, weights = _score_gradient(view, piece, query, d_output, constants, d_bias)
         if value_sum is not None:
             _add_product(value_sum[:, keys], weights, d_output, 1.0, scratch)
         if key_sum is not None:
             _add_product(key_sum[:, keys], d_score, query, scale, scratch)
         if block is not None:
-            block.baddbmm_(d_score, view.key[:, keys])
+            beta = 0.0 if piece.key_start == tile.key_start else 1.0
+            block.baddbmm_(d_score, view.key[:, keys], beta=beta, alpha=scale)
     if block is not None and d_query is not None:
-        torch.mul(block.view(d_query.shape), scale, out=d_query)
-
-
-def _cuts(view: ChunkView, gradients: Gradients) -> dict[str, Tensor]:
-    """Return the chunk's part of the gradients that are wanted; views of them.
-
-    That of the queries is ``[units, group, queries, dim]``, the others ``[units, keys, dim]``: a
-    chunk is either whole batch entries or some heads of one.
-    """
-    chunk = view.chunk
-    cuts = {} if gradients.query is None else {"query": view.by_unit(gradients.query)}
-    for name, gradient in (("key", gradients.key), ("value", gradients.value)):
-        if gradient is not None:
-            cuts[name] = gradient[chunk.batches, chunk.heads].flatten(0, 1)
-    return cuts
+        d_query.copy_(block.view(d_query.shape))
 
 
 def _add_product(
@@ -180,13 +201,11 @@ def _score_gradient(
     d_bias: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Return d(score before the cap) and the weights that multiplied the values."""
-    problem, scratch = view.problem, view.scratch
+    scratch = view.scratch
     value_t = view.value[:, tile.key_start : tile.key_stop].transpose(1, 2)
     log2_probability, capped = view.scores(tile, query)
     log2_probability.sub_(rows.log2_normalizer)
-    view.mask(log2_probability, tile, MASKED_LOG_PROBABILITY)
-    if problem.bias is not None:
-        log2_probability.clamp_(min=MASKED_LOG_PROBABILITY)
+    view.mask(log2_probability, tile)
     shape = log2_probability.shape
     probability = torch.exp2(log2_probability, out=scratch.take("probability", *shape))
     # dS = p (dO.v - delta - g (s - lse)), from right to left in the buffer of the scores

@@ -42,6 +42,7 @@ class Scratch:
         names = ("score", "probability", "capped", "keep", "d_weights")
         self._rooms = {"product": product, **dict.fromkeys(names, scores)}
         self._buffers: dict[str, Tensor] = {}
+        self._views: dict[tuple[str, tuple[int, ...]], Tensor] = {}
         self._fences: dict[tuple[int, ...], Fences] = {}
 
     def __enter__(self) -> "Scratch":
@@ -58,6 +59,9 @@ class Scratch:
 
     def take(self, name: str, *shape: int) -> Tensor:
         """Return a contiguous, uninitialised tensor that lives until the name is taken again."""
+        view = self._views.get((name, shape))
+        if view is not None:
+            return view
         size = math.prod(shape)
         buffer = self._buffers.get(name)
         if buffer is None or buffer.numel() < size or buffer.dtype != self._dtype:
@@ -65,7 +69,9 @@ class Scratch:
             with torch.inference_mode(False):  # the next call may need a gradient
                 buffer = torch.empty(room, dtype=self._dtype, device=self._like.device)
             self._buffers[name] = buffer
-        return buffer[:size].view(shape)
+            self._views = {place: view for place, view in self._views.items() if place[0] != name}
+        view = self._views[name, shape] = buffer[:size].view(shape)
+        return view
 
     def fences(self, structure: Structure, tile: Tile, n_queries: int, n_keys: int) -> Fences:
         """Return edge_masks as numbers to add; tiles that lie alike on the diagonal share them."""
@@ -120,6 +126,22 @@ class ChunkView:
         """Cut ``[batch, query heads, queries, dim]`` to ``[units, group, queries, dim]``."""
         return self.chunk.units(tensor, self.problem.group)
 
+    def by_key(self, tensor: Tensor | None) -> Tensor | None:
+        """Cut ``[batch, key heads, keys, dim]`` to ``[units, keys, dim]``; a view.
+
+        A chunk is either whole batch entries or some heads of one.
+        """
+        if tensor is None:
+            return None
+        return tensor[self.chunk.batches, self.chunk.heads].flatten(0, 1)
+
+    def zeros_for(self, name: str, cut: Tensor | None) -> Tensor | None:
+        """Return zeros to sum a result in: itself, or wide scratch if it is in low precision."""
+        if cut is None:
+            return None
+        wide = cut.dtype == self.problem.wide
+        return (cut if wide else self.scratch.take(name, *cut.shape)).zero_()
+
     def tiles(self) -> Iterator[Tile]:
         """Walk over the blocks of rows, each with the keys that any of its rows may see."""
         n_queries, n_keys = self.problem.query.shape[2], self.problem.key.shape[2]
@@ -133,10 +155,6 @@ class ChunkView:
         for start in range(tile.key_start, tile.key_stop, width):
             yield tile._replace(key_start=start, key_stop=min(start + width, tile.key_stop))
 
-    def room_for(self, name: str, cut: Tensor) -> Tensor:
-        """Return where to compute a result: itself, or wide scratch if it is in low precision."""
-        return cut if cut.dtype == self.problem.wide else self.scratch.take(name, *cut.shape)
-
     def targets(self, cut: Tensor) -> tuple[Tensor, ...]:
         """Split ``[units, group, queries, dim]`` into ``[units, group, rows, dim]`` blocks."""
         blocks: tuple[Tensor, ...] = cut.split(self.rows_in_block, dim=2)
@@ -144,8 +162,8 @@ class ChunkView:
 
     def sources(self, name: str, cut: Tensor) -> Iterator[Tensor]:
         """Walk over ``[units, group rows, dim]`` blocks of ``[units, group, queries, dim]``."""
-        blocks = self.widen(name, cut).split(self.rows_in_block, dim=2)
-        return (block.flatten(1, 2) for block in blocks)
+        for block in cut.split(self.rows_in_block, dim=2):
+            yield self.widen(name, block).flatten(1, 2)
 
     def scores(self, tile: Tile, query: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return scores in base 2, not masked, and their tanh if capped: ``[units, rows, keys]``.
@@ -173,20 +191,21 @@ class ChunkView:
         """View ``[units, group rows, keys]`` as ``[b, h, group, rows, keys]``."""
         return score.view(*self.shape, tile.row_stop - tile.row_start, score.shape[-1])
 
-    def mask(self, score: Tensor, tile: Tile, floor: float) -> None:
-        """Bring the scores of keys that are not allowed to ``floor``, below all others."""
+    def mask(self, score: Tensor, tile: Tile) -> None:
+        """Bring the scores of keys that are not allowed to MASKED_SCORE, below all others."""
         problem = self.problem
         sizes = problem.query.shape[2], problem.key.shape[2]
         heads = score.view(-1, tile.row_stop - tile.row_start, score.shape[-1])
         for columns, fence in self.scratch.fences(self.structure, tile, *sizes):
             # An addition takes a quarter of the time of masked_fill_.
-            heads[:, :, columns].add_(fence).clamp_(min=floor)
+            heads[:, :, columns].add_(fence)
         if self.inner is None or sees_all(self.inner, tile, *sizes):
             return
         allowed = tile_allowed(self.inner, tile, *sizes, score.device)
         if allowed is not None:
             everyone = self.chunk._replace(batches=slice(None))
-            self.per_head(score, tile).masked_fill_(~everyone.of(allowed, problem.group), floor)
+            masked = ~everyone.of(allowed, problem.group)
+            self.per_head(score, tile).masked_fill_(masked, MASKED_SCORE)
 
     def keep(self, tile: Tile, like: Tensor) -> Tensor | None:
         """Draw the dropout factors of a tile: 0 or 1/(1-rate), the same in forward and backward."""

@@ -39,8 +39,7 @@ def forward(
 def _forward_chunk(view: ChunkView, results: tuple[Tensor, ...]) -> None:
     """Fill one chunk of the output and the statistics."""
     output, *statistics = (view.by_unit(result) for result in results)
-    wide_output = view.room_for("output", output)
-    targets = (view.targets(result) for result in (wide_output, *statistics))
+    targets = (view.targets(result) for result in (output, *statistics))
     queries = view.sources("query", view.by_unit(view.problem.query))
     for tile, query, *rows in zip(view.tiles(), queries, *targets, strict=False):
         if tile.key_start == tile.key_stop:
@@ -48,8 +47,6 @@ def _forward_chunk(view: ChunkView, results: tuple[Tensor, ...]) -> None:
                 target.fill_(nothing)
         else:
             _forward_block(view, tile, query, *rows)
-    if wide_output is not output:
-        output.copy_(wide_output)
 
 
 def _forward_block(
@@ -67,24 +64,26 @@ def _forward_block(
     product = view.scratch.take("product", *query.shape[:2], output.shape[-1])
     for piece in view.pieces(tile):
         flat, _ = view.scores(piece, query)
-        view.mask(flat, piece, MASKED_SCORE)
+        view.mask(flat, piece)
         score = flat.view(*shape, flat.shape[-1])
-        here = torch.amax(score, -1, keepdim=True)
-        if piece.key_start == tile.key_start:
-            largest.copy_(here)
-            for sums in (total, weighted, product):
-                sums.zero_()
+        first = piece.key_start == tile.key_start
+        if first:
+            torch.amax(score, -1, keepdim=True, out=largest)
         else:
-            _raise_maximum(here, largest, total, weighted, product)
+            _raise_maximum(score.amax(-1, keepdim=True), largest, total, weighted, product)
         score.sub_(largest)
         probability = torch.exp2(score, out=view.scratch.take("probability", *score.shape))
-        total.add_(torch.sum(probability, -1, keepdim=True))
-        weighted.add_(torch.sum(score.mul_(probability), -1, keepdim=True))
+        for sums, terms in ((total, probability), (weighted, score.mul_(probability))):
+            if first:
+                torch.sum(terms, -1, keepdim=True, out=sums)
+            else:
+                sums.add_(terms.sum(-1, keepdim=True))
         keep = view.keep(piece, flat)
         weights = probability.view(flat.shape)
         if keep is not None:
             weights.mul_(keep)
-        product.baddbmm_(weights, view.value[:, piece.key_start : piece.key_stop])
+        values = view.value[:, piece.key_start : piece.key_stop]
+        product.baddbmm_(weights, values, beta=0.0 if first else 1.0)
     torch.div(product.view(output.shape), total, out=output)
 
 

@@ -11,11 +11,10 @@ from entropy_regularization.attention.masking import Structure
 LOG2_E = 1.0 / math.log(2.0)
 LN_2 = math.log(2.0)
 
-# A masked score stays finite, because 0 * -inf in the sum of p (s - m) is NaN.
-MASKED_SCORE = -1e30
-EMPTY_ROW = -5e29  # a row whose largest score lies below this sees no key
-# 2^-2000 is 0 in float32 and float64; kept small so that its product with any gradient is finite.
-MASKED_LOG_PROBABILITY = -2000.0
+# A masked score stays finite, because 0 * -inf is NaN: in the sum of p (s - m), and in the product
+# of p with the gradient of s, where a gradient of the entropy up to 1e16 may multiply it.
+MASKED_SCORE = -1e22
+EMPTY_ROW = -5e21  # a row whose largest score lies below this sees no key
 
 
 class Problem(NamedTuple):
