@@ -12,6 +12,7 @@ from entropy_regularization.attention.masking import visible_keys
 SCRATCH_ELEMENTS = 800_000
 ROWS, MOST_ROWS = ((512, 64), (1024, 96), (2048, 192)), 256  # (keys, rows of a block)
 UNCUT, PIECE, UNITS = 1024, 512, 4  # more keys are cut in pieces, of so many units at once
+MULTIPLE = 16  # products are fastest at multiples of it
 WHOLE_SCORES = 40_000  # of one head: a matrix so small is not cut, unless half of it is masked
 
 
@@ -82,11 +83,11 @@ def _rows_for(keys: int) -> int:
 def even(whole: int, part: int) -> int:
     """Return a number near ``part`` that cuts the whole without a small rest.
 
-    A multiple of 16, which products are fastest at, unless it is small or nothing is cut.
+    A multiple of MULTIPLE, unless it is small or nothing is cut.
     """
     parts = max(1, round(whole / max(part, 1)))
     length = max(1, -(-whole // parts))
-    return length if parts == 1 or length < 32 else -(-length // 16) * 16
+    return length if parts == 1 or length < 2 * MULTIPLE else -(-length // MULTIPLE) * MULTIPLE
 
 
 def _widest(problem: Problem, rows: int) -> int:

@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from entropy_regularization.attention.blockwise.blocking import Blocks, Chunk, even
+from entropy_regularization.attention.blockwise.blocking import MULTIPLE, Blocks, Chunk, even
 from entropy_regularization.attention.blockwise.problem import LOG2_E, MASKED_SCORE, Problem
 from entropy_regularization.attention.masking import (
     Structure,
@@ -147,7 +147,10 @@ class ChunkView:
         n_queries, n_keys = self.problem.query.shape[2], self.problem.key.shape[2]
         for start in range(0, n_queries, self.rows_in_block):
             stop = min(start + self.rows_in_block, n_queries)
-            yield Tile(start, stop, *visible_keys(self.structure, start, stop, n_queries, n_keys))
+            first, last = visible_keys(self.structure, start, stop, n_queries, n_keys)
+            if self.inner is None:
+                first -= first % MULTIPLE  # the edge of the window masks them anyway
+            yield Tile(start, stop, first, last)
 
     def pieces(self, tile: Tile) -> Iterator[Tile]:
         """Cut the keys of a tile into pieces whose scores stay in the cache."""
