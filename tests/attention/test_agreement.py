@@ -185,6 +185,40 @@ def test_many_keys_are_met_in_pieces(window: tuple[int, int] | None) -> None:
     assert worst_error(gradients(got, inputs), gradients(expected, inputs)) <= 1e-11
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_few_rows_meet_many_keys(dtype: torch.dtype) -> None:
+    """A decoding step: one block, whose keys are widened a piece at a time in low precision."""
+    generator = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(1, 2, n, 8, generator=generator).to(dtype) for n in (2, 2600, 2600)]
+    problem = Problem(*inputs, Structure(right=0), 0.5)
+    assert blocking.choose_blocks(problem).keys == (2600 if dtype == torch.float32 else 1024)
+    low, exact = ([x.to(kind).requires_grad_() for x in inputs] for kind in (dtype, torch.float64))
+    got = attention_with_entropy(*low, causal=True, implementation="blockwise")
+    expected = attention_with_entropy(*exact, causal=True, implementation="reference")
+    budget = max(1e-6, torch.finfo(dtype).eps)
+    assert worst_error([got.entropy], [expected.entropy]) <= 1e-5
+    assert worst_error([got.output], [expected.output]) <= budget
+    found, true = gradients(got, low), gradients(expected, exact)
+    assert worst_error(found, true) <= budget
+
+
+@pytest.mark.parametrize("implementation", ["reference", "blockwise"])
+def test_masked_scores_may_be_large_and_so_may_the_gradient(implementation: str) -> None:
+    """A future key at a score of 1e10, and a gradient of the entropy as of a scaled loss."""
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(1, 1, 40, 8, generator=generator) for _ in range(3))
+    far = key.clone()
+    far[:, :, -1] *= 1e10
+    query[:, :, -1] = 0.0  # the only row that sees it
+    results = []
+    for keys in (key, far):
+        inputs = [query.clone().requires_grad_(), keys.requires_grad_(), value]
+        found = attention_with_entropy(*inputs, causal=True, implementation=implementation)
+        results.append(torch.autograd.grad(1e10 * found.entropy[..., :-1].sum(), inputs[:2]))
+    assert all(torch.isfinite(tensor).all() for tensor in results[1])
+    assert torch.equal(results[1][0], results[0][0])
+
+
 def test_peaked_rows_and_large_offsets_keep_their_precision() -> None:
     """float32 at a common logit offset of 1e4, and rows so peaked that most weights underflow."""
     generator = torch.Generator().manual_seed(0)

@@ -168,42 +168,57 @@ def _backward_block(
     block = None if d_query is None else scratch.take("d_query_block", *query.shape)
     for piece in view.pieces(tile):
         keys = slice(piece.key_start, piece.key_stop)
-        d_score, weights = _score_gradient(view, piece, query, d_output, constants, d_bias)
+        key, value = view.keys_and_values(piece)
+        given = (query, key, value, d_output)
+        d_score, weights = _score_gradient(view, piece, given, constants, d_bias)
         if value_sum is not None:
-            _add_product(value_sum[:, keys], weights, d_output, 1.0, scratch)
+            _add_product(view, value_sum[:, keys], weights, d_output, 1.0)
         if key_sum is not None:
-            _add_product(key_sum[:, keys], d_score, query, scale, scratch)
+            _add_product(view, key_sum[:, keys], d_score, query, scale)
         if block is not None:
             beta = 0.0 if piece.key_start == tile.key_start else 1.0
-            block.baddbmm_(d_score, view.key[:, keys], beta=beta, alpha=scale)
+            block.baddbmm_(d_score, key, beta=beta, alpha=scale)
     if block is not None and d_query is not None:
         d_query.copy_(block.view(d_query.shape))
 
 
 def _add_product(
-    target: Tensor, left: Tensor, right: Tensor, factor: float, scratch: Scratch
+    view: ChunkView, target: Tensor, left: Tensor, right: Tensor, factor: float
 ) -> None:
-    """Add ``factor left^T right`` to a slice, by way of a contiguous buffer if it is strided."""
+    """Add ``factor left^T right`` to a slice, by way of a contiguous buffer if it is strided.
+
+    One block of rows alone adds to zeros: it writes, in low precision too.
+    """
     left = left.transpose(1, 2)
-    if target.is_contiguous():
-        target.baddbmm_(left, right, alpha=factor)
+    if target.is_contiguous() and target.dtype == left.dtype:
+        target.baddbmm_(left, right, beta=0.0 if view.alone else 1.0, alpha=factor)
         return
-    product = scratch.take("product", *target.shape)
-    target.add_(torch.bmm(left, right, out=product), alpha=factor)
+    product = view.scratch.take("product", *target.shape)
+    if view.alone:
+        target.copy_(product.baddbmm_(left, right, beta=0.0, alpha=factor))
+    else:
+        target.add_(torch.bmm(left, right, out=product), alpha=factor)
 
 
 def _score_gradient(
     view: ChunkView,
     tile: Tile,
-    query: Tensor,
-    d_output: Tensor,
+    given: tuple[Tensor, Tensor, Tensor, Tensor],
     rows: RowConstants,
     d_bias: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Return d(score before the cap) and the weights that multiplied the values."""
+    """Return d(score before the cap) and the weights that multiplied the values.
+
+    Args:
+        view: the chunk.
+        tile: the rows and keys.
+        given: their query, key, value, and gradient of the output, ``[units, ..., dim]``.
+        rows: constants, ``[units, group rows, 1]``.
+        d_bias: the gradient of the chunk's bias, to be added to.
+    """
     scratch = view.scratch
-    value_t = view.value[:, tile.key_start : tile.key_stop].transpose(1, 2)
-    log2_probability, capped = view.scores(tile, query)
+    query, key, value, d_output = given
+    log2_probability, capped = view.scores(tile, query, key)
     log2_probability.sub_(rows.log2_normalizer)
     view.mask(log2_probability, tile)
     shape = log2_probability.shape
@@ -212,10 +227,10 @@ def _score_gradient(
     d_score = log2_probability.mul_(rows.log2_slope).sub_(rows.delta)
     keep = view.keep(tile, probability)
     if keep is None:
-        d_score.baddbmm_(d_output, value_t)
+        d_score.baddbmm_(d_output, value.transpose(1, 2))
     else:
         product = scratch.take("d_weights", *shape)
-        d_score.addcmul_(torch.bmm(d_output, value_t, out=product), keep)
+        d_score.addcmul_(torch.bmm(d_output, value.transpose(1, 2), out=product), keep)
     d_score.mul_(probability)
     if d_bias is not None:
         target = tile.crop(d_bias)

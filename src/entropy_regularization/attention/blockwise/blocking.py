@@ -11,7 +11,9 @@ from entropy_regularization.attention.masking import visible_keys
 # Elements of one score buffer: two of them should stay near the second-level cache.
 SCRATCH_ELEMENTS = 800_000
 ROWS, MOST_ROWS = ((512, 64), (1024, 96), (2048, 192)), 256  # (keys, rows of a block)
-UNCUT, PIECE, UNITS = 1024, 512, 4  # more keys are cut in pieces, of so many units at once
+UNCUT, PIECE = 1024, 512  # more keys are cut in pieces
+PIECE_SCORES = 4 * 256 * 512  # in a buffer, if keys are cut
+ALL_AT_ONCE = 200_000  # scores of all heads: so few are one chunk, uncut
 MULTIPLE = 16  # products are fastest at multiples of it
 WHOLE_SCORES = 40_000  # of one head: a matrix so small is not cut, unless half of it is masked
 
@@ -48,32 +50,42 @@ class Blocks(NamedTuple):
 
 def choose_blocks(problem: Problem) -> Blocks:
     """Choose blocks that keep the score buffers near the cache and all cores busy (measured)."""
-    batch, kv_heads, n_keys, _ = problem.key.shape
-    n_queries, group = problem.query.shape[2], problem.group
-    left, right = problem.structure.left, problem.structure.right
-    window = n_keys if left is None or right is None else min(n_keys, max(left + right + 1, 0))
-    # Keys are packed anew for every product: the more of them, the more rows must share that.
-    rows = _rows_for(window)
-    n_keys = min(n_keys, window + rows)
-    if problem.structure.document is not None or problem.structure.key_padding is not None:
-        n_keys = min(n_keys, _widest(problem, rows))
-        rows = min(rows, _rows_for(n_keys))
-    rows = max(16, rows // group)
-    whole = group * n_queries * problem.key.shape[2]
-    if right is None and whole <= WHOLE_SCORES:
-        rows = n_queries
-    rows = even(n_queries, rows)
-    if batch * kv_heads * whole <= SCRATCH_ELEMENTS // 4:
-        return Blocks(max(n_queries, 1), max(batch, 1), max(kv_heads, 1), n_keys)
-    keys = n_keys if n_keys <= UNCUT else PIECE
-    room = max(2, SCRATCH_ELEMENTS // max(group * rows * keys, 1))
-    if keys < n_keys:
-        room = min(room, UNITS)
+    batch, kv_heads, all_keys, dim = problem.key.shape
+    rows, n_keys = _rows_and_keys(problem)
+    if batch * kv_heads * problem.group * problem.query.shape[2] * all_keys <= ALL_AT_ONCE:
+        # Low precision is widened a piece at a time.
+        keys = n_keys if problem.query.dtype == problem.wide else min(n_keys, UNCUT)
+        return Blocks(max(problem.query.shape[2], 1), max(batch, 1), max(kv_heads, 1), keys)
+    stacked, keys = problem.group * rows, n_keys
+    room = SCRATCH_ELEMENTS // max(stacked * keys, 1)
+    if n_keys > UNCUT:
+        keys = PIECE if 2 * stacked > MOST_ROWS else UNCUT
+        room = min(PIECE_SCORES // stacked, SCRATCH_ELEMENTS // max(dim, 1)) // keys
+    room = max(2, room)
     if room >= kv_heads:
         return Blocks(rows, min(max(room // kv_heads, 1), batch), kv_heads, keys)
     # An even share for every core, and no smaller chunk at the end.
     shares = [units for units in range(2, room + 1, 2) if kv_heads % units == 0]
     return Blocks(rows, 1, max(shares, default=room), keys)
+
+
+def _rows_and_keys(problem: Problem) -> tuple[int, int]:
+    """Return the rows of a block, and the most keys that they may see."""
+    structure, group = problem.structure, problem.group
+    n_queries, n_keys = problem.query.shape[2], problem.key.shape[2]
+    window = n_keys
+    if structure.left is not None and structure.right is not None:
+        window = min(n_keys, max(structure.left + structure.right + 1, 0))
+    # Keys are packed anew for every product: the more of them, the more rows must share that.
+    rows = _rows_for(window)
+    most = min(n_keys, window + rows)
+    if structure.document is not None or structure.key_padding is not None:
+        most = min(most, _widest(problem, rows))
+        rows = min(rows, _rows_for(most))
+    rows = max(MULTIPLE, rows // group)
+    if structure.right is None and group * n_queries * n_keys <= WHOLE_SCORES:
+        rows = n_queries
+    return even(n_queries, rows), most
 
 
 def _rows_for(keys: int) -> int:

@@ -7,7 +7,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from entropy_regularization.attention.blockwise.blocking import MULTIPLE, Blocks, Chunk, even
+from entropy_regularization.attention.blockwise.blocking import (
+    MULTIPLE,
+    SCRATCH_ELEMENTS,
+    Blocks,
+    Chunk,
+    even,
+)
 from entropy_regularization.attention.blockwise.problem import LOG2_E, MASKED_SCORE, Problem
 from entropy_regularization.attention.masking import (
     Structure,
@@ -112,8 +118,11 @@ class ChunkView:
         self.rows_in_block, self.keys_in_piece = blocks.rows, blocks.keys
         key, value = (each[chunk.batches, chunk.heads] for each in (problem.key, problem.value))
         self.shape = (*key.shape[:2], problem.group)
-        self.key = self.widen("key", key).flatten(0, 1)  # [units, keys, dim]
-        self.value = self.widen("value", value).flatten(0, 1)
+        self.alone = blocks.rows >= problem.query.shape[2]  # one block holds all rows
+        if not self.alone and key.numel() + value.numel() <= 2 * SCRATCH_ELEMENTS:
+            # Small enough to be widened once for all blocks.
+            key, value = self.widen("key", key), self.widen("value", value)
+        self.key, self.value = key.flatten(0, 1), value.flatten(0, 1)  # [units, keys, dim]
         self.bias = None if problem.bias is None else chunk.of(problem.bias, problem.group)
 
     def widen(self, name: str, tensor: Tensor) -> Tensor:
@@ -139,8 +148,8 @@ class ChunkView:
         """Return zeros to sum a result in: itself, or wide scratch if it is in low precision."""
         if cut is None:
             return None
-        wide = cut.dtype == self.problem.wide
-        return (cut if wide else self.scratch.take(name, *cut.shape)).zero_()
+        itself = self.alone or cut.dtype == self.problem.wide
+        return (cut if itself else self.scratch.take(name, *cut.shape)).zero_()
 
     def tiles(self) -> Iterator[Tile]:
         """Walk over the blocks of rows, each with the keys that any of its rows may see."""
@@ -168,18 +177,23 @@ class ChunkView:
         for block in cut.split(self.rows_in_block, dim=2):
             yield self.widen(name, block).flatten(1, 2)
 
-    def scores(self, tile: Tile, query: Tensor) -> tuple[Tensor, Tensor | None]:
+    def keys_and_values(self, tile: Tile) -> tuple[Tensor, Tensor]:
+        """Return a tile's ``[units, keys, dim]`` in the dtype of scores."""
+        keys = slice(tile.key_start, tile.key_stop)
+        return self.widen("key", self.key[:, keys]), self.widen("value", self.value[:, keys])
+
+    def scores(self, tile: Tile, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return scores in base 2, not masked, and their tanh if capped: ``[units, rows, keys]``.
 
         Args:
             tile: the block of rows and its keys.
             query: ``[units, group rows, dim]``.
+            key: ``[units, keys, dim]``.
         """
         problem = self.problem
-        keys = self.key[:, tile.key_start : tile.key_stop].transpose(1, 2)
-        score = self.scratch.take("score", *query.shape[:2], keys.shape[2])
+        score = self.scratch.take("score", *query.shape[:2], key.shape[1])
         factor = problem.scale * (LOG2_E if problem.softcap is None else 1.0 / problem.softcap)
-        score.baddbmm_(query, keys, beta=0, alpha=factor)
+        score.baddbmm_(query, key.transpose(1, 2), beta=0, alpha=factor)
         capped = None
         if problem.softcap is not None:
             capped = self.scratch.take("capped", *score.shape)

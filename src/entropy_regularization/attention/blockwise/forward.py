@@ -63,7 +63,8 @@ def _forward_block(
     # A buffer of its own: a batched product into a strided slice is a third slower.
     product = view.scratch.take("product", *query.shape[:2], output.shape[-1])
     for piece in view.pieces(tile):
-        flat, _ = view.scores(piece, query)
+        key, value = view.keys_and_values(piece)
+        flat, _ = view.scores(piece, query, key)
         view.mask(flat, piece)
         score = flat.view(*shape, flat.shape[-1])
         first = piece.key_start == tile.key_start
@@ -82,8 +83,7 @@ def _forward_block(
         weights = probability.view(flat.shape)
         if keep is not None:
             weights.mul_(keep)
-        values = view.value[:, piece.key_start : piece.key_stop]
-        product.baddbmm_(weights, values, beta=0.0 if first else 1.0)
+        product.baddbmm_(weights, value, beta=0.0 if first else 1.0)
     torch.div(product.view(output.shape), total, out=output)
 
 
