@@ -158,7 +158,7 @@ def measure_structure() -> dict[str, Any]:
     """8192 tokens, a part of them excluded, against all of them: what is excluded costs nothing."""
     given = inputs(8192)
     shares = {"window of 256": 1 / 16, "16 documents": 1 / 16, "left half padding": 1 / 4}
-    found = take_turns({name: both(name, given) for name in ("ours", *shares)}, 3, base="ours")
+    found = take_turns({name: both(name, given) for name in ("ours", *shares)}, 7, base="ours")
     for name, share in shares.items():
         print(
             f"N=8192 {name}: {found[name]['ratio_median']:.3f} of the time of full causal, "

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from entropy_regularization.attention.blockwise.blocking import (
     MULTIPLE,
-    SCRATCH_ELEMENTS,
     Blocks,
     Chunk,
     even,
@@ -26,6 +25,9 @@ from entropy_regularization.attention.masking import (
 
 # Scratch buffers up to this size stay for the next call.
 KEPT_BYTES = 32 * 2**20
+# Keys and values of a chunk in low precision: more of them are widened a piece at a time, because
+# the buffers would not stay.
+WIDENED_AT_ONCE = 2**22
 
 Fences = list[tuple[slice, Tensor]]  # columns of a tile, and what to add there to mask them
 
@@ -119,8 +121,7 @@ class ChunkView:
         key, value = (each[chunk.batches, chunk.heads] for each in (problem.key, problem.value))
         self.shape = (*key.shape[:2], problem.group)
         self.alone = blocks.rows >= problem.query.shape[2]  # one block holds all rows
-        if not self.alone and key.numel() + value.numel() <= 2 * SCRATCH_ELEMENTS:
-            # Small enough to be widened once for all blocks.
+        if not self.alone and key.numel() + value.numel() <= WIDENED_AT_ONCE:
             key, value = self.widen("key", key), self.widen("value", value)
         self.key, self.value = key.flatten(0, 1), value.flatten(0, 1)  # [units, keys, dim]
         self.bias = None if problem.bias is None else chunk.of(problem.bias, problem.group)
