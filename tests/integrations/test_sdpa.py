@@ -514,6 +514,37 @@ def test_state_is_restored_after_an_exception_and_two_models_do_not_mix(x: Tenso
     assert not inner[0].entropy.requires_grad
 
 
+class Attend(nn.Module):
+    """A function that happens to be a module."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.scaled_dot_product_attention(x, x, x)
+
+
+class Student(Stack):
+    """Another module runs inside its forward pass without being a part of it."""
+
+    def __init__(self, other: nn.Module) -> None:
+        super().__init__(layers=1)
+        self.others = [other]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + self.others[0](x)
+
+
+def test_a_module_that_is_no_part_of_the_model_is_refused_if_it_attends(x: Tensor) -> None:
+    model, fused = Student(Stack()), Student(Attend())
+    with (
+        pytest.raises(RuntimeError, match="Stack attends inside the forward pass of Student"),
+        record_entropy(model),
+    ):
+        model(x)
+    assert is_restored()
+    with record_entropy(fused) as recording:
+        fused(x)
+    assert [layer.name for layer in recording] == ["blocks.0", "Student"]
+
+
 def penalised(model: nn.Module, x: Tensor, inside: bool = True) -> list[Tensor]:
     """Return gradients of a sum of outputs and entropies, backward inside the context or after."""
     parameters = list(model.parameters())

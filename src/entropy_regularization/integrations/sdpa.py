@@ -9,21 +9,17 @@ from torch.utils.hooks import RemovableHandle
 
 from entropy_regularization.attention.api import AttentionOutput
 from entropy_regularization.integrations import interception
-from entropy_regularization.integrations.checkpointing import AtNextForward, refuse_lost_gradient
-from entropy_regularization.integrations.compiled import is_compiled, name_of, unwrapped
-from entropy_regularization.integrations.layers import Wanted, kind_of
+from entropy_regularization.integrations.calls import CallRecorder
+from entropy_regularization.integrations.compiled import name_of
 from entropy_regularization.integrations.stack import (
-    calling_module,
-    in_checkpoint,
     runs_compiled,
     runs_in_backward,
 )
-from entropy_regularization.integrations.unseen import Watch
 from entropy_regularization.recording.recorder import ForwardCall, Layers
-from entropy_regularization.recording.recording import EntropyRecording, LayerEntropy
+from entropy_regularization.recording.recording import EntropyRecording
 
 
-class SdpaRecorder:
+class SdpaRecorder(CallRecorder):
     """Listens to one model; start and stop may be called again and again.
 
     Args:
@@ -45,61 +41,24 @@ class SdpaRecorder:
         gradient: bool = True,
         allow_partial: bool = False,
     ) -> None:
-        self.model = unwrapped(model)
-        self.layers = Wanted(layers)
-        self.gradient = gradient
-        self.allow_partial = allow_partial
+        super().__init__(model, layers, gradient=gradient, allow_partial=allow_partial)
         self._names = {
             part: name_of(name) or type(part).__name__ for name, part in self.model.named_modules()
         }
         self.layers.check(self.model, self._names.values())
-        self._keeps_hooks = any(map(is_compiled, model.modules()))
         attentions = [n for p, n in self._names.items() if isinstance(p, nn.MultiheadAttention)]
         if attentions and self._keeps_hooks:
             raise ValueError(
                 f"{attentions[0]} is an nn.MultiheadAttention in a compiled model, which cannot be "
                 "recorded; record the model before torch.compile."
             )
-        self._recording = EntropyRecording()
-        self._watch = Watch(self.model)
         self.listens = False
-        # No counts: compiled code would be compiled anew for each.
-        self._ran = self._attended = False
-        self._index = 0  # of the next call in its pass
-        self._heard: list[str] = []
-        self._grad_at_entry = False
-        self._hooks: list[RemovableHandle] = []
-        self._checkpointed = False
-        self._next_forward = AtNextForward(self._stop_lingering)
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copied model takes a recorder along that is not listening; entropies stay here."""
-        return {**self.__dict__, "_recording": EntropyRecording(), "listens": False}
-
-    def start(self, call: ForwardCall | None = None) -> EntropyRecording:
-        """Listen; return the recording to fill.
-
-        Args:
-            call: the forward pass that is already beginning, see Recorder.
-
-        Raises:
-            RuntimeError: if another thread records the model.
-        """
-        interception.listen(self)
-        try:
-            self._start(call)
-        except BaseException:
-            self.abort()
-            raise
-        return self._recording
+        """A copied model takes a recorder along that is not listening."""
+        return {**super().__getstate__(), "listens": False}
 
     def _start(self, call: ForwardCall | None) -> None:
-        self._recording = EntropyRecording()
-        self._ran = self._attended = False
-        self._index = 0
-        self._heard = []
-        self._checkpointed = False
-        self._next_forward.cancel()
         self.listens = True
         if not self._hooks:
             for part, name in self._names.items():
@@ -154,13 +113,6 @@ class SdpaRecorder:
         if self._checkpointed:
             self._next_forward.wait([self.model])
 
-    def _stop_lingering(self) -> None:
-        interception.stop_listening(self)
-
-    def is_running(self) -> bool:
-        """Tell whether a module of the model is running in this thread."""
-        return calling_module(self._names) is not None
-
     def _follow(self, part: nn.Module, name: str) -> list[RemovableHandle]:
         """Hook one module: while it runs, calls of attention are its calls."""
         if isinstance(part, torch.jit.ScriptModule):  # takes no hooks; the watch reads it
@@ -212,22 +164,8 @@ class SdpaRecorder:
         """Take the rows of one attention call.
 
         Raises:
-            RuntimeError: if reentrant checkpointing has cut the gradient of the entropy.
+            RuntimeError: if reentrant checkpointing has cut the gradient of the entropy, or a
+                module that is no part of the model called.
         """
-        if runs_in_backward():
-            return
-        index, name = self._index, place or type(self.model).__name__
-        self._attended = True
-        self._index += 1
-        if not torch.compiler.is_compiling():
-            self._heard.append(name)
-            if self.gradient and self._grad_at_entry:
-                refuse_lost_gradient(self.model, name)
-            self._checkpointed |= torch.is_grad_enabled() and in_checkpoint()
-        if not self.layers.takes(index, name):
-            return
-        entropy = found.entropy if self.gradient else found.entropy.detach()
-        rows = (found.allowed_keys > 0).any(1).expand(entropy.shape[0], entropy.shape[2])
-        self._recording.layers.append(
-            LayerEntropy(name, kind_of(name), entropy, found.allowed_keys, rows, n_keys)
-        )
+        self._refuse_strangers()
+        self._take(place or type(self.model).__name__, None, found, n_keys)

@@ -16,6 +16,16 @@ def _frames() -> Iterator[FrameType]:
         frame = frame.f_back
 
 
+def _running_modules() -> Iterator[nn.Module]:
+    """Walk over the modules whose methods are running, the innermost first."""
+    for frame in _frames():
+        code = frame.f_code
+        if "self" in code.co_varnames or "self" in code.co_freevars or "self" in code.co_cellvars:
+            part = frame.f_locals.get("self")
+            if isinstance(part, nn.Module) and not isinstance(part, nn.Softmax):
+                yield part
+
+
 def _runs(function: str, file: str) -> bool:
     return any(
         frame.f_code.co_name == function and frame.f_code.co_filename.endswith(file)
@@ -48,8 +58,21 @@ def calling_module(names: Mapping[nn.Module, str]) -> str | None:
 
     A model needs no hook on each of its modules for it.
     """
-    for frame in _frames():
-        part = frame.f_locals.get("self")
-        if isinstance(part, nn.Module) and not isinstance(part, nn.Softmax) and part in names:
+    for part in _running_modules():
+        if part in names:
             return names[part] or type(part).__name__
+    return None
+
+
+def running_stranger(names: Mapping[nn.Module, str]) -> nn.Module | None:
+    """Return the module that runs inside a model without being a part of it, None if none does.
+
+    One without parameters is no model of its own: a function that happens to be a module.
+    """
+    stranger = None
+    for part in _running_modules():
+        if part in names:
+            return stranger
+        if next(part.parameters(), None) is not None:
+            stranger = part
     return None

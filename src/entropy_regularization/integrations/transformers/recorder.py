@@ -10,21 +10,18 @@ from transformers import PreTrainedModel
 
 from entropy_regularization.attention.api import AttentionOutput
 from entropy_regularization.integrations import interception
-from entropy_regularization.integrations.checkpointing import AtNextForward, refuse_lost_gradient
-from entropy_regularization.integrations.compiled import is_compiled, name_of, unwrapped
-from entropy_regularization.integrations.layers import Wanted, kind_of
+from entropy_regularization.integrations.calls import CallRecorder
+from entropy_regularization.integrations.compiled import name_of
 from entropy_regularization.integrations.stack import (
     calling_module,
-    in_checkpoint,
     runs_compiled,
     runs_in_backward,
 )
 from entropy_regularization.integrations.transformers.attention import RECORDERS
 from entropy_regularization.integrations.transformers.padding import PaddingTracker, arguments_of
 from entropy_regularization.integrations.transformers.switching import AttentionSwitch, switch_on
-from entropy_regularization.integrations.unseen import Watch
 from entropy_regularization.recording.recorder import ForwardCall, Layers
-from entropy_regularization.recording.recording import EntropyRecording, LayerEntropy
+from entropy_regularization.recording.recording import EntropyRecording
 
 _lock = threading.Lock()  # threads may record models that share modules
 WRAPPERS = ("torch", "peft", "accelerate")  # packages whose classes only hand a model on
@@ -56,7 +53,7 @@ def _handed_on(model: nn.Module) -> str:
     return names[0] if packages.issubset(WRAPPERS) else ""
 
 
-class TransformersRecorder:
+class TransformersRecorder(CallRecorder):
     """Listens to one model; start and stop may be called again and again.
 
     Attention that goes through the attention interface of transformers is computed by
@@ -84,65 +81,23 @@ class TransformersRecorder:
     ) -> None:
         if find_pretrained(model) is None:
             raise ValueError(f"{type(model).__name__} holds no transformers model.")
-        self.model = unwrapped(model)
-        self.layers = Wanted(layers)
+        super().__init__(model, layers, gradient=gradient, allow_partial=allow_partial)
         self.layers.check(self.model, _names_of(self.model).values())
-        self.gradient = gradient
-        self.allow_partial = allow_partial
         self._parts = list(outermost(self.model).values())
         self._switches: list[AttentionSwitch] = []
-        self._watch = Watch(self.model)
         self._padding = PaddingTracker()
-        self._names: dict[nn.Module, str] = {}
-        self._recording = EntropyRecording()
-        # No counts: compiled code would be compiled anew for each.
-        self._ran = self._attended = False
-        self._index = 0  # of the next call in its pass
         self._depth = 0  # of transformers models that run
-        self._heard: list[str] = []
-        self._grad_at_entry = False
-        self._hooks: list[RemovableHandle] = []
-        # New hooks at every pass would have a compiled model compiled anew at every pass.
-        self._keeps_hooks = any(map(is_compiled, model.modules()))
         self._kept: list[RemovableHandle] = []
-        self._checkpointed = False
-        self._next_forward = AtNextForward(self._switch_off)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """A copied model takes a recorder along that is not listening; entropies stay here."""
-        return {**self.__dict__, "_recording": EntropyRecording()}
 
     @property
     def listens(self) -> bool:
         """Whether the recorder was started and not yet stopped."""
         return self._padding.active
 
-    def start(self, call: ForwardCall | None = None) -> EntropyRecording:
-        """Switch the model to the entropy attention and listen; return the recording to fill.
-
-        Args:
-            call: the forward pass that is already beginning, see Recorder.
-
-        Raises:
-            RuntimeError: if another thread records the model.
-        """
-        interception.listen(self)
-        try:
-            self._start(call)
-        except BaseException:
-            self.abort()
-            raise
-        return self._recording
-
     def _start(self, call: ForwardCall | None) -> None:
-        self._recording = EntropyRecording()
-        self._ran = self._attended = False
-        self._index = self._depth = 0
-        self._heard = []
-        self._checkpointed = False
+        self._depth = 0
         # now, not when built: a copied or wrapped model has other modules and names
         self._names = _names_of(self.model)
-        self._next_forward.cancel()
         self._switches = [each for part in self._parts for each in switch_on(part, self)]
         with _lock:
             for part in self._names:
@@ -209,7 +164,7 @@ class TransformersRecorder:
         if lingers:
             self._next_forward.wait({self.model, *self._parts})
         else:
-            self._switch_off()
+            self._stop_lingering()
 
     def _leave_modules(self) -> None:
         """Deposit no more; what other recorders hear, in other threads too, misses no call."""
@@ -222,15 +177,11 @@ class TransformersRecorder:
                 elif given:
                     del part.__dict__[RECORDERS]
 
-    def _switch_off(self) -> None:
+    def _stop_lingering(self) -> None:
         self._next_forward.cancel()
-        interception.stop_listening(self)
+        super()._stop_lingering()
         while self._switches:
             self._switches.pop().off(self)
-
-    def is_running(self) -> bool:
-        """Tell whether a module of the model is running in this thread."""
-        return calling_module(self._names) is not None
 
     def deposit(
         self, module: nn.Module, found: AttentionOutput, n_keys: int, key_padding: Tensor | None
@@ -242,40 +193,21 @@ class TransformersRecorder:
         """
         if self.listens:  # not a copy
             name = self._names.get(module, type(module).__name__)
-            self._deposit(name, module, found, n_keys, key_padding)
+            self._take(name, module, found, n_keys, key_padding)
 
     def deposit_call(self, place: str | None, found: AttentionOutput, n_keys: int) -> None:
-        """Take the rows of one call of torch's own attention function."""
+        """Take the rows of one call of torch's own attention function.
+
+        Raises:
+            RuntimeError: as deposit, or if a module that is no part of the model called.
+        """
+        self._refuse_strangers()
         name = place or calling_module(self._names) or type(self.model).__name__
         module = next((part for part, each in self._names.items() if each == name), self.model)
-        self._deposit(name, module, found, n_keys, None)
+        self._take(name, module, found, n_keys)
 
-    def _deposit(
-        self,
-        name: str,
-        module: nn.Module,
-        found: AttentionOutput,
-        n_keys: int,
-        key_padding: Tensor | None,
-    ) -> None:
-        if runs_in_backward():
-            return
-        index = self._index
-        self._index += 1
-        self._attended = True
-        if not torch.compiler.is_compiling():
-            self._heard.append(name)
-            if self.gradient and self._grad_at_entry:
-                refuse_lost_gradient(self.model, name)
-            self._checkpointed |= torch.is_grad_enabled() and in_checkpoint()
-        if not self.layers.takes(index, name):
-            return
-        entropy = found.entropy if self.gradient else found.entropy.detach()
-        rows = self._padding.rows(entropy, key_padding) & (found.allowed_keys > 0).any(1)
-        kind = kind_of(name, module)
-        self._recording.layers.append(
-            LayerEntropy(name, kind, entropy, found.allowed_keys, rows, n_keys)
-        )
+    def _real_rows(self, entropy: Tensor, key_padding: Tensor | None) -> Tensor:
+        return self._padding.rows(entropy, key_padding)
 
     def _refuse_unheard(self, recording: EntropyRecording) -> None:
         """Raise if some attention was not heard and that was not accepted."""
@@ -301,7 +233,7 @@ class TransformersRecorder:
         """The forward pass of the model begins, or of a part."""
         if not self.listens:
             if not self._keeps_hooks:  # a copy that was made while its original listened
-                self._switch_off()
+                self._stop_lingering()
             return
         self._depth += 1
         if self._depth > 1 or runs_in_backward():

@@ -1,0 +1,151 @@
+"""What both recorders share: how they start, and how they take the calls of a forward pass."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from entropy_regularization.attention.api import AttentionOutput
+from entropy_regularization.integrations import interception
+from entropy_regularization.integrations.checkpointing import AtNextForward, refuse_lost_gradient
+from entropy_regularization.integrations.compiled import is_compiled, unwrapped
+from entropy_regularization.integrations.layers import Wanted, kind_of
+from entropy_regularization.integrations.stack import (
+    calling_module,
+    in_checkpoint,
+    running_stranger,
+    runs_in_backward,
+)
+from entropy_regularization.integrations.unseen import Watch
+from entropy_regularization.recording.recorder import ForwardCall, Layers
+from entropy_regularization.recording.recording import EntropyRecording, LayerEntropy
+
+
+class CallRecorder:
+    """Listens to one model; start and stop may be called again and again.
+
+    Args:
+        model: the model.
+        layers: which layers to keep, see record_entropy.
+        gradient: False detaches what is recorded.
+        allow_partial: accept modules that attend unheard; they are in ``missing``.
+    """
+
+    def __init__(
+        self, model: nn.Module, layers: Layers, *, gradient: bool, allow_partial: bool
+    ) -> None:
+        self.model = unwrapped(model)
+        self.layers = Wanted(layers)
+        self.gradient = gradient
+        self.allow_partial = allow_partial
+        self._names: dict[nn.Module, str] = {}
+        self._recording = EntropyRecording()
+        self._watch = Watch(self.model)
+        # No counts: compiled code would be compiled anew for each.
+        self._ran = self._attended = False
+        self._index = 0  # of the next call in its pass
+        self._heard: list[str] = []
+        self._grad_at_entry = False
+        self._hooks: list[RemovableHandle] = []
+        # New hooks at every pass would have a compiled model compiled anew at every pass.
+        self._keeps_hooks = any(map(is_compiled, model.modules()))
+        self._checkpointed = False
+        self._next_forward = AtNextForward(self._stop_lingering)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copied model takes a recorder along; entropies stay here."""
+        return {**self.__dict__, "_recording": EntropyRecording()}
+
+    def start(self, call: ForwardCall | None = None) -> EntropyRecording:
+        """Listen; return the recording to fill.
+
+        Args:
+            call: the forward pass that is already beginning, see Recorder.
+
+        Raises:
+            RuntimeError: if another thread records the model.
+        """
+        interception.listen(self)
+        self._recording = EntropyRecording()
+        self._ran = self._attended = False
+        self._index = 0
+        self._heard = []
+        self._checkpointed = False
+        self._next_forward.cancel()
+        try:
+            self._start(call)
+        except BaseException:
+            self.abort()
+            raise
+        return self._recording
+
+    def _start(self, call: ForwardCall | None) -> None:
+        raise NotImplementedError
+
+    def abort(self) -> None:
+        """Stop listening; everything is as it was found."""
+        raise NotImplementedError
+
+    def _stop_lingering(self) -> None:
+        """The next pass begins: nothing is computed again in backward any more."""
+        interception.stop_listening(self)
+
+    def is_running(self) -> bool:
+        """Tell whether a module of the model is running in this thread."""
+        return calling_module(self._names) is not None
+
+    def deposit_call(self, place: str | None, found: AttentionOutput, n_keys: int) -> None:
+        """Take the rows of one call of torch's own attention function."""
+        raise NotImplementedError
+
+    def _refuse_strangers(self) -> None:
+        """Refuse a call of torch's function by a module that is no part of the model.
+
+        Raises:
+            RuntimeError: naming it.
+        """
+        if torch.compiler.is_compiling() or runs_in_backward():
+            return
+        stranger = running_stranger(self._names)
+        if stranger is not None:
+            raise RuntimeError(
+                f"{type(stranger).__name__} attends inside the forward pass of "
+                f"{type(self.model).__name__} without being a part of it; assign it to an "
+                "attribute (or an nn.ModuleList) of the model, or run it before or after."
+            )
+
+    def _take(
+        self,
+        name: str,
+        module: nn.Module | None,
+        found: AttentionOutput,
+        n_keys: int,
+        key_padding: Tensor | None = None,
+    ) -> None:
+        """Append the rows of one call, if they are asked for.
+
+        Raises:
+            RuntimeError: if reentrant checkpointing has cut the gradient of the entropy.
+        """
+        if runs_in_backward():
+            return
+        index = self._index
+        self._index += 1
+        self._attended = True
+        if not torch.compiler.is_compiling():
+            self._heard.append(name)
+            if self.gradient and self._grad_at_entry:
+                refuse_lost_gradient(self.model, name)
+            self._checkpointed |= torch.is_grad_enabled() and in_checkpoint()
+        if not self.layers.takes(index, name):
+            return
+        entropy = found.entropy if self.gradient else found.entropy.detach()
+        rows = (found.allowed_keys > 0).any(1) & self._real_rows(entropy, key_padding)
+        self._recording.layers.append(
+            LayerEntropy(name, kind_of(name, module), entropy, found.allowed_keys, rows, n_keys)
+        )
+
+    def _real_rows(self, entropy: Tensor, key_padding: Tensor | None) -> Tensor:
+        """Return which rows are of real tokens, ``[batch, queries]``: here, all of them."""
+        return entropy.new_ones(entropy.shape[0], entropy.shape[2], dtype=torch.bool)
