@@ -5,7 +5,7 @@ import torch
 from cases import CASES, Case, gradients, worst_error
 
 from entropy_regularization import attention_with_entropy
-from entropy_regularization.attention.blockwise import Problem, blocking
+from entropy_regularization.attention.blockwise import Problem, blocking, chunk
 from entropy_regularization.attention.masking import Structure
 
 
@@ -32,10 +32,15 @@ def test_blockwise_equals_reference(case: Case, dtype: torch.dtype, budget: floa
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("widened", ["alone", "at once", "by piece"])
 def test_low_precision_error_is_that_of_rounding_the_results(
-    case: Case, dtype: torch.dtype
+    case: Case, dtype: torch.dtype, widened: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Scores, entropies and sums are float32; only what is stored in ``dtype`` is rounded."""
+    if widened != "alone":
+        monkeypatch.setattr(blocking, "choose_blocks", small_blocks)
+    if widened == "by piece":
+        monkeypatch.setattr(chunk, "WIDENED_AT_ONCE", 0)
     inputs, options = case.build(dtype)
     exact = [tensor.detach().double().requires_grad_() for tensor in inputs]
     expected = case.run(exact, options, "reference")
@@ -200,6 +205,25 @@ def test_few_rows_meet_many_keys(dtype: torch.dtype) -> None:
     assert worst_error([got.output], [expected.output]) <= budget
     found, true = gradients(got, low), gradients(expected, exact)
     assert worst_error(found, true) <= budget
+
+
+def test_keys_that_no_row_sees_are_not_read() -> None:
+    """A cache whose evicted places hold anything; the window's keys begin at no multiple of 16."""
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(1, 2, n, 8, generator=generator) for n in (70, 200, 200))
+    options = {"causal": True, "window": (40, 0), "implementation": "blockwise"}
+    expected = attention_with_entropy(query, key, value, **options)
+    for tensor in (key, value):
+        tensor[:, :, :90] = torch.nan  # row 0 stands at key 130
+    got = attention_with_entropy(query, key, value, **options)
+    assert all(map(torch.equal, got, expected))
+
+
+@pytest.mark.parametrize("length", [197, 1024, 1301, 4096, 4353, 50_000])
+def test_blocks_leave_no_small_rest(length: int) -> None:
+    for part in (64, 96, 192, 256, 512):
+        step = blocking.even(length, part)
+        assert length % step == 0 or length % step >= step // 8
 
 
 @pytest.mark.parametrize("implementation", ["reference", "blockwise"])

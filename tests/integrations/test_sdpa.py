@@ -543,6 +543,46 @@ def test_a_module_that_is_no_part_of_the_model_is_refused_if_it_attends(x: Tenso
     with record_entropy(fused) as recording:
         fused(x)
     assert [layer.name for layer in recording] == ["blocks.0", "Student"]
+    with record_entropy(model, allow_partial=True) as own:
+        model(x)
+    with record_entropy(model, layers="blocks.*") as chosen:
+        model(x)
+    assert [len(own), len(chosen)] == [1, 1]
+
+
+class Calling(nn.Module):
+    """A part that lets the whole attend."""
+
+    def __init__(self, whole: nn.Module) -> None:
+        super().__init__()
+        self.whole = [whole]
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.whole[0].attend(x)
+        return result
+
+
+class Growing(Stack):
+    """Builds a block while it runs."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if len(self.blocks) == 1:
+            self.blocks.append(SelfAttention(16, 4, True))
+        return super().forward(x)
+
+    def attend(self, x: Tensor) -> Tensor:
+        return functional.scaled_dot_product_attention(x, x, x)
+
+
+def test_a_part_that_came_later_and_a_whole_around_a_part_are_no_strangers(x: Tensor) -> None:
+    model = Growing(layers=1)
+    with record_entropy(model) as recording:
+        model(x)
+    assert len(recording) == 2
+    model.part = Calling(model)
+    with record_entropy(model.part) as recording:
+        model.part(x)
+    assert [layer.name for layer in recording] == ["Calling"]
 
 
 def penalised(model: nn.Module, x: Tensor, inside: bool = True) -> list[Tensor]:

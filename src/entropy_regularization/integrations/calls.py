@@ -99,21 +99,31 @@ class CallRecorder:
         """Take the rows of one call of torch's own attention function."""
         raise NotImplementedError
 
-    def _refuse_strangers(self) -> None:
-        """Refuse a call of torch's function by a module that is no part of the model.
+    def _is_own(self, name: str) -> bool:
+        """Tell whether a part of the model calls torch's function; a stranger's call is left out.
 
         Raises:
-            RuntimeError: naming it.
+            RuntimeError: naming the stranger, if its call is asked for and leaving it out was not
+                accepted.
         """
         if torch.compiler.is_compiling() or runs_in_backward():
-            return
+            return True
         stranger = running_stranger(self._names)
-        if stranger is not None:
+        # Names may be older than a part; and a whole that runs around the model is none of it.
+        if (
+            stranger is None
+            or any(part is stranger for part in self.model.modules())
+            or any(part is self.model for part in stranger.modules())
+        ):
+            return True
+        if self.layers.takes(self._index, name) and not self.allow_partial:
             raise RuntimeError(
                 f"{type(stranger).__name__} attends inside the forward pass of "
                 f"{type(self.model).__name__} without being a part of it; assign it to an "
-                "attribute (or an nn.ModuleList) of the model, or run it before or after."
+                "attribute (or an nn.ModuleList) of the model, run it before or after, or pass "
+                "allow_partial=True to leave it out."
             )
+        return False
 
     def _take(
         self,

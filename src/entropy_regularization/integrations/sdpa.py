@@ -167,5 +167,6 @@ class SdpaRecorder(CallRecorder):
             RuntimeError: if reentrant checkpointing has cut the gradient of the entropy, or a
                 module that is no part of the model called.
         """
-        self._refuse_strangers()
-        self._take(place or type(self.model).__name__, None, found, n_keys)
+        name = place or type(self.model).__name__
+        if self._is_own(name):
+            self._take(name, None, found, n_keys)

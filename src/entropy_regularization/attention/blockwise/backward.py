@@ -187,7 +187,7 @@ def _add_product(
 ) -> None:
     """Add ``factor left^T right`` to a slice, by way of a contiguous buffer if it is strided.
 
-    One block of rows alone adds to zeros: it writes, in low precision too.
+    The target of a block that is alone is zero: it is overwritten, in low precision too.
     """
     left = left.transpose(1, 2)
     if target.is_contiguous() and target.dtype == left.dtype:

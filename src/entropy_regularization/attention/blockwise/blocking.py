@@ -95,11 +95,15 @@ def _rows_for(keys: int) -> int:
 def even(whole: int, part: int) -> int:
     """Return a number near ``part`` that cuts the whole without a small rest.
 
-    A multiple of MULTIPLE, unless it is small or nothing is cut.
+    A multiple of MULTIPLE, unless it is small, nothing is cut, or the rest would be small.
     """
     parts = max(1, round(whole / max(part, 1)))
     length = max(1, -(-whole // parts))
-    return length if parts == 1 or length < 2 * MULTIPLE else -(-length // MULTIPLE) * MULTIPLE
+    rounded = -(-length // MULTIPLE) * MULTIPLE
+    rest = whole % rounded
+    if parts == 1 or length < 2 * MULTIPLE or 0 < rest < rounded // 4:
+        return length
+    return rounded
 
 
 def _widest(problem: Problem, rows: int) -> int:

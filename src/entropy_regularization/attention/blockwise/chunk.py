@@ -49,6 +49,7 @@ class Scratch:
         product = units * max(blocks.keys, problem.group * blocks.rows) * widest
         names = ("score", "probability", "capped", "keep", "d_weights")
         self._rooms = {"product": product, **dict.fromkeys(names, scores)}
+        self._rooms |= dict.fromkeys(("key", "value"), units * blocks.keys * widest)
         self._buffers: dict[str, Tensor] = {}
         self._views: dict[tuple[str, tuple[int, ...]], Tensor] = {}
         self._fences: dict[tuple[int, ...], Fences] = {}
@@ -60,10 +61,17 @@ class Scratch:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Leave the buffers to the next call, unless they are large."""
-        size = sum(buffer.nbytes for buffer in self._buffers.values())
-        if self._like.device.type == "cpu" and size <= KEPT_BYTES and not self._spare:
-            self._spare.append(self._buffers)
+        """Leave the buffers to the next call, the smaller ones if all are too large."""
+        if self._like.device.type != "cpu" or self._spare:
+            return
+        kept, size = {}, 0
+        for name, buffer in sorted(self._buffers.items(), key=lambda item: item[1].nbytes):
+            size += buffer.nbytes
+            if size > KEPT_BYTES:
+                break
+            kept[name] = buffer
+        if kept:
+            self._spare.append(kept)
 
     def take(self, name: str, *shape: int) -> Tensor:
         """Return a contiguous, uninitialised tensor that lives until the name is taken again."""
@@ -146,7 +154,10 @@ class ChunkView:
         return tensor[self.chunk.batches, self.chunk.heads].flatten(0, 1)
 
     def zeros_for(self, name: str, cut: Tensor | None) -> Tensor | None:
-        """Return zeros to sum a result in: itself, or wide scratch if it is in low precision."""
+        """Return zeros to sum a result in, wide scratch if it is in low precision.
+
+        One block that is alone sums nothing: it writes, into the result itself.
+        """
         if cut is None:
             return None
         itself = self.alone or cut.dtype == self.problem.wide
@@ -155,11 +166,14 @@ class ChunkView:
     def tiles(self) -> Iterator[Tile]:
         """Walk over the blocks of rows, each with the keys that any of its rows may see."""
         n_queries, n_keys = self.problem.query.shape[2], self.problem.key.shape[2]
+        lowest = None
         for start in range(0, n_queries, self.rows_in_block):
             stop = min(start + self.rows_in_block, n_queries)
             first, last = visible_keys(self.structure, start, stop, n_queries, n_keys)
+            lowest = first if lowest is None else lowest
             if self.inner is None:
-                first -= first % MULTIPLE  # the edge of the window masks them anyway
+                # The edge of the window masks what this adds: keys that rows before have seen.
+                first = max(first - first % MULTIPLE, lowest)
             yield Tile(start, stop, first, last)
 
     def pieces(self, tile: Tile) -> Iterator[Tile]:

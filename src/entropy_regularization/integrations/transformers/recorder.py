@@ -201,10 +201,10 @@ class TransformersRecorder(CallRecorder):
         Raises:
             RuntimeError: as deposit, or if a module that is no part of the model called.
         """
-        self._refuse_strangers()
         name = place or calling_module(self._names) or type(self.model).__name__
         module = next((part for part, each in self._names.items() if each == name), self.model)
-        self._take(name, module, found, n_keys)
+        if self._is_own(name):
+            self._take(name, module, found, n_keys)
 
     def _real_rows(self, entropy: Tensor, key_padding: Tensor | None) -> Tensor:
         return self._padding.rows(entropy, key_padding)
