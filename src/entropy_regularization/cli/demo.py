@@ -112,12 +112,12 @@ def _change(key: str, form: str) -> Any:
 
 ROWS = (
     ("held-out perplexity", _change("perplexity", ",.1f")),
-    ("row entropies in the band", _change("in_starting_band", ".1%")),
-    ("mean entropy [nats]", _change("mean_entropy", ".2f")),
+    ("row entropies in the first band", _change("in_starting_band", ".1%")),
+    ("mean entropy (nats)", _change("mean_entropy", ".2f")),
     ("share of reachable entropy", _change("utilisation", ".1%")),
     ("heads collapsed", _change("collapsed", "d")),
     ("heads well-behaved", _change("well_behaved", "d")),
     ("heads overloaded", _change("overloaded", "d")),
     ("penalty", lambda r: f"{r['penalty']['start']:.4f} -> {r['penalty']['end']:.4f}"),
-    ("training speed [tokens/s]", lambda r: f"{r['tokens_per_second']:,.0f}"),
+    ("training speed (tokens/s)", lambda r: f"{r['tokens_per_second']:,.0f}"),
 )

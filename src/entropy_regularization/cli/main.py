@@ -1,6 +1,7 @@
 """entropy-reg: the group of commands, and how each of them fails."""
 
 import sys
+from textwrap import shorten
 from typing import Any
 
 import click
@@ -30,20 +31,29 @@ class Commands(click.Group):
                 raise
             # What a library put into its message must not break the one line.
             sentence = " ".join(error.format_message().split())
+            if "unexpected extra argument" in sentence:
+                sentence = shorten(sentence, 200) + " Quote a pattern of files: --data 'src/*.py'."
             click.echo(f"entropy-reg: {sentence}", err=True)
             sys.exit(error.exit_code)
         except BrokenPipeError:
             sys.exit(0)
 
 
-@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(
+    cls=Commands,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    invoke_without_command=True,
+)
 @click.version_option(__version__, prog_name="entropy-reg")
-def main() -> None:
+@click.pass_context
+def main(context: click.Context) -> None:
     """Measure and control the entropy of every attention head of a transformer.
 
     Begin with entropy-reg demo, or with entropy-reg train --output RUN; then look at the page that
     entropy-reg report RUN writes. Every command has its own --help.
     """
+    if context.invoked_subcommand is None:
+        click.echo(context.get_help())
 
 
 for command in (train, report, demo, bench):

@@ -75,7 +75,8 @@ def _check_memory(size: Size, options: TrainOptions) -> None:
         raise UsageProblem(
             f"{size.layers} layers of width {size.width} have {parameters:.3g} parameters, whose "
             f"training needs {16 * parameters / 1e9:,.0f} GB; this machine has "
-            f"{memory / 1e9:,.0f} GB. Pass smaller --layers, --width or --vocabulary."
+            f"{memory / 1e9:,.0f} GB. Pass smaller --layers, --width, --vocabulary or "
+            "--context-length."
         )
 
 
@@ -85,6 +86,10 @@ def _check_pretrained_name(name: str) -> None:
         raise UsageProblem(
             f"--model {name} is a folder without a config.json; pass one that save_pretrained "
             "wrote."
+        )
+    if (folder / "model" / "config.json").is_file():
+        raise UsageProblem(
+            f"--model {name} is the folder of a run; pass its model, {folder / 'model'}."
         )
     near = difflib.get_close_matches(name, SIZES, n=1, cutoff=0.75)
     if near and not folder.is_dir() and name not in ("gpt2",):

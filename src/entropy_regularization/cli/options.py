@@ -126,6 +126,8 @@ class TrainOptions:
             UsageProblem: if a number is not finite, or options contradict each other.
         """
         for name, value in self.as_dict().items():
+            if isinstance(value, str) and not value.strip():
+                raise UsageProblem(f"--{name} is empty; pass a value, or leave it out.")
             if isinstance(value, float) and not math.isfinite(value):
                 option = "--" + name.replace("_", "-")
                 raise UsageProblem(f"{option} is {value}; pass a finite number.")
@@ -133,6 +135,16 @@ class TrainOptions:
             raise UsageProblem(
                 f"--steps {self.steps} and --epochs {self.epochs:g} were both given; choose one."
             )
+
+    def in_effect(self) -> dict[str, Any]:
+        """Return the options by name, with what those that were left out stand for."""
+        stand_for = {"loss_coeff": self.strength, "tolerance": self.band, "dropout": 0.0}
+        if self.epochs is None:
+            stand_for["steps"] = self.total_steps
+        return {
+            name: stand_for.get(name) if value is None else value
+            for name, value in self.as_dict().items()
+        }
 
     def as_dict(self) -> dict[str, Any]:
         """Return the options by name."""

@@ -24,5 +24,8 @@ def report(run: Path, output: Path | None, debug: bool) -> None:
     except (ValueError, OSError, ModuleNotFoundError) as error:
         if debug:
             raise
+        if isinstance(error, OSError) and error.filename is not None:
+            place = error.filename
+            raise RunProblem(f"{place}: {error.strerror}; pass a place that exists.") from error
         raise RunProblem(str(error)) from error
     click.echo(page)

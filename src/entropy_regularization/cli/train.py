@@ -63,10 +63,11 @@ def _options_to_resume(
     known = {name: value for name, value in saved.items() if name in given}
     for name, value in given.items():
         typed = context.get_parameter_source(name) == ParameterSource.COMMANDLINE
-        if typed and name in known and known[name] != value:
+        begun = TrainOptions(**known).in_effect().get(name)
+        if typed and name in known and begun != value:
             option = "--" + name.replace("_", "-")
             raise UsageProblem(
                 f"{option} {value} was given, but the run in {folder.path} was started with "
-                f"{known[name]}; leave it out, or start a new run."
+                f"{begun}; leave it out, or start a new run."
             )
     return TrainOptions(**known)

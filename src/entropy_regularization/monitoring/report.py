@@ -132,7 +132,10 @@ def _cards(runs: dict[str, Run]) -> list[dict[str, Any]]:
 
     figures: list[tuple[str, Callable[[Run, Record], str]]] = [
         ("held-out perplexity", lambda run, record: digits(record["perplexity"])),
-        ("row entropies in the band", lambda run, record: percent(comparable_band(run, record))),
+        (
+            "row entropies in the first band",
+            lambda run, record: percent(comparable_band(run, record)),
+        ),
         ("well-behaved heads", lambda run, record: well_behaved(record)),
         (
             "mean entropy [nats]",

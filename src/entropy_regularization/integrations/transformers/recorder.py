@@ -82,7 +82,7 @@ class TransformersRecorder(CallRecorder):
         if find_pretrained(model) is None:
             raise ValueError(f"{type(model).__name__} holds no transformers model.")
         super().__init__(model, layers, gradient=gradient, allow_partial=allow_partial)
-        self.layers.check(self.model, _names_of(self.model).values())
+        self.layers.check(self.model, names_of(self.model).values())
         self._parts = list(outermost(self.model).values())
         self._switches: list[AttentionSwitch] = []
         self._padding = PaddingTracker()
@@ -97,7 +97,7 @@ class TransformersRecorder(CallRecorder):
     def _start(self, call: ForwardCall | None) -> None:
         self._depth = 0
         # now, not when built: a copied or wrapped model has other modules and names
-        self._names = _names_of(self.model)
+        self._names = names_of(self.model)
         self._switches = [each for part in self._parts for each in switch_on(part, self)]
         with _lock:
             for part in self._names:
@@ -264,7 +264,7 @@ class TransformersRecorder(CallRecorder):
         return self._checkpointed or (enabled and self.model.training and self._attended)
 
 
-def _names_of(model: nn.Module) -> dict[nn.Module, str]:
+def names_of(model: nn.Module) -> dict[nn.Module, str]:
     """Return the names of the modules as the model in its wrappers has them."""
     prefix = _handed_on(model)
     names = {}

@@ -12,10 +12,12 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from entropy_regularization.integrations.layers import Wanted
 from entropy_regularization.integrations.transformers.accumulation import share_of_step
 from entropy_regularization.integrations.transformers.padding import arguments_of
 from entropy_regularization.integrations.transformers.recorder import (
     TransformersRecorder,
+    names_of,
     outermost,
 )
 from entropy_regularization.recording.recorder import Layers
@@ -101,9 +103,10 @@ def regularize(
             f"{type(found).__name__} is regularized already; call remove() on what regularize "
             "returned before."
         )
+    Wanted(layers).check(found, names_of(found).values())
     chosen = thresholds if thresholds is not None else regularization.thresholds
     if chosen is None:
-        chosen = HeadThresholds(*_layers_and_heads(found, layers))
+        chosen = HeadThresholds(*_layers_and_heads(found, Wanted(layers)))
     if not isinstance(chosen, HeadThresholds) and as_tensor(chosen, "thresholds").requires_grad:
         raise ValueError(
             "thresholds is a tensor that requires a gradient, which no optimizer of the model "
@@ -156,7 +159,7 @@ class Regularized:
         self.recording: EntropyRecording | None = None
         self.unadded: Tensor | None = None
         self._listening = False
-        self._warned = False
+        self._warned: set[str] = set()
         self._recorder = TransformersRecorder(model, layers=layers, allow_partial=allow_partial)
         if isinstance(thresholds, HeadThresholds):
             parameter = next(model.parameters())
@@ -182,6 +185,11 @@ class Regularized:
         if self._listening:  # KeyboardInterrupt runs no hooks
             self._recorder.abort()
             self._listening = False
+        if torch.is_grad_enabled() and not model.training and kwargs.get("labels") is not None:
+            self._warn_once(
+                "%s is given labels in evaluation mode, where no entropy penalty is added; call "
+                "model.train() to train with it."
+            )
         if model.training and torch.is_grad_enabled():
             self._recorder.start((model, args, kwargs))
             self._listening = True
@@ -203,7 +211,10 @@ class Regularized:
         loss = _loss_of(output, given)
         if loss is None:
             self.loss, self.added, self.unadded = None, None, penalty
-            self._warn_once()
+            self._warn_once(
+                "%s returned no loss in a training pass, so the entropy penalty was not added; add "
+                "the handle's `unadded` to your loss, or use EntropyRegularizedTrainer."
+            )
             return None
         added = penalty.to(loss.device) * share_of_step(model, given)
         self.loss, self.added = loss.detach(), added.detach()
@@ -221,14 +232,10 @@ class Regularized:
                 )
         return self.regularization(recording, self.thresholds)
 
-    def _warn_once(self) -> None:
-        if not self._warned:
-            self._warned = True
-            logger.warning(
-                "%s returned no loss in a training pass, so the entropy penalty was not added; add "
-                "the handle's `unadded` to your loss, or use EntropyRegularizedTrainer.",
-                type(self.model).__name__,
-            )
+    def _warn_once(self, sentence: str) -> None:
+        if sentence not in self._warned:
+            self._warned.add(sentence)
+            logger.warning(sentence, type(self.model).__name__)
 
 
 def load_thresholds(name_or_path: str | Path, **hub_options: Any) -> HeadThresholds:
@@ -282,8 +289,11 @@ def _read_thresholds(path: Path) -> Tensor | None:
     return None
 
 
-def _layers_and_heads(model: PreTrainedModel, layers: Layers) -> tuple[int, int]:
-    """Return how many attention calls the configuration promises, and the most heads of one."""
+def _layers_and_heads(model: PreTrainedModel, layers: Wanted) -> tuple[int, int]:
+    """Return how many attention calls the configuration promises, and the most heads of one.
+
+    Patterns are held against the modules that are attention by the names of their classes.
+    """
     config = model.config.get_text_config()
     heads = getattr(config, "num_attention_heads", None)
     if isinstance(heads, list | tuple):
@@ -296,13 +306,19 @@ def _layers_and_heads(model: PreTrainedModel, layers: Layers) -> tuple[int, int]
         )
         # one call a layer of the encoder, self and cross of the decoder
         calls = encoder + 2 * decoder if encoder and decoder else None
-    if not isinstance(heads, int) or not isinstance(calls, int) or isinstance(layers, str):
+    if layers.given is not None:
+        parts = names_of(model).items()
+        names = [name for part, name in parts if "attention" in type(part).__name__.lower()]
+        calling = [n for n in names if not any(other.startswith(f"{n}.") for other in names)]
+        indices = sum(not isinstance(want, str) for want in layers)
+        calls = indices + sum(layers.takes(-1, name) for name in calling) or None
+    if not isinstance(heads, int) or not isinstance(calls, int):
         wanted = "how many attention calls it makes"
         raise ValueError(
             f"the configuration of {type(model).__name__} does not tell {wanted} and of how many "
             "heads; pass thresholds=HeadThresholds(calls, heads)."
         )
-    return (calls if layers is None else len(layers)), heads
+    return calls, heads
 
 
 def _loss_of(output: Any, given: dict[str, Any]) -> Tensor | None:
