@@ -51,6 +51,10 @@ WRONG = [
     (("--penalty=l1",), 2, "'l1' is not one of"),
     (("--resume",), 2, "holds no run to resume"),
     (("--nonsense",), 2, "No such option"),
+    (("--data=",), 2, "--data is empty; pass a value"),
+    (("--text-column= ",), 2, "--text-column is empty"),
+    (("--model={run}",), 2, "is the folder of a run; pass its model, "),
+    (("one.py", "two.py"), 2, "two.py); quote a pattern of files: --data 'src/*.py'"),
 ]
 
 
@@ -58,13 +62,18 @@ WRONG = [
 def test_sentence(
     options: tuple[str, ...], code: int, sentence: str, words: Path, tmp_path: Path
 ) -> None:
-    places = {name: tmp_path / name for name in ("empty", "binary", "latin", "short", "folder")}
+    places = {
+        name: tmp_path / name for name in ("empty", "binary", "latin", "short", "folder", "run")
+    }
     places["empty"].write_text("")
     places["binary"].write_bytes(b"\x7fELF\0\1\2")
     places["latin"].write_bytes("Grüße".encode("latin-1"))
     places["short"].write_text("too short")
     places["folder"].mkdir()
-    output = tmp_path / "run"
+    (places["run"] / "model").mkdir(parents=True)
+    for config in (places["run"] / "config.json", places["run"] / "model" / "config.json"):
+        config.write_text("{}")
+    output = tmp_path / "output"
     typed = [option.format(**places) for option in options]
     given = {option.split("=")[0] for option in typed}
     defaults = [o for o in (*NANO, f"--data={words}") if o.split("=")[0] not in given]
@@ -100,6 +109,13 @@ def test_report_of_something_else(tmp_path: Path) -> None:
     found, errors = call("report", str(tmp_path / "nowhere"))
     assert found == 1
     assert len(errors.strip().splitlines()) == 1
+
+
+def test_the_name_alone_shows_the_commands() -> None:
+    done = CliRunner().invoke(main, [])
+    assert done.exit_code == 0
+    assert len(done.stdout.splitlines()) > 10
+    assert "demo" in done.stdout
 
 
 def test_help_lists_every_option_with_a_text() -> None:

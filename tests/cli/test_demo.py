@@ -29,7 +29,7 @@ def test_both_arms_side_by_side_and_nothing_twice(tmp_path: Path) -> None:
     output = tmp_path / "demo"
     first = CliRunner().invoke(main, ["demo", f"--output={output}", "--steps=4"])
     assert first.exit_code == 0, first.output
-    for words in ("held-out perplexity", "without penalty", "with penalty", "tokens/s"):
+    for words in ("held-out perplexity", "without penalty", "with penalty", "(tokens/s)", "(nats)"):
         assert words in first.stdout
     page = (output / "report.html").read_text()
     assert "without penalty" in page

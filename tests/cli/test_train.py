@@ -192,6 +192,19 @@ def test_options_of_a_resumed_run_cannot_change(text: Path, whole: Path, tmp_pat
     done = run(command(text, output, "--resume", "--seed=5"))
     assert done.returncode == 2
     assert "--seed 5 was given, but the run in" in done.stderr
+    # what was left out stands for a value: that one contradicts nothing, another is told of it
+    done = run(command(text, output, "--resume", "--loss-coeff=1", "--seed=5"))
+    assert "--seed 5 was given, but the run in" in done.stderr
+    done = run(command(text, output, "--resume", "--loss-coeff=2"))
+    assert "--loss-coeff 2.0 was given, but the run in" in done.stderr
+    assert "was started with 1.0;" in done.stderr
+
+
+def test_report_at_a_place_that_is_not_there(whole: Path) -> None:
+    report = [sys.executable, "-m", "entropy_regularization", "report", str(whole)]
+    done = run([*report, "--output=/nowhere/page.html"])
+    assert done.returncode == 1
+    assert "/nowhere/page.html: No such file or directory; pass a place" in done.stderr
 
 
 def test_finished_run_is_never_overwritten(text: Path, whole: Path) -> None:

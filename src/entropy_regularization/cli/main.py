@@ -31,8 +31,9 @@ class Commands(click.Group):
                 raise
             # What a library put into its message must not break the one line.
             sentence = " ".join(error.format_message().split())
-            if "unexpected extra argument" in sentence:
-                sentence = shorten(sentence, 200) + " Quote a pattern of files: --data 'src/*.py'."
+            command = getattr(getattr(error, "ctx", None), "command", None)
+            if command is train and "unexpected extra argument" in sentence:
+                sentence = f"{shorten(sentence, 200)}; quote a pattern of files: --data 'src/*.py'."
             click.echo(f"entropy-reg: {sentence}", err=True)
             sys.exit(error.exit_code)
         except BrokenPipeError:

@@ -126,10 +126,10 @@ class TrainOptions:
             UsageProblem: if a number is not finite, or options contradict each other.
         """
         for name, value in self.as_dict().items():
+            option = "--" + name.replace("_", "-")
             if isinstance(value, str) and not value.strip():
-                raise UsageProblem(f"--{name} is empty; pass a value, or leave it out.")
+                raise UsageProblem(f"{option} is empty; pass a value, or leave it out.")
             if isinstance(value, float) and not math.isfinite(value):
-                option = "--" + name.replace("_", "-")
                 raise UsageProblem(f"{option} is {value}; pass a finite number.")
         if self.steps is not None and self.epochs is not None:
             raise UsageProblem(

@@ -25,7 +25,9 @@ def report(run: Path, output: Path | None, debug: bool) -> None:
         if debug:
             raise
         if isinstance(error, OSError) and error.filename is not None:
-            place = error.filename
-            raise RunProblem(f"{place}: {error.strerror}; pass a place that exists.") from error
+            raise RunProblem(
+                f"{error.filename}: {error.strerror}; pass a place that can be read, and one that "
+                "can be written to for --output."
+            ) from error
         raise RunProblem(str(error)) from error
     click.echo(page)

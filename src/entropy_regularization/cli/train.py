@@ -61,13 +61,13 @@ def _options_to_resume(
     """Return the options of the run; refuse one that contradicts them."""
     saved = folder.reopen()
     known = {name: value for name, value in saved.items() if name in given}
+    begun = TrainOptions(**known).in_effect()
     for name, value in given.items():
         typed = context.get_parameter_source(name) == ParameterSource.COMMANDLINE
-        begun = TrainOptions(**known).in_effect().get(name)
-        if typed and name in known and begun != value:
+        if typed and name in known and begun[name] != value:
             option = "--" + name.replace("_", "-")
             raise UsageProblem(
                 f"{option} {value} was given, but the run in {folder.path} was started with "
-                f"{begun}; leave it out, or start a new run."
+                f"{begun[name]}; leave it out, or start a new run."
             )
     return TrainOptions(**known)

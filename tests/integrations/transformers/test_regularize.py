@@ -162,6 +162,29 @@ def test_evaluation_and_no_labels_stay_the_models_own() -> None:
     assert seen.penalty is None
 
 
+def test_evaluation_mode_with_labels_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    model, batch = build("gpt2").eval(), batch_of()
+    regularize(model)
+    with caplog.at_level(logging.WARNING):
+        with torch.no_grad():
+            model(**batch)
+        model(batch["input_ids"])
+        assert "evaluation mode" not in caplog.text
+        for _ in range(2):
+            model(**batch)
+    assert caplog.text.count("call model.train() to train with it") == 1
+
+
+@pytest.mark.parametrize(
+    ("layers", "calls"), [("*.attn", 2), (["*.h.1.attn"], 1), ("transformer.h.0.*", 1), ([1], 1)]
+)
+def test_patterns_are_counted_by_the_attention_they_match(layers: object, calls: int) -> None:
+    model = build("gpt2")
+    seen = regularize(model, layers=layers)
+    model(**batch_of())
+    assert seen.thresholds.layers == len(seen.recording) == calls
+
+
 def test_no_loss_is_said_once_and_leaves_the_penalty(caplog: pytest.LogCaptureFixture) -> None:
     model = build("gpt2")
     seen = regularize(model, EntropyRegularization.calibrated(thresholds=0.2))
@@ -338,6 +361,10 @@ def test_refusals() -> None:
         ValueError, match=r"layers pattern '\*\.h\.9\.\*' matches no module of GPT2LM"
     ):
         regularize(model, layers="*.h.9.*", thresholds=0.5)
+    with pytest.raises(ValueError, match=r"'\*\.mlp' matches no attention module of GPT2LM"):
+        regularize(model, layers="*.mlp")
+    with pytest.raises(TypeError, match="layers is 0; pass a list of indices"):
+        regularize(model, layers=0)
     assert handle_of(model) is None
     regularize(model, thresholds=HeadThresholds(3, 4))
     with pytest.raises(ValueError, match=r"made 2 attention calls .*HeadThresholds\(2, 4\)"):

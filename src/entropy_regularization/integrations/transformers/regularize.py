@@ -103,10 +103,11 @@ def regularize(
             f"{type(found).__name__} is regularized already; call remove() on what regularize "
             "returned before."
         )
-    Wanted(layers).check(found, names_of(found).values())
+    wanted = Wanted(layers)
+    wanted.check(found, names_of(found).values())
     chosen = thresholds if thresholds is not None else regularization.thresholds
     if chosen is None:
-        chosen = HeadThresholds(*_layers_and_heads(found, Wanted(layers)))
+        chosen = HeadThresholds(*_layers_and_heads(found, wanted))
     if not isinstance(chosen, HeadThresholds) and as_tensor(chosen, "thresholds").requires_grad:
         raise ValueError(
             "thresholds is a tensor that requires a gradient, which no optimizer of the model "
@@ -185,12 +186,14 @@ class Regularized:
         if self._listening:  # KeyboardInterrupt runs no hooks
             self._recorder.abort()
             self._listening = False
-        if torch.is_grad_enabled() and not model.training and kwargs.get("labels") is not None:
+        if not torch.is_grad_enabled():
+            return
+        if not model.training and arguments_of(model, args, kwargs).get("labels") is not None:
             self._warn_once(
                 "%s is given labels in evaluation mode, where no entropy penalty is added; call "
                 "model.train() to train with it."
             )
-        if model.training and torch.is_grad_enabled():
+        if model.training:
             self._recorder.start((model, args, kwargs))
             self._listening = True
 
@@ -311,7 +314,12 @@ def _layers_and_heads(model: PreTrainedModel, layers: Wanted) -> tuple[int, int]
         names = [name for part, name in parts if "attention" in type(part).__name__.lower()]
         calling = [n for n in names if not any(other.startswith(f"{n}.") for other in names)]
         indices = sum(not isinstance(want, str) for want in layers)
-        calls = indices + sum(layers.takes(-1, name) for name in calling) or None
+        calls = indices + sum(layers.takes(-1, name) for name in calling)
+        if calls == 0:
+            raise ValueError(
+                f"layers={layers.given!r} matches no attention module of {type(model).__name__}; "
+                "pass patterns of their names, or thresholds=HeadThresholds(calls, heads)."
+            )
     if not isinstance(heads, int) or not isinstance(calls, int):
         wanted = "how many attention calls it makes"
         raise ValueError(
