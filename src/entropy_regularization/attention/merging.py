@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from entropy_regularization.attention.api import AttentionOutput
+from entropy_regularization.attention.validation import check_is_tensor
 
 
 class AttentionShard(NamedTuple):
@@ -45,16 +46,12 @@ def merge_attention(
         output in the dtype of the first shard's output, entropy and log_normalizer.
 
     Raises:
+        TypeError: if a shard is not three tensors.
         ValueError: if there is no shard, or shapes differ.
     """
-    if not shards:
+    parts = [_shard(number, given) for number, given in enumerate(shards)]
+    if not parts:
         raise ValueError("no shard was given; pass at least one (output, entropy, log_normalizer).")
-    parts = [
-        AttentionShard(shard.output, shard.entropy, shard.log_normalizer)
-        if isinstance(shard, AttentionOutput)
-        else AttentionShard(*shard)
-        for shard in shards
-    ]
     first = parts[0]
     for number, part in enumerate(parts):
         shapes = [tuple(tensor.shape) for tensor in part]
@@ -75,3 +72,18 @@ def merge_attention(
     outputs = torch.stack([part.output for part in parts]).to(share.dtype)
     output = (share[..., None] * outputs).sum(0).to(first.output.dtype)
     return AttentionShard(output, entropy, total.masked_fill(empty, -torch.inf))
+
+
+def _shard(number: int, given: object) -> AttentionShard:
+    """Take the three tensors of one shard, or refuse what it is."""
+    if isinstance(given, AttentionOutput):
+        return AttentionShard(given.output, given.entropy, given.log_normalizer)
+    if not isinstance(given, tuple | list) or len(given) != 3:
+        raise TypeError(
+            f"shard {number} is a {type(given).__name__}; pass (output, entropy, log_normalizer), "
+            "or what attention_with_entropy returned."
+        )
+    shard = AttentionShard(*given)
+    for name, tensor in shard._asdict().items():
+        check_is_tensor(f"{name} of shard {number}", tensor)
+    return shard

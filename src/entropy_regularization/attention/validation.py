@@ -31,8 +31,7 @@ def check_tensors(query: Tensor, key: Tensor, value: Tensor) -> Sizes:
         ValueError: if their shapes or devices do not fit together.
     """
     for name, tensor in (("query", query), ("key", key), ("value", value)):
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} is a {type(tensor).__name__}; pass a torch.Tensor.")
+        check_is_tensor(name, tensor)
         if tensor.dtype not in FLOATING:
             raise TypeError(
                 f"{name} has dtype {tensor.dtype}; pass float16, bfloat16, float32 or float64."
@@ -66,6 +65,16 @@ def check_tensors(query: Tensor, key: Tensor, value: Tensor) -> Sizes:
             "multiple of the number of key heads."
         )
     return Sizes(batch, heads, n_queries, n_keys)
+
+
+def check_is_tensor(name: str, given: object) -> None:
+    """Refuse what is no tensor.
+
+    Raises:
+        TypeError: if it is not one.
+    """
+    if not isinstance(given, Tensor):
+        raise TypeError(f"{name} is a {type(given).__name__}; pass a torch.Tensor.")
 
 
 def _check_place(name: str, tensor: Tensor, query: Tensor) -> None:
@@ -113,7 +122,7 @@ def check_masks(
     """Check the tensors that say which keys a row may see.
 
     Raises:
-        TypeError: if a mask is not boolean or document not integer.
+        TypeError: if one is not a tensor, a mask is not boolean or document not integer.
         ValueError: if a shape or device does not fit.
     """
     if allowed is not None:
@@ -123,6 +132,7 @@ def check_masks(
         _check_boolean("key_padding", key_padding)
         _check_positions("key_padding", key_padding, sizes, query)
     if document is not None:
+        check_is_tensor("document", document)
         if document.dtype not in INTEGERS:
             raise TypeError(f"document has dtype {document.dtype}; pass integer ids of documents.")
         _check_positions("document", document, sizes, query)
@@ -134,6 +144,7 @@ def check_masks(
 
 
 def _check_boolean(name: str, tensor: Tensor) -> None:
+    check_is_tensor(name, tensor)
     if tensor.dtype != torch.bool:
         raise TypeError(
             f"{name} has dtype {tensor.dtype}; pass a boolean tensor, True where attention is "
@@ -177,11 +188,14 @@ def check_scores(
     """Check what acts on the scores.
 
     Raises:
-        TypeError: if bias or sinks is not floating.
+        TypeError: if bias or sinks is not a floating tensor.
         ValueError: if a shape or number does not fit.
     """
     for name, tensor in (("bias", bias), ("sinks", sinks)):
-        if tensor is not None and tensor.dtype not in FLOATING:
+        if tensor is None:
+            continue
+        check_is_tensor(name, tensor)
+        if tensor.dtype not in FLOATING:
             raise TypeError(
                 f"{name} has dtype {tensor.dtype}; pass a floating tensor (use allowed for "
                 "boolean masks)."
@@ -204,7 +218,8 @@ def check_scores(
 
 
 def _is_finite(number: object) -> bool:
-    return isinstance(number, int | float) and -float("inf") < number < float("inf")
+    numeric = isinstance(number, int | float) and not isinstance(number, bool)
+    return numeric and -float("inf") < number < float("inf")
 
 
 def check_transforms(*tensors: Tensor | None) -> None:

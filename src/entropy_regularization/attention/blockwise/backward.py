@@ -167,14 +167,14 @@ def _backward_block(
     scale, scratch = view.problem.scale, view.scratch
     block = None if d_query is None else scratch.take("d_query_block", *query.shape)
     for piece in view.pieces(tile):
-        keys = slice(piece.key_start, piece.key_stop)
+        keys = piece.key_start, piece.key_stop - piece.key_start
         key, value = view.keys_and_values(piece)
         given = (query, key, value, d_output)
         d_score, weights = _score_gradient(view, piece, given, constants, d_bias)
         if value_sum is not None:
-            _add_product(view, value_sum[:, keys], weights, d_output, 1.0)
+            _add_product(view, value_sum.narrow(1, *keys), weights, d_output, 1.0)
         if key_sum is not None:
-            _add_product(view, key_sum[:, keys], d_score, query, scale)
+            _add_product(view, key_sum.narrow(1, *keys), d_score, query, scale)
         if block is not None:
             beta = 0.0 if piece.key_start == tile.key_start else 1.0
             block.baddbmm_(d_score, key, beta=beta, alpha=scale)

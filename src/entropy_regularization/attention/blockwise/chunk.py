@@ -29,7 +29,7 @@ KEPT_BYTES = 32 * 2**20
 # the buffers would not stay.
 WIDENED_AT_ONCE = 2**22
 
-Fences = list[tuple[slice, Tensor]]  # columns of a tile, and what to add there to mask them
+Fences = list[tuple[int, Tensor]]  # first column in a tile, and what to add from there to mask it
 
 
 class Scratch:
@@ -42,7 +42,7 @@ class Scratch:
     _spare: ClassVar[list[dict[str, Tensor]]] = []  # what the last call on a CPU has left
 
     def __init__(self, problem: Problem, blocks: Blocks) -> None:
-        self._like, self._dtype = problem.query, problem.wide
+        self._like, self.dtype = problem.query, problem.wide
         units = min(blocks.batches * blocks.heads, problem.key.shape[0] * problem.key.shape[1])
         widest = max(problem.key.shape[-1], problem.value.shape[-1])
         scores = units * problem.group * blocks.rows * blocks.keys
@@ -80,10 +80,10 @@ class Scratch:
             return view
         size = math.prod(shape)
         buffer = self._buffers.get(name)
-        if buffer is None or buffer.numel() < size or buffer.dtype != self._dtype:
+        if buffer is None or buffer.numel() < size or buffer.dtype != self.dtype:
             room = max(size, self._rooms.get(name, 0))
             with torch.inference_mode(False):  # the next call may need a gradient
-                buffer = torch.empty(room, dtype=self._dtype, device=self._like.device)
+                buffer = torch.empty(room, dtype=self.dtype, device=self._like.device)
             self._buffers[name] = buffer
             self._views = {place: view for place, view in self._views.items() if place[0] != name}
         view = self._views[name, shape] = buffer[:size].view(shape)
@@ -105,16 +105,10 @@ class Scratch:
         if place not in self._fences:
             masks = edge_masks(structure, tile, n_queries, n_keys, self._like.device)
             self._fences[place] = [
-                (
-                    slice(columns.start - first, columns.stop - first),
-                    outside.to(self._dtype).mul_(MASKED_SCORE),
-                )
+                (columns.start - first, outside.to(self.dtype).mul_(MASKED_SCORE))
                 for columns, outside in masks
             ]
-        return [
-            (slice(columns.start + first, columns.stop + first), fence)
-            for columns, fence in self._fences[place]
-        ]
+        return [(first + column, fence) for column, fence in self._fences[place]]
 
 
 class ChunkView:
@@ -136,7 +130,7 @@ class ChunkView:
 
     def widen(self, name: str, tensor: Tensor) -> Tensor:
         """Return a tensor in the dtype of scores, in a scratch buffer if it is not yet."""
-        if tensor.dtype == self.problem.wide:
+        if tensor.dtype == self.scratch.dtype:
             return tensor
         return self.scratch.take(name, *tensor.shape).copy_(tensor)
 
@@ -178,7 +172,11 @@ class ChunkView:
 
     def pieces(self, tile: Tile) -> Iterator[Tile]:
         """Cut the keys of a tile into pieces whose scores stay in the cache."""
-        width = even(tile.key_stop - tile.key_start, self.keys_in_piece)
+        keys = tile.key_stop - tile.key_start
+        if keys <= self.keys_in_piece:
+            yield tile
+            return
+        width = even(keys, self.keys_in_piece)
         for start in range(tile.key_start, tile.key_stop, width):
             yield tile._replace(key_start=start, key_stop=min(start + width, tile.key_stop))
 
@@ -194,8 +192,9 @@ class ChunkView:
 
     def keys_and_values(self, tile: Tile) -> tuple[Tensor, Tensor]:
         """Return a tile's ``[units, keys, dim]`` in the dtype of scores."""
-        keys = slice(tile.key_start, tile.key_stop)
-        return self.widen("key", self.key[:, keys]), self.widen("value", self.value[:, keys])
+        keys = tile.key_start, tile.key_stop - tile.key_start
+        key, value = self.key.narrow(1, *keys), self.value.narrow(1, *keys)
+        return self.widen("key", key), self.widen("value", value)
 
     def scores(self, tile: Tile, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return scores in base 2, not masked, and their tanh if capped: ``[units, rows, keys]``.
@@ -228,9 +227,9 @@ class ChunkView:
         problem = self.problem
         sizes = problem.query.shape[2], problem.key.shape[2]
         heads = score.view(-1, tile.row_stop - tile.row_start, score.shape[-1])
-        for columns, fence in self.scratch.fences(self.structure, tile, *sizes):
+        for column, fence in self.scratch.fences(self.structure, tile, *sizes):
             # An addition takes a quarter of the time of masked_fill_.
-            heads[:, :, columns].add_(fence)
+            heads.narrow(2, column, fence.shape[-1]).add_(fence)
         if self.inner is None or sees_all(self.inner, tile, *sizes):
             return
         allowed = tile_allowed(self.inner, tile, *sizes, score.device)
