@@ -195,3 +195,11 @@ def test_a_line_that_cannot_be_read_again_is_not_written(tmp_path, kind, when, s
         writer.write(kind, step, PLAIN, when=when)
     writer.close()
     assert steps_of(tmp_path) == []
+
+
+@pytest.mark.parametrize("text", ["# Read me\n\nText.\n", "[1]\n", "\n"])
+def test_a_file_of_something_else_is_named_as_such(text: str, tmp_path: Path) -> None:
+    other = tmp_path / "README.md"
+    other.write_text(text)
+    with pytest.raises(RecordError, match=r"README\.md holds no records; pass a run"):
+        list(read_records(other))
