@@ -665,6 +665,27 @@ def test_reentrant_checkpointing_is_refused(x: Tensor) -> None:
     assert len(recording) == 2
 
 
+@pytest.mark.parametrize("kind", [Stack, Checkpointed])
+def test_a_recording_inside_a_checkpoint_is_made_again(kind: type[Stack], x: Tensor) -> None:
+    plain, model = Stack(), kind()
+    model.load_state_dict(plain.state_dict())
+    expected = penalised(plain, x)
+
+    def loss(x: Tensor) -> Tensor:
+        with record_entropy(model) as recording:
+            total = model(x).square().mean()
+        assert len(recording) == 2
+        return total + sum(layer.entropy.square().sum() for layer in recording)
+
+    for _ in range(2):
+        total = checkpoint(loss, x, use_reentrant=False)
+        found = torch.autograd.grad(total, list(model.parameters()))
+        for one, two in zip(found, expected, strict=True):
+            torch.testing.assert_close(one, two)
+    model(x)
+    assert is_restored()
+
+
 class Einsum(nn.Module):
     """As x-transformers writes it: einsum, a softmax in float32, talking heads, flash by choice."""
 

@@ -12,10 +12,10 @@ from entropy_regularization.integrations.checkpointing import AtNextForward, ref
 from entropy_regularization.integrations.compiled import is_compiled, unwrapped
 from entropy_regularization.integrations.layers import Wanted, kind_of
 from entropy_regularization.integrations.stack import (
+    backward_task,
     calling_module,
     in_checkpoint,
     running_stranger,
-    runs_in_backward,
 )
 from entropy_regularization.integrations.unseen import Watch
 from entropy_regularization.recording.recorder import ForwardCall, Layers
@@ -51,6 +51,7 @@ class CallRecorder:
         # New hooks at every pass would have a compiled model compiled anew at every pass.
         self._keeps_hooks = any(map(is_compiled, model.modules()))
         self._checkpointed = False
+        self._started_in = -1  # the backward pass
         self._next_forward = AtNextForward(self._stop_lingering)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -72,6 +73,7 @@ class CallRecorder:
         self._index = 0
         self._heard = []
         self._checkpointed = False
+        self._started_in = backward_task()
         self._next_forward.cancel()
         try:
             self._start(call)
@@ -99,6 +101,14 @@ class CallRecorder:
         """Take the rows of one call of torch's own attention function."""
         raise NotImplementedError
 
+    def _is_computed_again(self) -> bool:
+        """Tell whether backward computes again what is recorded already.
+
+        Not so where a checkpoint holds a whole recording, which backward makes again.
+        """
+        task = backward_task()
+        return task != -1 and task != self._started_in
+
     def _is_own(self, name: str) -> bool:
         """Tell whether a part of the model calls torch's function; a stranger's call is left out.
 
@@ -106,7 +116,7 @@ class CallRecorder:
             RuntimeError: naming the stranger, if its call is asked for and leaving it out was not
                 accepted.
         """
-        if torch.compiler.is_compiling() or runs_in_backward():
+        if torch.compiler.is_compiling() or self._is_computed_again():
             return True
         stranger = running_stranger(self._names)
         # Names may be older than a part; and a whole that runs around the model is none of it.
@@ -138,7 +148,7 @@ class CallRecorder:
         Raises:
             RuntimeError: if reentrant checkpointing has cut the gradient of the entropy.
         """
-        if runs_in_backward():
+        if self._is_computed_again():
             return
         index = self._index
         self._index += 1

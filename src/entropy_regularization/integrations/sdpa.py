@@ -13,7 +13,6 @@ from entropy_regularization.integrations.calls import CallRecorder
 from entropy_regularization.integrations.compiled import name_of
 from entropy_regularization.integrations.stack import (
     runs_compiled,
-    runs_in_backward,
 )
 from entropy_regularization.recording.recorder import ForwardCall, Layers
 from entropy_regularization.recording.recording import EntropyRecording
@@ -151,7 +150,7 @@ class SdpaRecorder(CallRecorder):
 
     def _begin(self, part: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """The forward pass of the model, or of a part that is called alone, begins."""
-        if runs_in_backward():
+        if self._is_computed_again():
             return
         self._ran = True
         self._index = 0

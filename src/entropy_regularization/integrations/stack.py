@@ -48,9 +48,14 @@ def in_checkpoint() -> bool:
     return _runs("checkpoint", "utils/checkpoint.py")
 
 
+def backward_task() -> int:
+    """Return the number of the backward pass that this runs in, -1 outside of one."""
+    return -1 if torch.compiler.is_compiling() else torch._C._current_graph_task_id()
+
+
 def runs_in_backward() -> bool:
-    """Tell whether checkpointing computes a layer again: it is recorded already."""
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+    """Tell whether backward runs: checkpointing computes something again."""
+    return backward_task() != -1
 
 
 def calling_module(names: Mapping[nn.Module, str]) -> str | None:

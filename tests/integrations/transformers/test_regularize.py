@@ -11,6 +11,7 @@ import torch
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
 from transformers import (
     AutoModelForCausalLM,
     BartConfig,
@@ -224,6 +225,43 @@ def test_checkpointing_gives_the_same_gradients() -> None:
             model(**batch_of()).loss.backward()
         found.append(gradients(model))
     assert_near(found[1], found[0])
+
+
+@pytest.mark.parametrize("inner", [False, True])
+def test_a_checkpoint_around_the_whole_model_gives_the_same_gradients(inner: bool) -> None:
+    """As gradient caching has it: several passes, each computed again in one backward."""
+    found = []
+    for whole in (False, True):
+        model = build("gpt2")
+        regularize(model, EntropyRegularization.calibrated(thresholds=0.2))
+        if inner:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+
+        def loss(batch: dict, model: PreTrainedModel = model) -> torch.Tensor:
+            return model(**batch).loss
+
+        for _ in range(2):
+            batches = [batch_of(13), batch_of(9)]
+            losses = [
+                checkpoint(loss, batch, use_reentrant=False) if whole else loss(batch)
+                for batch in batches
+            ]
+            torch.stack(losses).sum().backward()
+        found.append(gradients(model))
+    assert_near(found[1], found[0])
+
+
+def test_a_reentrant_checkpoint_around_the_whole_model_is_refused() -> None:
+    model = build("gpt2")
+    regularize(model, EntropyRegularization.calibrated())
+
+    def loss(anchor: torch.Tensor) -> torch.Tensor:
+        return model(**batch_of()).loss + 0 * anchor
+
+    with pytest.raises(RuntimeError, match=r"GPT2LMHeadModel runs without a gradient .*; use"):
+        checkpoint(loss, torch.zeros((), requires_grad=True), use_reentrant=True)
+    with torch.no_grad():
+        model(**batch_of())
 
 
 def test_thresholds_are_saved_and_restored(tmp_path: Path) -> None:

@@ -15,7 +15,6 @@ from entropy_regularization.integrations.compiled import name_of
 from entropy_regularization.integrations.stack import (
     calling_module,
     runs_compiled,
-    runs_in_backward,
 )
 from entropy_regularization.integrations.transformers.attention import RECORDERS
 from entropy_regularization.integrations.transformers.padding import PaddingTracker, arguments_of
@@ -236,7 +235,7 @@ class TransformersRecorder(CallRecorder):
                 self._stop_lingering()
             return
         self._depth += 1
-        if self._depth > 1 or runs_in_backward():
+        if self._depth > 1 or self._is_computed_again():
             return
         self._ran = True
         self._index = 0

@@ -12,6 +12,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from entropy_regularization.integrations.checkpointing import refuse_lost_gradient
 from entropy_regularization.integrations.layers import Wanted
 from entropy_regularization.integrations.transformers.accumulation import share_of_step
 from entropy_regularization.integrations.transformers.padding import arguments_of
@@ -187,6 +188,8 @@ class Regularized:
             self._recorder.abort()
             self._listening = False
         if not torch.is_grad_enabled():
+            if model.training:
+                refuse_lost_gradient(model, type(model).__name__)
             return
         if not model.training and arguments_of(model, args, kwargs).get("labels") is not None:
             self._warn_once(
