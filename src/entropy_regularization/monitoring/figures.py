@@ -120,7 +120,7 @@ def layer_charts(runs: dict[str, Run]) -> list[Chart]:
         rows = _thin(list(zip(steps, *series, strict=True)), _MOST_ROWS)
         charts.append(
             Chart(
-                f"{label}: mean entropy per layer [nats]",
+                f"{label}, layers [nats]",
                 draw_curves(
                     [Curve(steps, y, c, width=1.5) for y, c in zip(series, colours, strict=True)],
                     y_range=(0, top),
@@ -132,7 +132,7 @@ def layer_charts(runs: dict[str, Run]) -> list[Chart]:
             )
         )
     mean = _compare(
-        "all heads: mean entropy [nats]",
+        "all heads [nats]",
         runs,
         lambda run, line: mean_of_heads(line.statistics.entropy),
         y_range=(0, top),
