@@ -218,8 +218,9 @@ def check_scores(
 
 
 def _is_finite(number: object) -> bool:
-    numeric = isinstance(number, int | float) and not isinstance(number, bool)
-    return numeric and -float("inf") < number < float("inf")
+    if isinstance(number, bool) or not isinstance(number, int | float):
+        return False
+    return -float("inf") < number < float("inf")
 
 
 def check_transforms(*tensors: Tensor | None) -> None:
