@@ -158,7 +158,7 @@ def measure_structure() -> dict[str, Any]:
     """8192 tokens, a part of them excluded, against all of them: what is excluded costs nothing."""
     given = inputs(8192)
     shares = {"window of 256": 1 / 16, "16 documents": 1 / 16, "left half padding": 1 / 4}
-    found = take_turns({name: both(name, given) for name in ("ours", *shares)}, 7, base="ours")
+    found = take_turns({name: both(name, given) for name in ("ours", *shares)}, 15, base="ours")
     for name, share in shares.items():
         print(
             f"N=8192 {name}: {found[name]['ratio_median']:.3f} of the time of full causal, "
@@ -244,7 +244,8 @@ def measure_precision() -> dict[str, Any]:
             str(dtype).removeprefix("torch."): both("ours", inputs(n, dtype=dtype))
             for dtype in (torch.float32, torch.bfloat16, torch.float16)
         }
-        rows[str(n)] = take_turns(runs, turns_for(n), base="float32")
+        # The dtypes differ by less than a turn from the next.
+        rows[str(n)] = take_turns(runs, 4 * turns_for(n), base="float32")
         text = "  ".join(f"{name} {row['ratio_median']:.2f}" for name, row in rows[str(n)].items())
         print(f"N={n} precision: {text}", flush=True)
     return rows

@@ -150,17 +150,26 @@ def test_cuda_graph_draws_a_new_dropout_mask_at_every_replay() -> None:
 
 
 def test_offsets_beyond_two_to_the_31st_element() -> None:
-    """The last head of a tensor of 2.2e9 elements equals the same head alone."""
-    heads, rows, dim = 17, 1_000_000, 128
+    """The last head of a tensor of 2.2e9 elements equals the same head alone, backward too."""
+    heads, rows, dim, tail = 17, 1_000_000, 128, 300
     query = torch.zeros(1, heads, rows, dim, device="cuda", dtype=torch.bfloat16)
     assert query.numel() > 2**31
-    query[:, -1, -300:].normal_()
-    key = query.detach()
-    got = attention_with_entropy(query, key, key, window=(100, 0), implementation="triton")
-    last = query[:, -1:, -1000:]
-    alone = attention_with_entropy(last, last, last, window=(100, 0), implementation="reference")
-    assert worst_error([got.entropy[:, -1, -300:]], [alone.entropy[:, 0, -300:]]) <= 1e-4
-    assert worst_error([got.output[:, -1, -300:]], [alone.output[:, 0, -300:]]) <= 0.05
+    query[:, -1, -tail:].normal_(std=0.3)
+    upstream = [torch.zeros_like(query), query.new_zeros(query.shape[:3], dtype=torch.float32)]
+    for gradient in upstream:
+        gradient[:, -1, -tail:].normal_()
+
+    def tails(given: Tensor, upstream: list[Tensor], implementation: str) -> list[Tensor]:
+        inputs = [given.detach().requires_grad_() for _ in range(3)]
+        got = attention_with_entropy(*inputs, window=(100, 0), implementation=implementation)
+        gradients = torch.autograd.grad([got.output, got.entropy], inputs, upstream)
+        return [each[:, -1, -tail:] for each in (got.entropy, got.output, *gradients)]
+
+    found = tails(query, upstream, "triton")
+    last, *last_upstream = (each[:, -1:, -1000:].float() for each in (query, *upstream))
+    wanted = tails(last, last_upstream, "reference")
+    for one, two, bound in zip(found, wanted, (1e-4, *[0.02] * 4), strict=True):
+        assert worst_error([one], [two]) <= bound * two.abs().max()
 
 
 def test_memory_is_that_of_the_inputs() -> None:
