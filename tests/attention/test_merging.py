@@ -83,5 +83,7 @@ def test_wrong_shards_are_refused() -> None:
         merge_attention([one, (one[0][:1], one[1], one[2])])
     with pytest.raises(TypeError, match="shard 1 is a Tensor; pass"):
         merge_attention([one, one[0]])  # type: ignore[list-item]
+    with pytest.raises(TypeError, match="shard 0 is a tuple of 2; pass"):
+        merge_attention([one[:2]])  # type: ignore[list-item]
     with pytest.raises(TypeError, match="entropy of shard 0 is a NoneType"):
         merge_attention([(one[0], None, one[2])])  # type: ignore[list-item]

@@ -40,6 +40,8 @@ WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"sinks": [1.0] * 8}, TypeError, "sinks is a list; pass a torch.Tensor"),
     ({"sinks": torch.ones(4)}, ValueError, "sinks has shape (4,) but query implies (8,)"),
     ({"scale": float("nan")}, ValueError, "scale is nan"),
+    ({"softcap": True}, ValueError, "softcap is True; pass a positive number"),
+    ({"dropout": False}, ValueError, "dropout is False; pass a rate in [0, 1)"),
     ({"scale": True}, ValueError, "scale is True; pass a finite number"),
     ({"softcap": 0.0}, ValueError, "softcap is 0.0; pass a positive number"),
     ({"dropout": 1.0}, ValueError, "dropout is 1.0; pass a rate in [0, 1)"),

@@ -202,4 +202,12 @@ def test_a_file_of_something_else_is_named_as_such(text: str, tmp_path: Path) ->
     other = tmp_path / "README.md"
     other.write_text(text)
     with pytest.raises(RecordError, match=r"README\.md holds no records; pass a run"):
-        list(read_records(other))
+        read_records(other)
+
+
+def test_a_broken_first_line_is_named(tmp_path: Path) -> None:
+    write_steps(tmp_path / "records.jsonl", 2)
+    raw = (tmp_path / "records.jsonl").read_bytes()
+    (tmp_path / "records.jsonl").write_bytes(b"\0" * 20 + b"\n" + raw)
+    with pytest.raises(RecordError, match=r"line 1 of .* is not JSON; remove that line"):
+        read_records(tmp_path / "records.jsonl")

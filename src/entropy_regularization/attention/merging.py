@@ -79,9 +79,10 @@ def _shard(number: int, given: object) -> AttentionShard:
     if isinstance(given, AttentionOutput):
         return AttentionShard(given.output, given.entropy, given.log_normalizer)
     if not isinstance(given, tuple | list) or len(given) != 3:
+        what = f" of {len(given)}" if isinstance(given, tuple | list) else ""
         raise TypeError(
-            f"shard {number} is a {type(given).__name__}; pass (output, entropy, log_normalizer), "
-            "or what attention_with_entropy returned."
+            f"shard {number} is a {type(given).__name__}{what}; pass (output, entropy, "
+            "log_normalizer), or what attention_with_entropy returned."
         )
     shard = AttentionShard(*given)
     for name, tensor in shard._asdict().items():

@@ -212,10 +212,16 @@ def refuse_nested(what: str, *tensors: object) -> None:
 def _as_autocast(*tensors: Tensor | None) -> list[Any]:
     """Cast as autocast casts the arguments of scaled_dot_product_attention."""
     device = next(tensor.device.type for tensor in tensors if tensor is not None)
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+    if not _knows_autocast(device) or not torch.is_autocast_enabled(device):
         return list(tensors)
     dtype, kept = torch.get_autocast_dtype(device), (None, torch.bool, torch.float64)
     return [t if getattr(t, "dtype", None) in kept else t.to(dtype) for t in tensors]  # type: ignore[union-attr]
+
+
+# Torch 2.11 would break the graph at it.
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _knows_autocast(device: str) -> bool:
+    return torch.amp.is_autocast_available(device)
 
 
 def _broadcast(query: Tensor, key: Tensor, value: Tensor, grouped: bool) -> list[Tensor]:

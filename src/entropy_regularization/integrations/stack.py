@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Iterator, Mapping
 from types import FrameType
+from typing import Any
 
 import torch
 from torch import nn
@@ -38,9 +39,24 @@ def runs_compiled() -> bool:
     return torch.compiler.is_compiling() or _runs("compile_wrapper", "eval_frame.py")
 
 
+def _reentrant_checkpoints() -> Iterator[Any]:
+    """Walk over the nodes of autograd of the reentrant checkpoints that are running."""
+    for frame in _frames():
+        if frame.f_code.co_qualname == "CheckpointFunction.forward":
+            yield frame.f_locals["ctx"]
+
+
 def in_reentrant_checkpoint() -> bool:
     """Tell whether this runs inside a reentrant checkpoint, which cuts gradients of what leaves."""
-    return _runs("forward", "utils/checkpoint.py")
+    return next(_reentrant_checkpoints(), None) is not None
+
+
+def backward_enters_checkpoint() -> bool:
+    """Tell whether backward will compute a reentrant checkpoint around this again.
+
+    Not so under an outer ``no_grad``, or where no input of the checkpoint has a gradient.
+    """
+    return any(node.next_functions for node in _reentrant_checkpoints())
 
 
 def in_checkpoint() -> bool:

@@ -200,7 +200,8 @@ def _complete_lines(path: Path) -> Iterator[tuple[bytes, Record]]:
     with path.open("rb") as file:
         for number, raw in enumerate(file, start=1):
             if raw.endswith(b"\n"):
-                if number == 1 and not raw.startswith(b"{"):
+                versionless = number == 1 and b'"version"' not in raw
+                if versionless and not any(b'"version"' in line for line in file):
                     raise RecordError(f"{path} holds no records; pass a run's folder or file.")
                 yield raw, _parse(raw, f"line {number} of {path}")
 

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 from transformers import (
     AutoModelForCausalLM,
     BartConfig,
@@ -260,8 +261,9 @@ def test_a_reentrant_checkpoint_around_the_whole_model_is_refused() -> None:
 
     with pytest.raises(RuntimeError, match=r"GPT2LMHeadModel runs without a gradient .*; use"):
         checkpoint(loss, torch.zeros((), requires_grad=True), use_reentrant=True)
-    with torch.no_grad():
-        model(**batch_of())
+    with torch.no_grad():  # no gradient to lose
+        checkpoint(loss, torch.zeros((), requires_grad=True), use_reentrant=True)
+        checkpoint_sequential([loss, nn.Identity()], 2, torch.zeros(()), use_reentrant=True)
 
 
 def test_thresholds_are_saved_and_restored(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from entropy_regularization.integrations.checkpointing import refuse_lost_gradient
 from entropy_regularization.integrations.layers import Wanted
+from entropy_regularization.integrations.stack import backward_enters_checkpoint
 from entropy_regularization.integrations.transformers.accumulation import share_of_step
 from entropy_regularization.integrations.transformers.padding import arguments_of
 from entropy_regularization.integrations.transformers.recorder import (
@@ -188,7 +189,7 @@ class Regularized:
             self._recorder.abort()
             self._listening = False
         if not torch.is_grad_enabled():
-            if model.training:
+            if model.training and backward_enters_checkpoint():
                 refuse_lost_gradient(model, type(model).__name__)
             return
         if not model.training and arguments_of(model, args, kwargs).get("labels") is not None:
