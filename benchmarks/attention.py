@@ -244,7 +244,7 @@ def measure_precision() -> dict[str, Any]:
             str(dtype).removeprefix("torch."): both("ours", inputs(n, dtype=dtype))
             for dtype in (torch.float32, torch.bfloat16, torch.float16)
         }
-        # The dtypes differ by less than a turn from the next.
+        # The dtypes differ by less than two turns of one of them.
         rows[str(n)] = take_turns(runs, 4 * turns_for(n), base="float32")
         text = "  ".join(f"{name} {row['ratio_median']:.2f}" for name, row in rows[str(n)].items())
         print(f"N={n} precision: {text}", flush=True)

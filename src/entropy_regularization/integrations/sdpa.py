@@ -11,9 +11,7 @@ from entropy_regularization.attention.api import AttentionOutput
 from entropy_regularization.integrations import interception
 from entropy_regularization.integrations.calls import CallRecorder
 from entropy_regularization.integrations.compiled import name_of
-from entropy_regularization.integrations.stack import (
-    runs_compiled,
-)
+from entropy_regularization.integrations.stack import runs_compiled
 from entropy_regularization.recording.recorder import ForwardCall, Layers
 from entropy_regularization.recording.recording import EntropyRecording
 

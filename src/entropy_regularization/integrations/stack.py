@@ -42,7 +42,9 @@ def runs_compiled() -> bool:
 def _reentrant_checkpoints() -> Iterator[Any]:
     """Walk over the nodes of autograd of the reentrant checkpoints that are running."""
     for frame in _frames():
-        if frame.f_code.co_qualname == "CheckpointFunction.forward":
+        code = frame.f_code
+        torchs = code.co_filename.endswith("utils/checkpoint.py")
+        if torchs and code.co_qualname == "CheckpointFunction.forward":
             yield frame.f_locals["ctx"]
 
 

@@ -202,7 +202,7 @@ def _complete_lines(path: Path) -> Iterator[tuple[bytes, Record]]:
             if raw.endswith(b"\n"):
                 versionless = number == 1 and b'"version"' not in raw
                 if versionless and not any(b'"version"' in line for line in file):
-                    raise RecordError(f"{path} holds no records; pass a run's folder or file.")
+                    raise RecordError(f"{path} holds no records; pass a run's folder.")
                 yield raw, _parse(raw, f"line {number} of {path}")
 
 

@@ -215,37 +215,25 @@ def test_tuple_output() -> None:
         torch.testing.assert_close(output[0], wanted + seen.penalty)
 
 
-def test_checkpointing_gives_the_same_gradients() -> None:
+@pytest.mark.parametrize(("layers", "whole"), [(True, False), (False, True), (True, True)])
+def test_checkpointing_gives_the_same_gradients(layers: bool, whole: bool) -> None:
+    """Of layers, and around the whole model as gradient caching has it: several passes a step."""
     found = []
     for checkpointing in (False, True):
         model = build("gpt2")
         regularize(model, EntropyRegularization.calibrated(thresholds=0.2))
-        if checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
-        for _ in range(2):  # the second pass starts while the first one's attention is still set
-            model(**batch_of()).loss.backward()
-        found.append(gradients(model))
-    assert_near(found[1], found[0])
-
-
-@pytest.mark.parametrize("inner", [False, True])
-def test_a_checkpoint_around_the_whole_model_gives_the_same_gradients(inner: bool) -> None:
-    """As gradient caching has it: several passes, each computed again in one backward."""
-    found = []
-    for whole in (False, True):
-        model = build("gpt2")
-        regularize(model, EntropyRegularization.calibrated(thresholds=0.2))
-        if inner:
+        if checkpointing and layers:
             model.gradient_checkpointing_enable({"use_reentrant": False})
 
         def loss(batch: dict, model: PreTrainedModel = model) -> torch.Tensor:
             return model(**batch).loss
 
-        for _ in range(2):
-            batches = [batch_of(13), batch_of(9)]
+        for _ in range(2):  # the second step starts while the first one's attention is still set
             losses = [
-                checkpoint(loss, batch, use_reentrant=False) if whole else loss(batch)
-                for batch in batches
+                checkpoint(loss, batch, use_reentrant=False)
+                if checkpointing and whole
+                else loss(batch)
+                for batch in (batch_of(13), batch_of(9))
             ]
             torch.stack(losses).sum().backward()
         found.append(gradients(model))

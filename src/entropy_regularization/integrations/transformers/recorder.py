@@ -12,10 +12,7 @@ from entropy_regularization.attention.api import AttentionOutput
 from entropy_regularization.integrations import interception
 from entropy_regularization.integrations.calls import CallRecorder
 from entropy_regularization.integrations.compiled import name_of
-from entropy_regularization.integrations.stack import (
-    calling_module,
-    runs_compiled,
-)
+from entropy_regularization.integrations.stack import calling_module, runs_compiled
 from entropy_regularization.integrations.transformers.attention import RECORDERS
 from entropy_regularization.integrations.transformers.padding import PaddingTracker, arguments_of
 from entropy_regularization.integrations.transformers.switching import AttentionSwitch, switch_on
