@@ -1,10 +1,13 @@
 """Every implementation equals the specification: outputs, statistics, and every gradient."""
 
+import sys
+
 import pytest
 import torch
 from cases import CASES, Case, gradients, worst_error
 
 from entropy_regularization import attention_with_entropy
+from entropy_regularization.attention.api import attend
 from entropy_regularization.attention.blockwise import Problem, blocking, chunk
 from entropy_regularization.attention.masking import Structure
 
@@ -144,9 +147,9 @@ def test_minus_infinity_in_a_bias_masks_its_key(implementation: str) -> None:
     assert worst_error(gradients(biased, inputs), gradients(masked, inputs)) <= 1e-12
 
 
-@pytest.mark.parametrize("sizes", [(0, 4, 7, 9), (2, 4, 0, 9), (2, 4, 7, 0)])
+@pytest.mark.parametrize("sizes", [(0, 4, 7, 9), (2, 0, 7, 9), (2, 4, 0, 9), (2, 4, 7, 0)])
 @pytest.mark.parametrize("implementation", ["reference", "blockwise"])
-def test_empty_batch_queries_or_keys(sizes: tuple[int, ...], implementation: str) -> None:
+def test_empty_batch_heads_queries_or_keys(sizes: tuple[int, ...], implementation: str) -> None:
     batch, heads, n_queries, n_keys = sizes
     inputs = [
         torch.randn(batch, heads, n, 8, requires_grad=True) for n in (n_queries, n_keys, n_keys)
@@ -156,6 +159,25 @@ def test_empty_batch_queries_or_keys(sizes: tuple[int, ...], implementation: str
     assert (got.entropy == 0).all()
     (got.output.sum() + got.entropy.sum()).backward()
     assert all(tensor.grad is not None and (tensor.grad == 0).all() for tensor in inputs)
+
+
+@pytest.mark.parametrize("structure", [Structure(left=-100), Structure(left=-3, right=-2)])
+def test_limits_of_a_host_may_be_negative(structure: Structure) -> None:
+    inputs = [torch.randn(1, 2, 300, 4, dtype=torch.float64) for _ in range(3)]
+    found = [
+        attend(*inputs, structure, scale=0.5, implementation=implementation)
+        for implementation in ("blockwise", "reference")
+    ]
+    assert worst_error(list(found[0]), list(found[1])) <= 1e-12
+
+
+@pytest.mark.parametrize("implementation", ["reference", "blockwise"])
+@pytest.mark.parametrize("window", [(None, sys.maxsize), (sys.maxsize, None), (2**70, 2**70)])
+def test_a_window_of_any_size(window: tuple[int | None, int | None], implementation: str) -> None:
+    query, key, value = (torch.randn(1, 1, n, 4, dtype=torch.float64) for n in (5, 3, 3))
+    plain = attention_with_entropy(query, key, value, implementation=implementation)
+    found = attention_with_entropy(query, key, value, window=window, implementation=implementation)
+    assert worst_error(list(found), [*plain[:4], torch.full((1, 1, 5), 3)]) <= 1e-14
 
 
 def test_non_contiguous_and_expanded_inputs() -> None:

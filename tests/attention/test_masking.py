@@ -13,7 +13,7 @@ from entropy_regularization.attention.masking import (
     count_allowed_keys,
     sees_all,
     tile_allowed,
-    visible_keys,
+    visible_blocks,
 )
 
 CPU = torch.device("cpu")
@@ -31,11 +31,17 @@ def structures(draw: st.DrawFn) -> tuple[Structure, int, int]:
     if n_keys >= n_queries and draw(st.booleans()):
         ids = st.lists(st.integers(0, 2), min_size=n_keys, max_size=n_keys)
         document = torch.tensor(draw(st.lists(ids, min_size=batch, max_size=batch)))
+    allowed = None
+    if draw(st.booleans()):
+        sizes = (batch, 2, n_queries, n_keys)
+        shape = [draw(st.sampled_from([1, size])) for size in sizes]
+        generator = torch.Generator().manual_seed(draw(st.integers(0, 100)))
+        allowed = torch.rand(shape, generator=generator) > 0.4
     return (
         Structure(
             draw(limit),
             draw(limit),
-            None,
+            allowed,
             None if padding is None else torch.tensor(padding),
             document,
         ),
@@ -45,7 +51,7 @@ def structures(draw: st.DrawFn) -> tuple[Structure, int, int]:
 
 
 def spelled_out(structure: Structure, n_queries: int, n_keys: int) -> torch.Tensor:
-    mask = torch.zeros(2, 1, n_queries, n_keys, dtype=torch.bool)
+    mask = torch.zeros(2, 2, n_queries, n_keys, dtype=torch.bool)
     for b in range(2):
         for i in range(n_queries):
             position = i + n_keys - n_queries
@@ -56,8 +62,8 @@ def spelled_out(structure: Structure, n_queries: int, n_keys: int) -> torch.Tens
                     sees &= bool(structure.key_padding[b, j])
                 if structure.document is not None:
                     sees &= bool(structure.document[b, j] == structure.document[b, position])
-                mask[b, 0, i, j] = sees
-    return mask
+                mask[b, :, i, j] = sees
+    return mask if structure.allowed is None else mask & structure.allowed
 
 
 @settings(max_examples=150, deadline=None)
@@ -71,10 +77,9 @@ def test_tiles_counts_and_visible_ranges(case: tuple[Structure, int, int]) -> No
     else:
         assert torch.equal(whole.expand_as(expected), expected)
     counts = count_allowed_keys(structure, n_queries, n_keys, CPU, block=2)
-    assert torch.equal(counts.expand(2, 1, n_queries), expected.sum(-1))
-    for start in range(0, n_queries, 3):
-        stop = min(start + 3, n_queries)
-        first, last = visible_keys(structure, start, stop, n_queries, n_keys)
+    assert torch.equal(counts.expand(2, 2, n_queries), expected.sum(-1))
+    for number, (first, last) in enumerate(visible_blocks(structure, 3, n_queries, n_keys)):
+        start, stop = 3 * number, min(3 * number + 3, n_queries)
         outside = expected[:, :, start:stop].clone()
         outside[..., first:last] = False
         assert not outside.any()
@@ -102,6 +107,42 @@ def test_blocks_are_as_wide_as_what_they_see(kind: str) -> None:
     tensor = torch.zeros(1, 2, n, 4)
     blocks = choose_blocks(Problem(tensor, tensor, tensor, structure, 1.0))
     assert blocks.rows * blocks.keys <= 128 * (16 + 128 + 16)
+
+
+def test_packed_documents_need_no_order_of_ids() -> None:
+    n, length = 600, 50
+    ids = torch.randperm(n // length, generator=torch.Generator().manual_seed(0))
+    documents = ids.repeat_interleave(length)[None]
+    blocks = visible_blocks(Structure(document=documents), length, n, n)
+    assert blocks == [(start, start + length) for start in range(0, n, length)]
+
+
+@pytest.mark.parametrize("kind", ["documents", "padding", "allowed keys", "allowed queries"])
+def test_compiled_counting_is_one_graph_for_every_length_without_a_matrix(kind: str) -> None:
+    graphs: list[torch.fx.GraphModule] = []
+
+    def keep(graph: torch.fx.GraphModule, _: object) -> torch.fx.GraphModule:
+        graphs.append(graph)
+        return graph
+
+    def count(place: torch.Tensor) -> torch.Tensor:
+        seen = place > 3
+        structure = {
+            "documents": Structure(9, 0, document=place[None] // 100),
+            "padding": Structure(9, 0, key_padding=seen[None]),
+            "allowed keys": Structure(9, 0, seen[None, None, None]),
+            "allowed queries": Structure(9, 0, seen[None, None, :, None]),
+        }[kind]
+        return count_allowed_keys(structure, len(place), len(place), CPU)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(count, fullgraph=True, dynamic=True, backend=keep)
+    for n in (1500, 1300, 700):
+        assert torch.equal(compiled(torch.arange(n)), count(torch.arange(n)))
+    assert len(graphs) == 1
+    values = [node.meta.get("example_value") for node in graphs[0].graph.nodes]
+    tensors = [value for value in values if isinstance(value, torch.Tensor)]
+    assert max(int(tensor.numel()) for tensor in tensors) <= 2 * 1501
 
 
 def test_tiles_without_gaps_are_whole() -> None:

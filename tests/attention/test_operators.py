@@ -35,14 +35,18 @@ def test_compile_fullgraph(case: Case) -> None:
     assert worst_error(gradients(got, inputs), gradients(expected, inputs)) <= 1e-12
 
 
-def test_autocast_does_not_round_the_scores() -> None:
+@pytest.mark.parametrize("implementation", ["reference", "blockwise"])
+def test_autocast_does_not_round_the_scores(implementation: str) -> None:
     generator = torch.Generator().manual_seed(0)
-    inputs = [8 * torch.randn(1, 2, 16, 8, generator=generator) for _ in range(3)]
-    plain = attention_with_entropy(*inputs)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        cast = attention_with_entropy(*inputs)
-    assert torch.equal(plain.entropy, cast.entropy)
-    assert torch.equal(plain.output, cast.output)
+    inputs = [
+        (8 * torch.randn(1, 2, 16, 8, generator=generator)).requires_grad_() for _ in range(3)
+    ]
+    results = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            found = attention_with_entropy(*inputs, implementation=implementation)
+        results.append([*found[:4], *gradients(found, inputs)])
+    assert all(map(torch.equal, *results))
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
@@ -87,8 +91,55 @@ def test_torch_func() -> None:
         torch.func.grad(
             lambda sinks: attention_with_entropy(query, key, value, sinks=sinks)[1].sum()
         )(torch.zeros(query.shape[1], dtype=query.dtype))
+    with pytest.raises(NotImplementedError, match=r"torch\.func"):
+        torch.func.grad(lambda q: torch.func.vmap(entropy)(q).sum())(torch.stack([query, query]))
     with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="a dual tensor"):
         entropy(forward_ad.make_dual(query, query))
+    compiled = torch.compile(
+        lambda q: torch.func.jvp(entropy, (q,), (q,)), fullgraph=True, backend="eager"
+    )
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="in forward-mode differentiation"):
+        compiled(query)
+
+
+@pytest.mark.parametrize("implementation", ["reference", "blockwise"])
+@pytest.mark.parametrize("mapped", ["key_padding", "document", "allowed", "bias"])
+def test_vmap_over_anything_and_its_gradient(implementation: str, mapped: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    inputs, _ = CASES[0].build(torch.float64)
+    choice = torch.randint(0, 2, (3, 2, 1, 9, 9), generator=generator)
+    given = {
+        "key_padding": choice[:, :, 0, 0] > 0,
+        "document": choice[:, :, 0, 0],
+        "allowed": choice > 0,
+        "bias": choice.double(),
+    }[mapped]
+
+    def function(tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        options = {"causal": True, "implementation": implementation, mapped: tensor}
+        return tuple(attention_with_entropy(*inputs, **options))
+
+    found = torch.func.vmap(function)(given)
+    expected = [torch.stack(parts) for parts in zip(*map(function, given), strict=True)]
+    assert worst_error(list(found), expected) <= 1e-14
+    weight = torch.randn(found[1].shape, generator=generator, dtype=torch.float64)
+    derivatives = [
+        list(torch.autograd.grad(entropy, inputs[:2], weight))
+        for entropy in (found[1], expected[1])
+    ]
+    assert worst_error(*derivatives) <= 1e-14
+
+
+def test_batched_gradients_are_refused_in_a_sentence_and_the_reference_has_them() -> None:
+    inputs, _ = CASES[0].build(torch.float64)
+    for implementation in ("blockwise", "reference"):
+        entropy = attention_with_entropy(*inputs, implementation=implementation).entropy
+        directions = torch.ones(2, *entropy.shape, dtype=torch.float64)
+        if implementation == "blockwise":
+            with pytest.raises(NotImplementedError, match="is_grads_batched=True"):
+                torch.autograd.grad(entropy, inputs[0], directions, is_grads_batched=True)
+        else:
+            torch.autograd.grad(entropy, inputs[0], directions, is_grads_batched=True)
 
 
 def test_nothing_is_saved_and_nothing_requires_a_gradient_when_none_is_wanted() -> None:

@@ -11,13 +11,13 @@ from torch import Tensor
 from entropy_regularization.attention.masking import Structure, count_allowed_keys
 from entropy_regularization.attention.operators import blockwise_attention
 from entropy_regularization.attention.reference import reference_attention
+from entropy_regularization.attention.transforms import check_transforms
 from entropy_regularization.attention.triton import triton_attention
 from entropy_regularization.attention.triton.support import unsupported_reason
 from entropy_regularization.attention.validation import (
     check_masks,
     check_scores,
     check_tensors,
-    check_transforms,
     check_window,
 )
 

@@ -75,34 +75,75 @@ def split_mask(mask: Tensor) -> tuple[Tensor, Tensor | None]:
     return allowed, mask.masked_fill(~allowed, 0.0)
 
 
-def visible_keys(
-    structure: Structure, row_start: int, row_stop: int, n_queries: int, n_keys: int
-) -> tuple[int, int]:
-    """Return a half-open range of keys outside which no row of a block sees anything.
+def visible_blocks(
+    structure: Structure, rows: int, n_queries: int, n_keys: int
+) -> list[tuple[int, int]]:
+    """Return, for every block of ``rows`` rows, a half-open range of keys that holds all it sees.
 
-    ``left`` and ``right`` bound it, then padding at either end, then the documents of the rows.
-    The last two read values of tensors.
+    ``left`` and ``right`` bound it, padding at either end, and the first and last key of the
+    documents of its rows. The last two read values of tensors.
     """
-    offset = n_keys - n_queries
+    blocks = [(start, min(start + rows, n_queries)) for start in range(0, n_queries, rows)]
+    if structure.key_padding is None and structure.document is None:
+        ranges = [_band_of_block(structure, *block, n_keys - n_queries, n_keys) for block in blocks]
+    else:
+        first, stop = _row_limits(structure, n_queries, n_keys)
+        blind = first >= stop
+        lowest = first.masked_fill(blind, n_keys).amin(0)
+        highest = stop.masked_fill(blind, 0).amax(0)
+        ranges = [(int(lowest[a:b].min()), int(highest[a:b].max())) for a, b in blocks]
+    return [(first, stop) if first < stop else (0, 0) for first, stop in ranges]
+
+
+def _band_of_block(
+    structure: Structure, row_start: int, row_stop: int, offset: int, n_keys: int
+) -> tuple[int, int]:
+    """Return the range of keys that ``left`` and ``right`` leave to a block."""
     start = 0 if structure.left is None else max(0, row_start + offset - structure.left)
     stop = n_keys if structure.right is None else min(n_keys, row_stop + offset + structure.right)
-    if start >= stop:
-        return 0, 0
-    seen = None
+    return start, stop
+
+
+def _row_limits(structure: Structure, n_queries: int, n_keys: int) -> tuple[Tensor, Tensor]:
+    """Return ``[batch, queries]`` limits (first, stop) outside which a row sees nothing."""
+    given = structure.key_padding if structure.document is None else structure.document
+    assert given is not None
+    first, stop = (limit[None] for limit in _band(structure, n_queries, n_keys, given.device))
     if structure.key_padding is not None:
-        seen = structure.key_padding[:, start:stop].any(0)
+        place = torch.arange(n_keys, device=given.device)
+        real = structure.key_padding
+        first = first.maximum(place.masked_fill(~real, n_keys).amin(1, keepdim=True))
+        stop = stop.minimum((place + 1).masked_fill(~real, 0).amax(1, keepdim=True))
     if structure.document is not None:
-        rows = structure.document[:, row_start + offset : row_stop + offset]
-        keys = structure.document[:, start:stop]
-        lowest, highest = rows.amin(1, keepdim=True), rows.amax(1, keepdim=True)
-        near = ((keys >= lowest) & (keys <= highest)).any(0)
-        seen = near if seen is None else seen & near
-    if seen is None:
-        return start, stop
-    places = seen.nonzero()
-    if not len(places):
-        return 0, 0
-    return start + int(places[0]), start + int(places[-1]) + 1
+        order, group = _by_document(structure.document)
+        of_row = group.new_empty(group.shape).scatter_(1, order, group)[:, n_keys - n_queries :]
+        lowest = torch.full_like(group, n_keys).scatter_reduce_(1, group, order, "amin")
+        highest = torch.zeros_like(group).scatter_reduce_(1, group, order, "amax")
+        first = first.maximum(lowest.gather(1, of_row))
+        stop = stop.minimum(highest.gather(1, of_row) + 1)
+    return first, stop
+
+
+def _band(
+    structure: Structure, n_queries: int, n_keys: int, device: torch.device
+) -> tuple[Int[Tensor, " queries"], Int[Tensor, " queries"]]:
+    """Return the limits (first, stop) that ``left`` and ``right`` set to every row."""
+    position = torch.arange(n_queries, device=device) + n_keys - n_queries
+    first = torch.zeros_like(position)
+    stop = torch.full_like(position, n_keys)
+    if structure.left is not None:
+        first = (position - structure.left).clamp(0, n_keys)
+    if structure.right is not None:
+        stop = (position + structure.right + 1).clamp(0, n_keys)
+    return first, stop.maximum(first)
+
+
+def _by_document(
+    document: Int[Tensor, "#batch keys"],
+) -> tuple[Int[Tensor, "#batch keys"], Int[Tensor, "#batch keys"]]:
+    """Return the key positions, document after document, and the number of each one's document."""
+    ids, order = document.sort(dim=1, stable=True)
+    return order, torch.nn.functional.pad((ids[:, 1:] != ids[:, :-1]).cumsum(1), (1, 0))
 
 
 def sees_all(structure: Structure, tile: Tile, n_queries: int, n_keys: int) -> bool:
@@ -177,48 +218,55 @@ def count_allowed_keys(
 ) -> Int[Tensor, "#batch #heads queries"]:
     """Count the keys of every row, ``n_i``; ``log n_i`` is the most entropy the row can have.
 
-    Closed form for ``left``, ``right`` and ``key_padding`` (prefix sums); documents and a dense
-    ``allowed`` are counted a block of rows at a time.
+    By prefix sums, except for a dense ``allowed``, which is counted a block of rows at a time.
     """
-    if structure.allowed is None and structure.document is None:
-        return _count_in_band(structure, n_queries, n_keys, device)
-    if torch.compiler.is_compiling() and structure.document is None:
-        # at once: steps would fix the length in a graph, and what is dense is there already
-        whole = tile_allowed(structure, Tile(0, n_queries, 0, n_keys), n_queries, n_keys, device)
-        assert whole is not None
-        return whole.expand(*whole.shape[:2], n_queries, n_keys).sum(-1)
-    # Only the keys that a block may see; to find them reads values, which a graph cannot, and
-    # which would wait for a GPU.
-    cut = device.type == "cpu" and not torch.compiler.is_compiling()
-    counts = []
+    allowed = structure.allowed
+    if allowed is None:
+        return _count_in_limits(structure, None, n_queries, n_keys, device)
+    if allowed.shape[3] == 1:
+        counts = _count_in_limits(structure, None, n_queries, n_keys, device)
+        return counts * allowed[..., 0]
+    if allowed.shape[2] == 1:
+        return _count_in_limits(structure, allowed[:, :, 0], n_queries, n_keys, device)
+    if torch.compiler.is_compiling():  # at once: steps would fix the length in a graph
+        block = max(n_queries, 1)
+    parts = []
     for row_start in range(0, n_queries, block):
-        row_stop = min(row_start + block, n_queries)
-        keys = (0, n_keys)
-        if cut:
-            keys = visible_keys(structure, row_start, row_stop, n_queries, n_keys)
-        tile = Tile(row_start, row_stop, *keys)
-        allowed = tile_allowed(structure, tile, n_queries, n_keys, device)
-        assert allowed is not None
-        shape = (*allowed.shape[:2], row_stop - row_start, keys[1] - keys[0])
-        counts.append(allowed.expand(shape).sum(-1))
-    if not counts:
+        tile = Tile(row_start, min(row_start + block, n_queries), 0, n_keys)
+        inside = tile_allowed(structure, tile, n_queries, n_keys, device)
+        assert inside is not None
+        parts.append(inside.sum(-1))
+    if not parts:
         return torch.zeros(1, 1, 0, dtype=torch.int64, device=device)
-    return torch.cat(counts, dim=-1)
+    return torch.cat(parts, dim=-1)
 
 
-def _count_in_band(
-    structure: Structure, n_queries: int, n_keys: int, device: torch.device
-) -> Int[Tensor, "#batch 1 queries"]:
-    """Count real keys between the left and right limit of each row."""
-    position = torch.arange(n_queries, device=device) + n_keys - n_queries
-    start = torch.zeros_like(position)
-    stop = torch.full_like(position, n_keys)
-    if structure.left is not None:
-        start = (position - structure.left).clamp(0, n_keys)
-    if structure.right is not None:
-        stop = (position + structure.right + 1).clamp(0, n_keys)
-    if structure.key_padding is None:
-        return (stop - start).clamp(min=0)[None, None]
-    padded = torch.nn.functional.pad(structure.key_padding.to(torch.int64), (1, 0))
-    before = padded.cumsum(-1)  # real keys before each position
-    return (before[:, stop.clamp(min=0)] - before[:, start]).clamp(min=0)[:, None]
+def _count_in_limits(
+    structure: Structure,
+    real: Bool[Tensor, "#batch #heads keys"] | None,
+    n_queries: int,
+    n_keys: int,
+    device: torch.device,
+) -> Int[Tensor, "#batch #heads queries"]:
+    """Count ``real`` keys (all, if None) within limits, padding and documents."""
+    first, stop = (limit[None] for limit in _band(structure, n_queries, n_keys, device))
+    if structure.key_padding is not None:
+        padding = structure.key_padding[:, None]
+        real = padding if real is None else real & padding
+    if structure.document is not None:
+        # Keys ordered by document, then position: what a row may see are neighbours there.
+        order, group = _by_document(structure.document)
+        of_row = torch.zeros_like(group).scatter(1, order, group)[:, n_keys - n_queries :]
+        place = (group * (n_keys + 1) + order).contiguous()
+        start = of_row * (n_keys + 1)
+        first, stop = (torch.searchsorted(place, start + limit) for limit in (first, stop))
+        if real is not None:
+            shape = torch.broadcast_shapes(real.shape, order[:, None].shape)
+            real = real.expand(shape).gather(2, order[:, None].expand(shape))
+    if real is None:
+        return (stop - first)[:, None]
+    before = torch.nn.functional.pad(real.to(torch.int64), (1, 0)).cumsum(-1)
+    shape = (max(before.shape[0], first.shape[0]), before.shape[1], n_queries)
+    before = before.expand(*shape[:2], -1)
+    after, until = (before.gather(2, each[:, None].expand(shape)) for each in (first, stop))
+    return until - after

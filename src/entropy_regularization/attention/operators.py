@@ -12,6 +12,11 @@ from torch import Tensor
 from entropy_regularization.attention import blockwise
 from entropy_regularization.attention.blockwise import Problem
 from entropy_regularization.attention.masking import Structure
+from entropy_regularization.attention.transforms import (
+    map_one_by_one,
+    refuse_batched_gradients,
+    refuse_double_backward,
+)
 
 
 def _problem(
@@ -117,14 +122,8 @@ def _(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> list[Tensor]:
     ]
 
 
-def _refuse_double_backward(ctx: Any, *gradients: Any) -> None:
-    raise NotImplementedError(
-        "attention_with_entropy was differentiated twice, but its fused backward has no gradient "
-        "of its own; use implementation='reference' for second derivatives."
-    )
-
-
-blockwise_backward.register_autograd(_refuse_double_backward)
+blockwise_backward.register_autograd(refuse_double_backward)
+map_one_by_one(blockwise_backward)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -135,6 +134,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 
 
 def _differentiate(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
+    refuse_batched_gradients(upstream)
     *tensors, output, entropy, log_normalizer = ctx.saved_tensors
     places = (0, 1, 2, 6, 7)  # query, key, value, bias, sinks
     wanted = [ctx.needs_input_grad[place] for place in places]
@@ -153,6 +153,7 @@ def _differentiate(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, .
 
 
 blockwise_forward.register_autograd(_differentiate, setup_context=_save)
+map_one_by_one(blockwise_forward)
 
 
 def blockwise_attention(

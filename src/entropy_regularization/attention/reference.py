@@ -29,8 +29,28 @@ def reference_attention(
 ]:
     """Return output, entropy, log-normalizer and largest score of every row.
 
-    Scores are computed in float32 (float64 for float64 input), whatever the inputs' precision.
+    Scores are computed in float32 (float64 for float64 input), whatever the inputs' precision,
+    under autocast too.
     """
+    with torch.autocast(query.device.type, enabled=False):
+        return _attend(
+            query, key, value, structure,
+            scale=scale, bias=bias, softcap=softcap, sinks=sinks, dropout=dropout,
+        )  # fmt: skip
+
+
+def _attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    structure: Structure,
+    *,
+    scale: float,
+    bias: Tensor | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+    dropout: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     n_queries, n_keys = query.shape[-2], key.shape[-2]
     wide = torch.promote_types(query.dtype, torch.float32)
     group = query.shape[1] // max(key.shape[1], 1)

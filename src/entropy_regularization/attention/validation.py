@@ -8,9 +8,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+FARTHEST = 2**48
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
@@ -107,6 +107,8 @@ def check_window(causal: bool, window: object) -> tuple[int | None, int | None]:
                 f"window is {window!r}; sides count keys and cannot be negative, use None for "
                 "no limit."
             )
+    # More keys than a tensor can have: what is added to a side stays a 64-bit number.
+    left, right = (None if side is None else min(side, FARTHEST) for side in (left, right))
     if causal:
         right = 0 if right is None else min(right, 0)
     return left, right
@@ -221,27 +223,3 @@ def _is_finite(number: object) -> bool:
     if isinstance(number, bool) or not isinstance(number, int | float):
         return False
     return -float("inf") < number < float("inf")
-
-
-def check_transforms(*tensors: Tensor | None) -> None:
-    """Refuse differentiation that cannot see a fused backward and would lose the gradient.
-
-    Raises:
-        NotImplementedError: inside torch.func.grad and its relatives, and for dual tensors.
-    """
-    if torch.compiler.is_compiling():
-        return
-    dual = forward_ad._current_level >= 0
-    for tensor in tensors:
-        if tensor is None:
-            continue
-        if torch._C._functorch.is_gradtrackingtensor(tensor):
-            how = "inside torch.func.grad or a relative of it"
-        elif dual and forward_ad.unpack_dual(tensor).tangent is not None:
-            how = "on a dual tensor of forward-mode differentiation"
-        else:
-            continue
-        raise NotImplementedError(
-            f"attention_with_entropy was called {how}, which cannot see its fused backward; use "
-            "implementation='reference' there, or torch.autograd.grad."
-        )

@@ -6,7 +6,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from entropy_regularization.attention.blockwise.problem import Problem
-from entropy_regularization.attention.masking import visible_keys
+from entropy_regularization.attention.masking import visible_blocks
 
 # Elements of one score buffer: two of them should stay near the second-level cache.
 SCRATCH_ELEMENTS = 800_000
@@ -82,7 +82,7 @@ def _rows_and_keys(problem: Problem) -> tuple[int, int]:
     if structure.document is not None or structure.key_padding is not None:
         most = min(most, _widest(problem, rows))
         rows = min(rows, _rows_for(most))
-    rows = max(MULTIPLE, rows // group)
+    rows = max(MULTIPLE, rows // max(group, 1))
     if structure.right is None and group * n_queries * n_keys <= WHOLE_SCORES:
         rows = n_queries
     return even(n_queries, rows), most
@@ -108,13 +108,9 @@ def even(whole: int, part: int) -> int:
 
 def _widest(problem: Problem, rows: int) -> int:
     """Return the most keys that a block of rows may see, by the values of the structure."""
-    n_queries, n_keys = problem.query.shape[2], problem.key.shape[2]
-    widest = 1
-    for row_start in range(0, n_queries, rows):
-        row_stop = min(row_start + rows, n_queries)
-        start, stop = visible_keys(problem.structure, row_start, row_stop, n_queries, n_keys)
-        widest = max(widest, stop - start)
-    return widest
+    sizes = problem.query.shape[2], problem.key.shape[2]
+    blocks = visible_blocks(problem.structure, rows, *sizes)
+    return max([1, *(stop - start for start, stop in blocks)])
 
 
 def chunks_of(problem: Problem, blocks: Blocks) -> Iterator[Chunk]:

@@ -20,7 +20,7 @@ from entropy_regularization.attention.masking import (
     edge_masks,
     sees_all,
     tile_allowed,
-    visible_keys,
+    visible_blocks,
 )
 
 # Scratch buffers up to this size stay for the next call.
@@ -160,15 +160,14 @@ class ChunkView:
     def tiles(self) -> Iterator[Tile]:
         """Walk over the blocks of rows, each with the keys that any of its rows may see."""
         n_queries, n_keys = self.problem.query.shape[2], self.problem.key.shape[2]
-        lowest = None
-        for start in range(0, n_queries, self.rows_in_block):
-            stop = min(start + self.rows_in_block, n_queries)
-            first, last = visible_keys(self.structure, start, stop, n_queries, n_keys)
-            lowest = first if lowest is None else lowest
-            if self.inner is None:
+        blocks = visible_blocks(self.structure, self.rows_in_block, n_queries, n_keys)
+        lowest = blocks[0][0] if blocks else 0
+        for place, (first, last) in enumerate(blocks):
+            start = place * self.rows_in_block
+            if self.inner is None and first < last:
                 # The edge of the window masks what this adds: keys that rows before have seen.
                 first = max(first - first % MULTIPLE, lowest)
-            yield Tile(start, stop, first, last)
+            yield Tile(start, min(start + self.rows_in_block, n_queries), first, last)
 
     def pieces(self, tile: Tile) -> Iterator[Tile]:
         """Cut the keys of a tile into pieces whose scores stay in the cache."""

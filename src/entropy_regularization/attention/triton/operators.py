@@ -9,6 +9,11 @@ import torch
 from torch import Tensor
 
 from entropy_regularization.attention.masking import Structure
+from entropy_regularization.attention.transforms import (
+    map_one_by_one,
+    refuse_batched_gradients,
+    refuse_double_backward,
+)
 from entropy_regularization.attention.triton import launch
 from entropy_regularization.attention.triton.launch import Problem, Upstream
 
@@ -92,14 +97,8 @@ def _(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> list[Tensor]:
     return found
 
 
-def _refuse_double_backward(ctx: Any, *gradients: Any) -> None:
-    raise NotImplementedError(
-        "attention_with_entropy was differentiated twice, but its fused backward has no gradient "
-        "of its own; use implementation='reference' for second derivatives."
-    )
-
-
-triton_backward.register_autograd(_refuse_double_backward)
+triton_backward.register_autograd(refuse_double_backward)
+map_one_by_one(triton_backward)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -109,6 +108,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 
 
 def _differentiate(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
+    refuse_batched_gradients(upstream)
     places = (0, 1, 2, 6, 7)  # query, key, value, bias, sinks
     *tensors, output, entropy, log_normalizer = ctx.saved_tensors
     gradients: list[Tensor | None] = [None] * (len(tensors) + len(ctx.options))
@@ -126,6 +126,7 @@ def _differentiate(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, .
 
 
 triton_forward.register_autograd(_differentiate, setup_context=_save)
+map_one_by_one(triton_forward)
 
 
 def triton_attention(
