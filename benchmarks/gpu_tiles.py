@@ -78,7 +78,8 @@ def prepare(
     problem = launch.Problem(
         query, key, value, Structure(None, 0), dim**-0.5, None, None, None, 0.0, None
     )
-    saved = launch.forward(problem)[:3]
+    output, entropy, *_, log2_normalizer = launch.forward(problem)
+    saved = (output, entropy, log2_normalizer)
     constants = launch.row_constants(
         problem, saved, launch.Upstream(upstream, torch.randn_like(saved[1]), None)
     )

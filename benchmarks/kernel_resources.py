@@ -87,9 +87,9 @@ def record_launches(
     kept = launch.start_kernel, launch.tiles_for
     launch.start_kernel, launch.tiles_for = record, tiles_for
     try:
-        output, entropy, log_normalizer, _ = launch.forward(problem)
+        output, entropy, *_, log2_normalizer = launch.forward(problem)
         upstream = launch.Upstream(output, entropy, None)
-        saved = (output, entropy, log_normalizer)
+        saved = (output, entropy, log2_normalizer)
         launch.backward(problem, saved, upstream, (True, True, True, True, False))
     finally:
         launch.start_kernel, launch.tiles_for = kept

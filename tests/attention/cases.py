@@ -138,3 +138,56 @@ def worst_error(got: list[Tensor], expected: list[Tensor]) -> float:
         difference = (ours - theirs)[torch.isfinite(theirs)].abs()
         worst = max(worst, difference.max().item() if difference.numel() else 0.0)
     return worst
+
+
+def check_rows_without_keys_pass_nothing_on(implementation: str, sinks: bool, device: str) -> None:
+    """A NaN that arrives at a row without keys, as from ``where(n > 0, H / n, 0)``, stays there."""
+    case = Case("empty-rows", (2, 2, 1, 9, 9, 8, 8), {"causal": True}, padding=True, sinks=sinks)
+    inputs, options = case.build(torch.float32, device)
+    found = case.run(inputs, options, implementation)
+    empty = found.allowed_keys.expand_as(found.entropy) == 0
+    assert empty.any()
+    derivatives = []
+    for poison in (0.0, torch.nan):
+        given = [
+            torch.ones_like(tensor).masked_fill(
+                empty if tensor.ndim == 3 else empty[..., None], poison
+            )
+            for tensor in found[:2]
+        ]
+        normalizer = torch.ones_like(found.log_normalizer)
+        if not sinks:
+            normalizer.masked_fill_(empty, poison)
+        derivatives.append(
+            torch.autograd.grad(found[:3], inputs, [*given, normalizer], retain_graph=True)
+        )
+    assert all(map(torch.equal, *derivatives))
+
+
+def check_large_scores(implementation: str, dtype: torch.dtype, device: str) -> None:
+    """Scores beyond float16's range: a row that one key has won has no gradient left to give.
+
+    A log-normalizer of 1e5 that was rounded on its way to nats and back would leave weights that
+    sum to 1.03 and an entropy gradient of 12.
+    """
+    generator = torch.Generator().manual_seed(0)
+    gain = 200.0 if dtype == torch.float16 else 60.0
+    query, key, value = (torch.randn(1, 2, 40, 16, generator=generator) for _ in range(3))
+    inputs = [
+        tensor.to(dtype).to(device).requires_grad_() for tensor in (gain * query, gain * key, value)
+    ]
+    exact = [tensor.detach().double().requires_grad_() for tensor in inputs]
+    found, expected = (
+        attention_with_entropy(*tensors, scale=1.0, implementation=name)
+        for tensors, name in ((inputs, implementation), (exact, "reference"))
+    )
+    assert found.max_score.max() > (torch.finfo(torch.float16).max if gain > 100 else 5e4)
+    assert worst_error([found.entropy], [expected.entropy]) <= 1e-2
+    won = expected.entropy < 1e-30
+    assert won.float().mean() > 0.8
+    # A GPU subtracts the normalizer in a multiply-add: what the product's rounding was is left.
+    left = torch.finfo(torch.float32).eps * found.max_score.max().item() if device != "cpu" else 0.0
+    (by_query,) = torch.autograd.grad(found.entropy.sum(), inputs[0], retain_graph=True)
+    assert by_query[won].abs().max() <= 1e-20 + left * inputs[1].abs().max()
+    (by_value,) = torch.autograd.grad(found.output[..., 0].sum(), inputs[2])
+    assert (by_value[..., 0].float().sum(-1) / 40 - 1).abs().max() <= 1e-3 + left

@@ -55,8 +55,11 @@ def blockwise_forward(
     scale: float,
     softcap: float | None,
     dropout: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return output, entropy, log-normalizer and largest score (see blockwise.forward)."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return output, entropy, log-normalizer, largest score and what backward needs.
+
+    See blockwise.forward.
+    """
     problem = _problem(
         query, key, value, allowed, key_padding, document, bias, sinks, seed,
         left, right, scale, softcap, dropout,
@@ -70,7 +73,7 @@ def _(query: Tensor, key: Tensor, value: Tensor, *options: Any) -> tuple[Tensor,
     wide = torch.promote_types(query.dtype, torch.float32)
     rows = query.shape[:3]
     output = query.new_empty(*rows, value.shape[-1])
-    return output, *(query.new_empty(rows, dtype=wide) for _ in range(3))
+    return output, *(query.new_empty(rows, dtype=wide) for _ in range(4))
 
 
 @torch.library.custom_op("entropy_regularization::blockwise_backward", mutates_args=())
@@ -91,7 +94,7 @@ def blockwise_backward(
     dropout: float,
     output: Tensor,
     entropy: Tensor,
-    log_normalizer: Tensor,
+    log2_normalizer: Tensor,
     output_gradient: Tensor,
     entropy_gradient: Tensor,
     normalizer_gradient: Tensor,
@@ -102,7 +105,7 @@ def blockwise_backward(
         query, key, value, allowed, key_padding, document, bias, sinks, seed,
         left, right, scale, softcap, dropout,
     )  # fmt: skip
-    saved = (output, entropy, log_normalizer)
+    saved = (output, entropy, log2_normalizer)
     upstream = (output_gradient, entropy_gradient, normalizer_gradient)
     with torch.autocast(query.device.type, enabled=False):
         gradients = blockwise.backward(
@@ -128,22 +131,22 @@ map_one_by_one(blockwise_backward)
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     tensors, options = inputs[:9], inputs[9:]
-    ctx.save_for_backward(*tensors, *output[:3])
+    ctx.save_for_backward(*tensors, *output[:2], output[4])
     ctx.options = options
     ctx.set_materialize_grads(False)
 
 
 def _differentiate(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
     refuse_batched_gradients(upstream)
-    *tensors, output, entropy, log_normalizer = ctx.saved_tensors
+    *tensors, output, entropy, log2_normalizer = ctx.saved_tensors
     places = (0, 1, 2, 6, 7)  # query, key, value, bias, sinks
     wanted = [ctx.needs_input_grad[place] for place in places]
     given = [
         torch.zeros_like(like) if gradient is None else gradient
-        for gradient, like in zip(upstream[:3], (output, entropy, log_normalizer), strict=True)
+        for gradient, like in zip(upstream[:3], (output, entropy, entropy), strict=True)
     ]
     found = iter(
-        blockwise_backward(*tensors, *ctx.options, output, entropy, log_normalizer, *given, wanted)
+        blockwise_backward(*tensors, *ctx.options, output, entropy, log2_normalizer, *given, wanted)
     )
     gradients: list[Tensor | None] = [None] * (len(tensors) + len(ctx.options))
     for place, want in zip(places, wanted, strict=True):
@@ -176,7 +179,7 @@ def blockwise_attention(
     seed = None
     if dropout > 0.0:
         seed = torch.randint(2**62, (1,), dtype=torch.int64)
-    output, entropy, log_normalizer, max_score = blockwise_forward(
+    output, entropy, log_normalizer, max_score, _ = blockwise_forward(
         query, key, value,
         structure.allowed, structure.key_padding, structure.document,
         bias, sinks, seed,

@@ -88,7 +88,7 @@ def _attend(
 
     # dropout changes the output only
     weights = torch.dropout(probability, dropout, train=dropout > 0)
-    output = (weights @ values).to(query.dtype)
+    output = (weights @ values).masked_fill(empty[..., None], 0.0).to(query.dtype)
 
     nothing = score.new_full((), -torch.inf)
     max_score = score.detach().masked_fill(~allowed, -torch.inf)

@@ -8,7 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from cases import CASES, Case, gradients, worst_error
+from cases import (
+    CASES,
+    Case,
+    check_large_scores,
+    check_rows_without_keys_pass_nothing_on,
+    gradients,
+    worst_error,
+)
 from torch import Tensor
 
 from entropy_regularization import AttentionOutput, attention_with_entropy
@@ -68,6 +75,17 @@ def test_equals_reference_over_many_tiles(
 ) -> None:
     set_tiles(*tiles)
     agree(case, torch.float32, device, 2e-5)
+
+
+@pytest.mark.parametrize("sinks", [False, True])
+def test_rows_without_keys_pass_nothing_on(sinks: bool, device: str, set_tiles: Any) -> None:
+    set_tiles(16, 16)
+    check_rows_without_keys_pass_nothing_on("triton", sinks, device)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_large_scores(dtype: torch.dtype, device: str) -> None:
+    check_large_scores("triton", dtype, device)
 
 
 @interpreted

@@ -36,10 +36,11 @@ def backward(
 
     Args:
         problem: the inputs of the forward pass.
-        saved: its output, entropy and log-normalizer.
-        upstream: their gradients.
+        saved: its output, entropy, and log-normalizer in base 2 (see forward).
+        upstream: the gradients of output, entropy and log-normalizer.
         wanted: which of (query, key, value, bias, sinks) need a gradient.
     """
+    upstream = _without_empty_rows(problem, saved[2] == -torch.inf, upstream)
     inputs = (problem.query, problem.key, problem.value)
     # Contiguous whatever the inputs are: blocks are written through views.
     d_query, d_key, d_value = (
@@ -74,32 +75,50 @@ def _row_constants(
     ``dS_ij = p_ij (dO_i . v_j - delta_i - g_i (s_ij - lse_i))`` with
     ``delta_i = dO_i . O_i + g_i (H_i + sink share) - (gradient of lse_i)``.
     """
-    _, entropy, log_normalizer = saved
+    _, entropy, log2_normalizer = saved
     _, entropy_gradient, normalizer_gradient = upstream
     # Contiguous, because the blocks of rows complete it through views.
     delta = torch.empty_like(entropy, memory_format=torch.contiguous_format)
     torch.mul(entropy_gradient, entropy, out=delta).sub_(normalizer_gradient)
     if problem.sinks is not None:
-        delta.addcmul_(entropy_gradient, _sink_share(problem.sinks, log_normalizer))
+        delta.addcmul_(entropy_gradient, _sink_share(problem.sinks, log2_normalizer))
     # An empty row: exp(s - lse) must be 0, whatever its scores.
-    finite = log_normalizer.masked_fill(log_normalizer == -torch.inf, -MASKED_SCORE)
-    rows = (finite * LOG2_E, entropy_gradient * -LN_2, delta)
+    finite = log2_normalizer.masked_fill(log2_normalizer == -torch.inf, -MASKED_SCORE)
+    rows = (finite, entropy_gradient * -LN_2, delta)
     return RowConstants(*(row[..., None] for row in rows))
 
 
-def _sink_share(sinks: Tensor, log_normalizer: Tensor) -> Tensor:
+def _without_empty_rows(
+    problem: Problem, empty: Tensor, upstream: tuple[Tensor, Tensor, Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Drop the gradients of rows without a key: 0 times a NaN, as of H / log n, would be NaN.
+
+    With a sink the log-normalizer of such a row is the sink, and its gradient counts.
+    """
+    sizes = problem.query.shape[2], problem.key.shape[2]
+    possible = problem.structure.may_leave_rows_empty(*sizes) or problem.bias is not None
+    if not possible or not empty.any():
+        return upstream
+    output, entropy, normalizer = upstream
+    if problem.sinks is None:
+        normalizer = normalizer.masked_fill(empty, 0.0)
+    return output.masked_fill(empty[..., None], 0.0), entropy.masked_fill(empty, 0.0), normalizer
+
+
+def _sink_share(sinks: Tensor, log2_normalizer: Tensor) -> Tensor:
     """Return the share of every row's mass that its sink takes: ``[batch, heads, queries]``."""
-    return (sinks.to(log_normalizer.dtype)[None, :, None] - log_normalizer).exp()
+    log2_share = sinks.to(log2_normalizer.dtype)[None, :, None] * LOG2_E - log2_normalizer
+    return log2_share.exp2().masked_fill(log2_normalizer == -torch.inf, 1.0)
 
 
 def _sinks_gradient(
-    sinks: Tensor, log_normalizer: Tensor, entropy_gradient: Tensor, delta: Tensor
+    sinks: Tensor, log2_normalizer: Tensor, entropy_gradient: Tensor, delta: Tensor
 ) -> Tensor:
     """Return the gradient of the sinks: ``[heads]``.
 
     dlse/dsink = share and dp_j/dsink = -share p_j: delta with the share in place of 1 - share.
     """
-    share = _sink_share(sinks, log_normalizer)
+    share = _sink_share(sinks, log2_normalizer)
     return (share * (entropy_gradient - delta[..., 0])).sum((0, 2)).to(sinks.dtype)
 
 

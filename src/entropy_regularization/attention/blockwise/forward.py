@@ -9,6 +9,7 @@ from entropy_regularization.attention.blockwise.chunk import ChunkView, Scratch
 from entropy_regularization.attention.blockwise.problem import (
     EMPTY_ROW,
     LN_2,
+    LOG2_E,
     MASKED_SCORE,
     Problem,
 )
@@ -22,8 +23,13 @@ def forward(
     Float[Tensor, "batch heads queries"],
     Float[Tensor, "batch heads queries"],
     Float[Tensor, "batch heads queries"],
+    Float[Tensor, "batch heads queries"],
 ]:
-    """Return output, entropy, log-normalizer and largest score of every row."""
+    """Return output, entropy, log-normalizer and largest score of every row.
+
+    The fifth result is for backward: the log-normalizer in base 2 as the scores are, because a
+    large one loses digits on its way to nats and back; -inf where there is no key, whatever sink.
+    """
     row_shape = problem.query.shape[:3]
     output = problem.query.new_empty(*row_shape, problem.value.shape[-1])
     # (m, l, t) of MATHEMATICS in base 2: largest, sum of 2^(s - m), sum of 2^(s - m) (s - m)
@@ -106,24 +112,31 @@ def _raise_maximum(
 
 def _finish(
     problem: Problem, output: Tensor, largest: Tensor, total: Tensor, weighted: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Turn (m, l, t) into entropy, log-normalizer and largest score; let sinks take their share."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Turn (m, l, t) into entropy, log-normalizer, largest score and log-normalizer in base 2.
+
+    Sinks take their share.
+    """
     sizes = problem.query.shape[2], problem.key.shape[2]
     log_total = total.log()
     entropy = log_total - LN_2 * weighted / total
+    log2_normalizer = largest + LOG2_E * log_total
     largest = largest * LN_2
     if problem.structure.may_leave_rows_empty(*sizes) or problem.bias is not None:
         empty = largest <= EMPTY_ROW
         largest.masked_fill_(empty, -torch.inf)
+        log2_normalizer.masked_fill_(empty, -torch.inf)
         entropy.masked_fill_(empty, 0.0)
         log_total.masked_fill_(empty, 0.0)
         output.masked_fill_(empty[..., None], 0.0)
     log_normalizer = largest + log_total
     if problem.sinks is None:
-        return entropy, log_normalizer, largest
+        return entropy, log_normalizer, largest, log2_normalizer
     sinks = problem.sinks.to(problem.wide)[None, :, None]
     with_sink = torch.logaddexp(log_normalizer, sinks)
     share = (log_normalizer - with_sink).exp()  # of the row's mass that the real keys keep
     output.mul_(share[..., None])
+    log2_with_sink = torch.logaddexp2(log2_normalizer, sinks * LOG2_E)
+    log2_with_sink.masked_fill_(log2_normalizer == -torch.inf, -torch.inf)
     # -sum p log p with p = share * softmax; an empty row has share 0 and log share -inf
-    return share * entropy + torch.special.entr(share), with_sink, largest
+    return share * entropy + torch.special.entr(share), with_sink, largest, log2_with_sink

@@ -108,6 +108,7 @@ def forward_kernel(
     p_entropy,
     p_log_normalizer,
     p_max_score,
+    p_log2_normalizer,
     allowed,
     padding,
     document,
@@ -197,12 +198,16 @@ def forward_kernel(
     if p_sinks is not None:
         sink_log2 = tl.load(p_sinks + head).to(WIDE) * LOG2_E
         entropy, log2_normalizer, left_over = join_sink(entropy, log2_normalizer, sink_log2)
-        log2_normalizer = tl.where(empty, sink_log2, log2_normalizer)
+        of_empty = sink_log2
         share = share * left_over
     else:
-        log2_normalizer = tl.where(empty, float("-inf"), log2_normalizer)
+        of_empty = float("-inf")
     o_row = unit.to(tl.int64) * n_queries + row_start + tl.arange(0, ROWS)
     m_row = row_start + tl.arange(0, ROWS) < n_queries
+    # For backward: a large log-normalizer loses digits on its way to nats and back.
+    b_kept = tl.where(empty, float("-inf"), log2_normalizer)
+    tl.store(p_log2_normalizer + o_row, b_kept, mask=m_row)
+    log2_normalizer = tl.where(empty, of_empty, log2_normalizer)
     tl.store(p_entropy + o_row, tl.where(empty, 0.0, entropy), mask=m_row)
     tl.store(p_log_normalizer + o_row, log2_normalizer * LN_2, mask=m_row)
     tl.store(p_max_score + o_row, tl.where(empty, float("-inf"), largest * LN_2), mask=m_row)

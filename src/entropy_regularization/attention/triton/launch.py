@@ -208,13 +208,17 @@ def start_kernel(kernel: Any, programs: int, tiles: Tiles, arguments: dict[str, 
         )
 
 
-def forward(problem: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return output, entropy, log-normalizer and largest score of every row."""
+def forward(problem: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return output, entropy, log-normalizer and largest score of every row.
+
+    The fifth result is for backward: the log-normalizer in base 2, -inf where there is no key,
+    whatever sink.
+    """
     query, key, value = problem.query, problem.key, problem.value
     batch, heads, n_queries, _ = query.shape
     output = rows_like(query, value.shape[-1])
-    entropy, log_normalizer, max_score = (
-        query.new_empty(batch, heads, n_queries, dtype=problem.wide) for _ in range(3)
+    entropy, log_normalizer, max_score, log2_normalizer = (
+        query.new_empty(batch, heads, n_queries, dtype=problem.wide) for _ in range(4)
     )
     tiles = tiles_for("forward", query, value, problem.loaded)
     ranges, _ = visible_ranges(problem.structure, batch, n_queries, key.shape[2], tiles)
@@ -227,6 +231,7 @@ def forward(problem: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         "p_entropy": entropy,
         "p_log_normalizer": log_normalizer,
         "p_max_score": max_score,
+        "p_log2_normalizer": log2_normalizer,
         "p_sinks": None if problem.sinks is None else problem.sinks.contiguous(),
         "p_ranges": ranges,
         "heads": heads,
@@ -235,7 +240,7 @@ def forward(problem: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         "KEYS": tiles.keys,
     }
     start_kernel(forward_kernel, blocks * batch * heads, tiles, arguments)
-    return output, entropy, log_normalizer, max_score
+    return output, entropy, log_normalizer, max_score, log2_normalizer
 
 
 class RowConstants(NamedTuple):
@@ -250,7 +255,7 @@ def row_constants(
     problem: Problem, saved: tuple[Tensor, Tensor, Tensor], upstream: Upstream
 ) -> RowConstants:
     """Collect the terms of dS that belong to a row (see recomputation.row_constants_kernel)."""
-    output, entropy, log_normalizer = saved
+    output, entropy, saved_normalizer = saved
     delta, log2_normalizer = torch.empty_like(entropy), torch.empty_like(entropy)
     slope = None if upstream.entropy is None else torch.empty_like(entropy)
     tiles = tiles_for("row_constants", output, output)
@@ -260,7 +265,7 @@ def row_constants(
         "output": view(output),
         "d_output": None if upstream.output is None else view(upstream.output),
         "p_entropy": entropy,
-        "p_log_normalizer": log_normalizer,
+        "p_saved_normalizer": saved_normalizer,
         "p_d_entropy": None if upstream.entropy is None else upstream.entropy.contiguous(),
         "p_d_normalizer": (
             None if upstream.log_normalizer is None else upstream.log_normalizer.contiguous()
@@ -291,14 +296,20 @@ def backward(
 
     Args:
         problem: the inputs of the forward pass.
-        saved: its output, entropy and log-normalizer.
-        upstream: their gradients.
+        saved: its output, entropy, and log-normalizer in base 2 (see forward).
+        upstream: the gradients of output, entropy and log-normalizer.
         wanted: which of (query, key, value, bias, sinks) need a gradient.
     """
-    constants = row_constants(problem, saved, upstream)
+    empty = saved[2] == -math.inf
+    sizes = problem.query.shape[2], problem.key.shape[2]
     d_output = upstream.output
     if d_output is None:  # one zero, seen everywhere
         d_output = problem.query.new_zeros(1, 1, 1, 1).expand(saved[0].shape)
+    elif problem.bias is not None or problem.structure.may_leave_rows_empty(*sizes):
+        # 0 times what is not finite would be NaN
+        d_output = d_output.masked_fill(empty[..., None], 0.0)
+        upstream = upstream._replace(output=d_output)
+    constants = row_constants(problem, saved, upstream)
     arguments = common_arguments(problem) | {
         "d_output": view(d_output),
         "constants": tuple(constants),
@@ -385,9 +396,13 @@ def bias_gradient(problem: Problem, bias: Tensor, arguments: dict[str, Any]) -> 
 
 
 def sinks_gradient(
-    sinks: Tensor, log_normalizer: Tensor, constants: RowConstants, upstream: Upstream
+    sinks: Tensor, log2_normalizer: Tensor, constants: RowConstants, upstream: Upstream
 ) -> Tensor:
     """Return dsinks: ``dlse/dsink`` is the sink's share of a row, ``dp_j/dsink`` minus that p_j."""
-    share = (sinks.to(log_normalizer.dtype)[None, :, None] - log_normalizer).exp()
-    inner = constants.delta if upstream.entropy is None else constants.delta - upstream.entropy
+    empty = log2_normalizer == -math.inf
+    log2_share = sinks.to(log2_normalizer.dtype)[None, :, None] * LOG2_E - log2_normalizer
+    share = log2_share.exp2().masked_fill(empty, 1.0)
+    inner = constants.delta
+    if upstream.entropy is not None:
+        inner = inner - upstream.entropy.masked_fill(empty, 0.0)
     return (share * -inner).sum((0, 2)).to(sinks.dtype)

@@ -34,8 +34,11 @@ def triton_forward(
     scale: float,
     softcap: float | None,
     dropout: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return output, entropy, log-normalizer and largest score (see launch.forward)."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return output, entropy, log-normalizer, largest score and what backward needs.
+
+    See launch.forward.
+    """
     structure = Structure(left, right, allowed, key_padding, document)
     return launch.forward(
         Problem(query, key, value, structure, scale, bias, softcap, sinks, dropout, seed)
@@ -46,7 +49,7 @@ def triton_forward(
 def _(query: Tensor, key: Tensor, value: Tensor, *options: Any) -> tuple[Tensor, ...]:
     wide = torch.promote_types(query.dtype, torch.float32)
     output = launch.rows_like(query, value.shape[-1])
-    return output, *(query.new_empty(query.shape[:3], dtype=wide) for _ in range(3))
+    return output, *(query.new_empty(query.shape[:3], dtype=wide) for _ in range(4))
 
 
 @torch.library.custom_op("entropy_regularization::triton_backward", mutates_args=())
@@ -67,7 +70,7 @@ def triton_backward(
     dropout: float,
     output: Tensor,
     entropy: Tensor,
-    log_normalizer: Tensor,
+    log2_normalizer: Tensor,
     output_gradient: Tensor | None,
     entropy_gradient: Tensor | None,
     normalizer_gradient: Tensor | None,
@@ -77,7 +80,7 @@ def triton_backward(
     structure = Structure(left, right, allowed, key_padding, document)
     gradients = launch.backward(
         Problem(query, key, value, structure, scale, bias, softcap, sinks, dropout, seed),
-        (output, entropy, log_normalizer),
+        (output, entropy, log2_normalizer),
         Upstream(output_gradient, entropy_gradient, normalizer_gradient),
         (wanted[0], wanted[1], wanted[2], wanted[3], wanted[4]),
     )
@@ -102,7 +105,7 @@ map_one_by_one(triton_backward)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.save_for_backward(*inputs[:9], *output[:3])
+    ctx.save_for_backward(*inputs[:9], *output[:2], output[4])
     ctx.options = inputs[9:]
     ctx.set_materialize_grads(False)
 
@@ -110,13 +113,13 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 def _differentiate(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
     refuse_batched_gradients(upstream)
     places = (0, 1, 2, 6, 7)  # query, key, value, bias, sinks
-    *tensors, output, entropy, log_normalizer = ctx.saved_tensors
+    *tensors, output, entropy, log2_normalizer = ctx.saved_tensors
     gradients: list[Tensor | None] = [None] * (len(tensors) + len(ctx.options))
     wanted = [ctx.needs_input_grad[place] for place in places]
     if any(gradient is not None for gradient in upstream[:3]):
         found = iter(
             triton_backward(
-                *tensors, *ctx.options, output, entropy, log_normalizer, *upstream[:3], wanted
+                *tensors, *ctx.options, output, entropy, log2_normalizer, *upstream[:3], wanted
             )
         )
         for place, want in zip(places, wanted, strict=True):
@@ -151,7 +154,7 @@ def triton_attention(
     seed = None
     if dropout > 0.0:
         seed = torch.randint(2**62, (1,), dtype=torch.int64, device=query.device)
-    output, entropy, log_normalizer, max_score = triton_forward(
+    output, entropy, log_normalizer, max_score, _ = triton_forward(
         query, key, value,
         structure.allowed, structure.key_padding, structure.document,
         bias, sinks, seed,

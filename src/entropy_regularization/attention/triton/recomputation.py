@@ -25,7 +25,7 @@ def row_constants_kernel(
     output,
     d_output,
     p_entropy,
-    p_log_normalizer,
+    p_saved_normalizer,
     p_d_entropy,
     p_d_normalizer,
     p_sinks,
@@ -43,7 +43,8 @@ def row_constants_kernel(
     """Collect the terms of dS that belong to a row.
 
     ``delta_i = dO_i . O_i + g_i (H_i + share of the sink) - (gradient of lse_i)``, the
-    log-normalizer in base 2 and ``g_i ln 2``.
+    log-normalizer in base 2 (finite) and ``g_i ln 2``. The saved log-normalizer is in base 2, -inf
+    for a row without a key: no gradient flows through such a row, except to its sink.
     """
     block = tl.program_id(0) % n_blocks
     unit = tl.program_id(0) // n_blocks
@@ -53,7 +54,8 @@ def row_constants_kernel(
     m_row = row < n_queries
     o_row = unit.to(tl.int64) * n_queries + row
     # [ROWS]
-    normalizer = tl.load(p_log_normalizer + o_row, mask=m_row, other=0.0)
+    normalizer = tl.load(p_saved_normalizer + o_row, mask=m_row, other=0.0)
+    empty = normalizer == float("-inf")
     delta = tl.zeros([ROWS], WIDE)
     if d_output is not None:
         # [ROWS, VALUE_PADDED], both
@@ -68,17 +70,20 @@ def row_constants_kernel(
         delta += tl.sum(b_output.to(WIDE) * b_d_output.to(WIDE), 1)
     if p_d_entropy is not None:
         bracket = tl.load(p_entropy + o_row, mask=m_row, other=0.0)
-        slope = tl.load(p_d_entropy + o_row, mask=m_row, other=0.0)
+        slope = tl.where(empty, 0.0, tl.load(p_d_entropy + o_row, mask=m_row, other=0.0))
         if p_sinks is not None:
-            bracket += tl.exp2((tl.load(p_sinks + head).to(WIDE) - normalizer) * LOG2_E)
+            log2_share = tl.load(p_sinks + head).to(WIDE) * LOG2_E - normalizer
+            bracket += tl.where(empty, 1.0, tl.exp2(log2_share))
         delta += slope * bracket
         tl.store(p_entropy_slope + o_row, slope * LN_2, mask=m_row)
     if p_d_normalizer is not None:
-        delta -= tl.load(p_d_normalizer + o_row, mask=m_row, other=0.0)
+        d_normalizer = tl.load(p_d_normalizer + o_row, mask=m_row, other=0.0)
+        if p_sinks is None:
+            d_normalizer = tl.where(empty, 0.0, d_normalizer)
+        delta -= d_normalizer
     tl.store(p_delta + o_row, delta, mask=m_row)
     # An empty row: all its scores are masked later, so any finite number will do.
-    normalizer = tl.where(normalizer == float("-inf"), 0.0, normalizer)
-    tl.store(p_log2_normalizer + o_row, normalizer * LOG2_E, mask=m_row)
+    tl.store(p_log2_normalizer + o_row, tl.where(empty, 0.0, normalizer), mask=m_row)
 
 
 @triton.jit
