@@ -5,6 +5,8 @@ import itertools
 import pytest
 import torch
 from cases import worst_error
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from entropy_regularization import attention_with_entropy, merge_attention
@@ -55,6 +57,43 @@ def test_merged_shards_equal_the_whole(cuts: list[int]) -> None:
     assert worst_error(gradients(merged, tensors), gradients(whole(tensors), tensors)) <= 1e-12
 
 
+@pytest.mark.parametrize("cuts", [[0, 12], [0, 1, 7, 12]])
+def test_sinks_join_the_whole(cuts: list[int]) -> None:
+    tensors = inputs()
+    sinks = torch.tensor([-2.0, 0.0, 1.0, 30.0], dtype=torch.float64, requires_grad=True)
+    parts = [shard(tensors, *pair) for pair in itertools.pairwise(cuts)]
+    merged = merge_attention(parts, sinks=sinks)
+    found = attention_with_entropy(
+        *tensors, allowed=allowed(), sinks=sinks, implementation="reference"
+    )
+    expected = (found.output, found.entropy, found.log_normalizer)
+    assert worst_error(list(merged), list(expected)) <= 1e-13
+    derivatives = [gradients(triple, [*tensors, sinks]) for triple in (merged, expected)]
+    assert worst_error(*derivatives) <= 1e-12
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    cuts=st.lists(st.integers(0, 12), max_size=4).map(sorted),
+    seed=st.integers(0, 2**31),
+    gain=st.sampled_from([0.1, 1.0, 30.0]),
+)
+def test_any_partition_of_the_keys_gives_the_whole(cuts: list[int], seed: int, gain: float) -> None:
+    """Empty shards too: ``H = sum w_a H_a + H(w)``, MATHEMATICS of merging."""
+    generator = torch.Generator().manual_seed(seed)
+    query, key, value = (
+        torch.randn(1, 2, length, 4, generator=generator, dtype=torch.float64)
+        for length in (3, 12, 12)
+    )
+    parts = [
+        attention_with_entropy(gain * query, key[:, :, start:stop], value[:, :, start:stop])
+        for start, stop in itertools.pairwise([0, *cuts, 12])
+    ]
+    merged = merge_attention(parts)
+    expected = attention_with_entropy(gain * query, key, value)
+    assert worst_error(list(merged), list(expected[:3])) <= 1e-13
+
+
 def test_what_attention_returned_can_be_merged_as_it_is() -> None:
     query, key, value = inputs()
     parts = [
@@ -87,3 +126,13 @@ def test_wrong_shards_are_refused() -> None:
         merge_attention([one[:2]])  # type: ignore[list-item]
     with pytest.raises(TypeError, match="entropy of shard 0 is a NoneType"):
         merge_attention([(one[0], None, one[2])])  # type: ignore[list-item]
+    with pytest.raises(TypeError, match=r"entropy of shard 0 has dtype torch\.int64"):
+        merge_attention([(one[0], one[1].long(), one[2])])
+    with pytest.raises(TypeError, match="shards are a NoneType"):
+        merge_attention(None)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="entropy of shard 0 is on meta"):
+        merge_attention([(one[0], one[1].to("meta"), one[2])])
+    with pytest.raises(ValueError, match=r"sinks have shape \(3,\)"):
+        merge_attention([one], sinks=torch.zeros(3))
+    with pytest.raises(TypeError, match="sinks is a list"):
+        merge_attention([one], sinks=[0.0] * 4)  # type: ignore[arg-type]
