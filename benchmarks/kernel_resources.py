@@ -70,9 +70,9 @@ def build_problem(options: str, dim: int, dtype: torch.dtype) -> launch.Problem:
 
 
 def record_launches(
-    problem: launch.Problem, capability: int
+    problem: launch.Problem, through: list[str], capability: int
 ) -> list[tuple[Any, Tiles, dict[str, Any]]]:
-    """Return what would be launched by a forward and a backward pass."""
+    """Return what would be launched by a forward and a backward pass ``through`` some results."""
     launches: list[tuple[Any, Tiles, dict[str, Any]]] = []
 
     def record(kernel: Any, programs: int, tiles: Tiles, arguments: dict[str, Any]) -> None:
@@ -87,8 +87,11 @@ def record_launches(
     kept = launch.start_kernel, launch.tiles_for
     launch.start_kernel, launch.tiles_for = record, tiles_for
     try:
-        output, entropy, *_, log2_normalizer = launch.forward(problem)
-        upstream = launch.Upstream(output, entropy, None)
+        output, entropy, log_normalizer, _, log2_normalizer = launch.forward(problem)
+        results = launch.Upstream(output, entropy, log_normalizer)._asdict()
+        upstream = launch.Upstream(
+            *(results[name] if name in through else None for name in results)
+        )
         saved = (output, entropy, log2_normalizer)
         launch.backward(problem, saved, upstream, (True, True, True, True, False))
     finally:
@@ -170,14 +173,14 @@ def compile_kernel(
 
 
 def compile_all(
-    dtypes: list[str], dims: list[int], options: str, capability: int
+    dtypes: list[str], dims: list[int], options: str, through: list[str], capability: int
 ) -> list[dict[str, Any]]:
     """Compile every kernel for every dtype and head dimension."""
     rows = []
     for dtype in dtypes:
         for dim in dims:
             problem = build_problem(options, dim, getattr(torch, dtype))
-            for kernel, tiles, arguments in record_launches(problem, capability):
+            for kernel, tiles, arguments in record_launches(problem, through, capability):
                 used = compile_kernel(kernel, tiles, arguments, capability)
                 if used["shared_bytes"] > SHARED_LIMIT[capability]:
                     raise SystemExit(f"{kernel.__name__} at dim {dim} needs {used}: too much")
@@ -192,6 +195,10 @@ def main() -> None:
     parser.add_argument("--dims", type=int, nargs="+", default=[64, 128, 256])
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"])
     parser.add_argument("--options", choices=OPTIONS, default="causal")
+    parser.add_argument(
+        "--through", nargs="+", choices=launch.Upstream._fields, default=["output", "entropy"],
+        help="what is differentiated",
+    )  # fmt: skip
     parser.add_argument("--capability", type=int, choices=SHARED_LIMIT, default=90)
     parser.add_argument("--output", type=Path, default=RESULTS)
     chosen = parser.parse_args()
@@ -199,12 +206,15 @@ def main() -> None:
         parser.error("TRITON_INTERPRET is set, which leaves nothing to compile; unset it.")
     with tempfile.TemporaryDirectory() as cache:  # so that nothing was compiled before
         os.environ["TRITON_CACHE_DIR"] = cache
-        rows = compile_all(chosen.dtypes, chosen.dims, chosen.options, chosen.capability)
+        rows = compile_all(
+            chosen.dtypes, chosen.dims, chosen.options, chosen.through, chosen.capability
+        )
     chosen.output.parent.mkdir(parents=True, exist_ok=True)
     versions = {"triton": triton.__version__, "torch": torch.__version__}
     result = {
         "capability": chosen.capability,
         "options": chosen.options,
+        "through": chosen.through,
         "versions": versions,
         "kernels": rows,
     }

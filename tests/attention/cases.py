@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from entropy_regularization import AttentionOutput, attention_with_entropy
+from entropy_regularization.attention.masking import Structure, Tile, tile_allowed
 
 
 @dataclass
@@ -191,3 +192,65 @@ def check_large_scores(implementation: str, dtype: torch.dtype, device: str) -> 
     assert by_query[won].abs().max() <= 1e-20 + left * inputs[1].abs().max()
     (by_value,) = torch.autograd.grad(found.output[..., 0].sum(), inputs[2])
     assert (by_value[..., 0].float().sum(-1) / 40 - 1).abs().max() <= 1e-3 + left
+
+
+def naive_in_dtype(case: Case, inputs: list[Tensor], options: dict[str, Any]) -> AttentionOutput:
+    """Attention as models write it: every step rounded to the dtype of the inputs."""
+    query, key, value, *rest = inputs
+    group = query.shape[1] // key.shape[1]
+    score = query @ key.repeat_interleave(group, 1).mT * options["scale"]
+    if "softcap" in options:
+        score = options["softcap"] * torch.tanh(score / options["softcap"])
+    if case.bias:
+        score = score + rest.pop(0)
+    n_queries, n_keys = score.shape[-2:]
+    left, right = options.get("window", (None, None))
+    right = 0 if options.get("causal") else right
+    masks = (options.get(name) for name in ("allowed", "key_padding", "document"))
+    structure = Structure(left, right, *masks)
+    whole = Tile(0, n_queries, 0, n_keys)
+    allowed = tile_allowed(structure, whole, n_queries, n_keys, query.device)
+    if allowed is None:
+        allowed = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=query.device)
+    allowed = allowed.expand(score.shape)
+    empty = ~allowed.any(-1, keepdim=True)
+    score = score.masked_fill(~allowed, -torch.inf)
+    if not case.sinks:
+        score = score.masked_fill(empty, 0.0)
+    else:
+        sink = rest.pop(0)[None, :, None, None].expand(*score.shape[:3], 1)
+        score = torch.cat((score, sink), -1)
+    log_weight = score.log_softmax(-1)[..., :n_keys]
+    weight = log_weight.exp().masked_fill(~allowed, 0.0)
+    entropy = -(weight * log_weight.masked_fill(~allowed, 0.0)).sum(-1)
+    normalizer = score.logsumexp(-1)
+    if not case.sinks:
+        normalizer = normalizer.masked_fill(empty[..., 0], 0.0)
+    output = weight @ value.repeat_interleave(group, 1)
+    return AttentionOutput(output, entropy.float(), normalizer.float(), entropy, entropy)
+
+
+def check_error_is_at_most_that_of_naive_attention(
+    case: Case, dtype: torch.dtype, device: str
+) -> None:
+    """Against float64, for output, entropy and every gradient: the error of the kernels.
+
+    It is at most that of naive PyTorch in the same dtype plus a rounding of the largest number;
+    four in float32, where the scores' base 2 and the softcap's tanh cost as much as rounding does.
+    """
+    inputs, options = case.build(dtype, device)
+    exact = [tensor.detach().double().requires_grad_() for tensor in inputs]
+    truth = case.run(exact, options, "reference")
+    got = case.run(inputs, options, "triton")
+    naive = naive_in_dtype(case, inputs, options)
+    assert got.entropy.dtype == torch.float32
+    assert worst_error([got.log_normalizer], [truth.log_normalizer]) <= 1e-4
+    ours = [got.output, got.entropy, *gradients(got, inputs)]
+    theirs = [naive.output, naive.entropy, *gradients(naive, inputs)]
+    right = [truth.output, truth.entropy, *gradients(truth, exact)]
+    roundings = 4 if dtype == torch.float32 else 1
+    for mine, plain, true in zip(ours, theirs, right, strict=True):
+        budget = roundings * torch.finfo(mine.dtype).eps * true.abs().max().item()
+        if mine.dtype != dtype:
+            budget *= 4  # the entropy: float32 whatever the inputs
+        assert worst_error([mine], [true]) <= worst_error([plain], [true]) + budget

@@ -208,4 +208,4 @@ def choose_implementation(
 
 @functools.cache
 def _say_once(sentence: str) -> None:
-    logger.info(sentence)
+    logger.warning(sentence)

@@ -5,7 +5,12 @@ from typing import Any
 
 import pytest
 import torch
-from cases import Case, gradients, worst_error
+from cases import (
+    Case,
+    check_error_is_at_most_that_of_naive_attention,
+    gradients,
+    worst_error,
+)
 from torch import Tensor
 
 from entropy_regularization import attention_with_entropy
@@ -45,20 +50,7 @@ LARGE = [
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("case", LARGE, ids=lambda case: case.name)
 def test_error_is_at_most_that_of_naive_attention(case: Case, dtype: torch.dtype) -> None:
-    """Against float64: output, entropy and every gradient, plus one rounding of the result."""
-    inputs, options = case.build(dtype, "cuda")
-    exact = [tensor.detach().double().requires_grad_() for tensor in inputs]
-    truth = case.run(exact, options, "reference")
-    right = [truth.output, truth.entropy, *gradients(truth, exact)]
-    plain = case.run(inputs, options, "reference")  # float32 scores: stricter than a naive model
-    theirs = [plain.output, plain.entropy, *gradients(plain, inputs)]
-    got = case.run(inputs, options, "triton")
-    ours = [got.output, got.entropy, *gradients(got, inputs)]
-    for mine, other, true in zip(ours, theirs, right, strict=True):
-        scale = true.abs().max().item()
-        # weights and dS are rounded to the dtype before their products, in any fused attention
-        budget = 4 * torch.finfo(dtype).eps * scale + 1e-6
-        assert worst_error([mine], [true]) <= 2 * worst_error([other], [true]) + budget
+    check_error_is_at_most_that_of_naive_attention(case, dtype, "cuda")
 
 
 # float32 tiles stay small: they are multiplied without tensor cores, in unrolled code

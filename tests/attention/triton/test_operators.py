@@ -251,6 +251,13 @@ class TestVisibleRanges:
             [[0, 0], [0, 64], [0, 64], [0, 64]],
         ]
 
+    def test_a_length_that_is_no_multiple_of_the_tile(self) -> None:
+        structure = Structure(document=torch.arange(60)[None] // 16)
+        keys, rows = launch.visible_ranges(structure, 1, 60, 60, Tiles(16, 16, 4, 1))
+        assert keys is not None
+        assert rows is not None
+        assert keys.tolist() == rows.tolist() == [[[0, 16], [16, 32], [32, 48], [48, 64]]]
+
     def test_nothing_to_bound(self) -> None:
         assert launch.visible_ranges(Structure(3, 0), 2, 64, 64, Tiles(16, 16, 4, 1)) == (
             None,
@@ -292,13 +299,24 @@ def test_every_head_dimension_has_tiles() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options", ["causal", "documents", "everything"])
-def test_compiler_accepts_the_kernels(options: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("options", "through"),
+    [
+        ("causal", "output entropy"),
+        ("documents", "output entropy"),
+        ("everything", "output entropy log_normalizer"),
+        ("everything", "output"),
+        ("everything", "entropy"),
+        ("sinks", "log_normalizer"),
+    ],
+)
+def test_compiler_accepts_the_kernels(options: str, through: str, tmp_path: Path) -> None:
     """Triton's real compiler, for a Hopper GPU that need not be there."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     command = [
         sys.executable, str(ROOT / "benchmarks" / "kernel_resources.py"), "--dims", "64",
-        "--dtypes", "bfloat16", "--options", options, "--output", str(tmp_path / "used.json"),
+        "--dtypes", "bfloat16", "--options", options, "--through", *through.split(),
+        "--output", str(tmp_path / "used.json"),
     ]  # fmt: skip
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -15,6 +15,7 @@ from entropy_regularization.attention.triton.primitives import (
     score_gradient,
 )
 from entropy_regularization.attention.triton.recomputation import (
+    load_constant,
     load_constants,
     log2_probability_tile,
 )
@@ -103,9 +104,14 @@ def bias_gradient_kernel(
                 value, head_pointer(value, batch, head // group), key_start, n_keys,
                 KEYS, VALUE_PADDED, VALUE_DIM, True,
             )  # fmt: skip
-            delta, log2_normalizer, entropy_slope = load_constants(
+            delta, log2_normalizer = load_constants(
                 constants, unit.to(tl.int64) * n_queries, row_start, n_queries, ROWS, 1, True
             )
+            entropy_slope = constants[2]
+            if constants[2] is not None:
+                entropy_slope = load_constant(
+                    constants[2], unit.to(tl.int64) * n_queries, row_start, n_queries, ROWS, 1, True
+                )
             # [ROWS, KEYS], all of them
             b_log2_probability, _ = log2_probability_tile(
                 tl.dot(b_query, tl.trans(b_key), input_precision="ieee", out_dtype=WIDE),

@@ -16,6 +16,7 @@ from entropy_regularization.attention.triton.primitives import (
     store_rows,
 )
 from entropy_regularization.attention.triton.recomputation import (
+    load_constant,
     load_constants,
     log2_probability_tile,
 )
@@ -69,9 +70,12 @@ def key_gradient_tiles(
         )
         row = (row_start + tl.arange(0, ROWS))[None, :]
         # [1, ROWS], each
-        delta, log2_normalizer, entropy_slope = load_constants(
+        delta, log2_normalizer = load_constants(
             constants, o_unit, row_start, n_queries, ROWS, 0, EDGE
         )
+        entropy_slope = constants[2]
+        if constants[2] is not None:
+            entropy_slope = load_constant(constants[2], o_unit, row_start, n_queries, ROWS, 0, EDGE)
         # [KEYS, ROWS], all of them
         b_product = tl.dot(b_key, tl.trans(b_query), input_precision="ieee", out_dtype=delta.dtype)
         b_log2_probability, b_slope = log2_probability_tile(

@@ -178,8 +178,9 @@ def _tiles_of(positions: Tensor, length: int, fill: int) -> Tensor:
     """Cut ``[batch, positions]`` into ``[batch, tiles, length]``."""
     batch, n = positions.shape
     tiles = -(-n // length)
-    padded_positions = torch.nn.functional.pad(positions, (0, tiles * length - n), value=fill)
-    return padded_positions.view(batch, tiles, length)
+    # not functional.pad, which takes the number through a double: 2^63 - 1 becomes -2^63
+    rest = positions.new_full((batch, tiles * length - n), fill)
+    return torch.cat((positions, rest), 1).view(batch, tiles, length)
 
 
 def _bounds(seen: Tensor, length: int) -> Tensor:

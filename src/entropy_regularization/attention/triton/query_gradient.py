@@ -17,6 +17,7 @@ from entropy_regularization.attention.triton.primitives import (
     store_rows,
 )
 from entropy_regularization.attention.triton.recomputation import (
+    load_constant,
     load_constants,
     log2_probability_tile,
 )
@@ -27,7 +28,9 @@ def query_gradient_tiles(
     b_d_query,
     b_query,
     b_d_output,
-    row_values,
+    delta,
+    log2_normalizer,
+    entropy_slope,
     start,
     stop,
     row,
@@ -55,7 +58,6 @@ def query_gradient_tiles(
     EDGE: tl.constexpr,
 ):
     """Add the key tiles of ``[start, stop)`` to dQ."""
-    delta, log2_normalizer, entropy_slope = row_values
     n_keys = sizes[1]
     for key_start in range(start, stop, KEYS):
         # [KEYS, PADDED] and [KEYS, VALUE_PADDED]
@@ -136,9 +138,14 @@ def query_gradient_kernel(
         d_output, head_pointer(d_output, batch, head), row_start, n_queries,
         ROWS, VALUE_PADDED, VALUE_DIM, True,
     )  # fmt: skip
-    row_values = load_constants(
+    delta, log2_normalizer = load_constants(
         constants, unit.to(tl.int64) * n_queries, row_start, n_queries, ROWS, 1, True
     )
+    entropy_slope = constants[2]
+    if constants[2] is not None:
+        entropy_slope = load_constant(
+            constants[2], unit.to(tl.int64) * n_queries, row_start, n_queries, ROWS, 1, True
+        )
     p_key = head_pointer(key, batch, head // group)
     p_value = head_pointer(value, batch, head // group)
     start, full_start, full_stop, stop = key_range(
@@ -149,20 +156,20 @@ def query_gradient_kernel(
     b_d_query = tl.zeros([ROWS, PADDED], WIDE)
     if left is not None:
         b_d_query = query_gradient_tiles(
-            b_d_query, b_query, b_d_output, row_values, start, full_start, row, place,
-            key, value, p_key, p_value,
+            b_d_query, b_query, b_d_output, delta, log2_normalizer, entropy_slope,
+            start, full_start, row, place, key, value, p_key, p_value,
             allowed, padding, document, bias, dropout, factor, cap_log2, left, right, sizes,
             DIM, VALUE_DIM, PADDED, VALUE_PADDED, KEYS, MASKED, True,
         )  # fmt: skip
     b_d_query = query_gradient_tiles(
-        b_d_query, b_query, b_d_output, row_values, full_start, full_stop, row, place,
-        key, value, p_key, p_value,
+        b_d_query, b_query, b_d_output, delta, log2_normalizer, entropy_slope,
+        full_start, full_stop, row, place, key, value, p_key, p_value,
         allowed, padding, document, bias, dropout, factor, cap_log2, left, right, sizes,
         DIM, VALUE_DIM, PADDED, VALUE_PADDED, KEYS, MASKED, False,
     )  # fmt: skip
     b_d_query = query_gradient_tiles(
-        b_d_query, b_query, b_d_output, row_values, full_stop, stop, row, place,
-        key, value, p_key, p_value,
+        b_d_query, b_query, b_d_output, delta, log2_normalizer, entropy_slope,
+        full_stop, stop, row, place, key, value, p_key, p_value,
         allowed, padding, document, bias, dropout, factor, cap_log2, left, right, sizes,
         DIM, VALUE_DIM, PADDED, VALUE_PADDED, KEYS, MASKED, True,
     )  # fmt: skip

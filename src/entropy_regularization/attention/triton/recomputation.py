@@ -137,18 +137,16 @@ def load_constants(
     AXIS: tl.constexpr,
     CHECK: tl.constexpr,
 ):
-    """Load (delta, log-normalizer in base 2, entropy slope or None) of ``ROWS`` rows.
+    """Load (delta, log-normalizer in base 2) of ``ROWS`` rows.
 
-    They are read as vectors and then given a dimension at ``AXIS``: read in the shape of a tile,
-    every thread would copy what it needs by itself.
+    The slope of the entropy is loaded by itself, if there is one: no function of a kernel can
+    return None. They are read as vectors and then given a dimension at ``AXIS``: read in the shape
+    of a tile, every thread would copy what it needs by itself.
     """
-    p_delta, p_log2_normalizer, p_entropy_slope = constants
+    p_delta, p_log2_normalizer, _ = constants
     delta = load_constant(p_delta, o_unit, start, n_queries, ROWS, AXIS, CHECK)
     log2_normalizer = load_constant(p_log2_normalizer, o_unit, start, n_queries, ROWS, AXIS, CHECK)
-    entropy_slope = None
-    if p_entropy_slope is not None:
-        entropy_slope = load_constant(p_entropy_slope, o_unit, start, n_queries, ROWS, AXIS, CHECK)
-    return delta, log2_normalizer, entropy_slope
+    return delta, log2_normalizer
 
 
 @triton.jit
