@@ -57,10 +57,10 @@ def test_what_compiles_for_every_shape_comes_last(load: Any) -> None:
 def test_an_arm_that_fails_is_reported(load: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     bench = load("gpu_attention")
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    assert bench.first_call(lambda: 1)[0] == 1
-    assert bench.first_call(lambda: 1 / 0) == (
-        None, {"failed": "ZeroDivisionError: division by zero"},
-    )  # fmt: skip
+    assert bench.first_call(lambda: lambda: 1)[1] == 1
+    nothing = (None, None, {"failed": "ZeroDivisionError: division by zero"})
+    assert bench.first_call(lambda: lambda: 1 / 0) == nothing
+    assert bench.first_call(lambda: 1 / 0) == nothing
 
 
 def test_arms_agree_and_wrong_results_are_refused(load: Any, device: str, set_tiles: Any) -> None:
@@ -76,8 +76,16 @@ def test_arms_agree_and_wrong_results_are_refused(load: Any, device: str, set_ti
     for wrong in ((output + 1, entropy), (output, entropy + 1), (output * torch.nan, entropy)):
         reasons = bench.wrong_results(results | {"eager_published": wrong}, backward=False)
         assert list(reasons) == ["eager_published"]
-    gradients = bench.step_of("ours", shape, True, inputs)()
-    assert [tuple(gradient.shape) for gradient in gradients] == [tuple(shape)] * 3
+    derivatives = {
+        arm: bench.step_of(arm, shape, True, inputs)() for arm in ("ours", "eager_published")
+    }
+    assert [tuple(gradient.shape) for gradient in derivatives["ours"]] == [tuple(shape)] * 3
+    assert bench.wrong_results(derivatives, backward=True) == {}
+    derivatives["flex_widened"] = [-gradient for gradient in derivatives["ours"]]
+    derivatives["sdpa_flash"] = derivatives["flex_widened"]  # without entropy: another matter
+    reasons = bench.wrong_results(derivatives, backward=True)
+    assert list(reasons) == ["flex_widened"]
+    assert reasons["flex_widened"].startswith("d_value with entropy is off by")
 
 
 @pytest.mark.parametrize("name", ["gpt2-small", "llama-1b"])
@@ -101,7 +109,7 @@ def test_largest_context_stops_where_memory_or_time_ends(
 
     def build(name: str, tokens: int, arm: str, device: str) -> int:
         if tokens > 8192:
-            raise torch.OutOfMemoryError
+            raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate")
         return tokens
 
     monkeypatch.setattr(bench, "build_model", build)
