@@ -1,38 +1,95 @@
 """torch.compile, opcheck, autocast, checkpointing, and what is refused."""
 
+import shutil
+
 import pytest
 import torch
-from cases import CASES, Case, gradients, worst_error
+from cases import CASES, gradients, worst_error
 from torch.autograd import forward_ad
 from torch.library import opcheck
 from torch.utils.checkpoint import checkpoint
 
 from entropy_regularization import attention_with_entropy
-from entropy_regularization.attention.operators import blockwise_forward
+from entropy_regularization.attention.operators import blockwise_backward, blockwise_forward
 
 EVERYTHING = next(case for case in CASES if case.name == "everything")
-PADDED = next(case for case in CASES if case.name == "causal-left-padding")
 
 
-def test_opcheck() -> None:
-    inputs, options = EVERYTHING.build(torch.float64)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_opcheck(dtype: torch.dtype, dropout: float) -> None:
+    inputs, options = EVERYTHING.build(dtype)
     query, key, value, bias, sinks = inputs
     masks = options["allowed"], options["key_padding"], options["document"]
-    opcheck(blockwise_forward, (query, key, value, *masks, bias, sinks, None, 6, 0, 0.3, 3.0, 0.0))
+    seed = torch.tensor([7]) if dropout else None
+    arguments = (query, key, value, *masks, bias, sinks, seed, 6, 0, 0.3, 3.0, dropout)
+    opcheck(blockwise_forward, arguments)
+    detached = [x.detach() if isinstance(x, torch.Tensor) else x for x in arguments]
+    output, entropy, *_, log2_normalizer = blockwise_forward(*detached)
+    saved, upstream = (output, entropy, log2_normalizer), (output, entropy, entropy)
+    for wanted in ([True] * 5, [False, True, False, False, True]):
+        opcheck(
+            blockwise_backward,
+            (*detached, *saved, *upstream, wanted),
+            test_utils=("test_schema", "test_faketensor"),
+        )
 
 
-@pytest.mark.parametrize("case", [PADDED, EVERYTHING], ids=lambda case: case.name)
-def test_compile_fullgraph(case: Case) -> None:
+COMPILED = (
+    "causal-left-padding", "documents-causal", "dense-per-key", "bias-alibi",
+    "softcap-bias-padding", "sinks-window-padding", "grouped-query", "everything",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", COMPILED)
+def test_compile_fullgraph(name: str) -> None:
+    case = next(case for case in CASES if case.name == name)
     inputs, options = case.build(torch.float64)
     compiled = torch.compile(
         lambda *tensors: tuple(case.run(list(tensors), options, "auto")),
         fullgraph=True,
         backend="aot_eager",
     )
-    got = type(case.run(inputs, options, "reference"))(*compiled(*inputs))
     expected = case.run(inputs, options, "reference")
+    got = type(expected)(*compiled(*inputs))
     assert worst_error(list(got), list(expected)) <= 1e-12
     assert worst_error(gradients(got, inputs), gradients(expected, inputs)) <= 1e-12
+
+
+@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="needs a compiler")
+def test_compile_with_inductor_and_dropout() -> None:
+    inputs, options = EVERYTHING.build(torch.float32)
+    results = []
+    for run in (EVERYTHING.run, torch.compile(EVERYTHING.run, fullgraph=True)):
+        torch.manual_seed(0)
+        results.append(run(inputs, {**options, "dropout": 0.3}, "blockwise"))
+    eager, compiled = results
+    assert worst_error([compiled.entropy], [eager.entropy]) <= 1e-6
+    drawn = eager.output.square().mean().item()  # inductor draws other numbers
+    assert compiled.output.square().mean().item() == pytest.approx(drawn, rel=0.5)
+    assert all(torch.isfinite(each).all() for each in gradients(compiled, inputs))
+
+
+@pytest.mark.parametrize("kind", ["causal", "document", "key_padding"])
+def test_compile_is_one_graph_for_every_length(kind: str) -> None:
+    calls = []
+
+    def backend(graph: torch.fx.GraphModule, _: object) -> torch.fx.GraphModule:
+        calls.append(graph)
+        return graph
+
+    def run(query: torch.Tensor, place: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        masks = {"document": place // 7, "key_padding": place > 2}
+        options = {kind: masks[kind]} if kind in masks else {}
+        found = attention_with_entropy(query, query, query, causal=True, **options)
+        return found.entropy, found.allowed_keys
+
+    torch._dynamo.reset()
+    compiled = torch.compile(run, fullgraph=True, dynamic=True, backend=backend)
+    for n in range(20, 90, 7):
+        arguments = torch.randn(1, 2, n, 4), torch.arange(n)[None]
+        assert all(map(torch.equal, compiled(*arguments), run(*arguments)))
+    assert len(calls) == 1
 
 
 @pytest.mark.parametrize("implementation", ["reference", "blockwise"])

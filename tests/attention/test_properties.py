@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from entropy_regularization import attention_with_entropy
+from entropy_regularization import AttentionOutput, attention_with_entropy
 
 EXACT = {"rtol": 0.0, "atol": 1e-13}
 
@@ -67,15 +67,60 @@ def test_gradient_sums_to_zero_over_keys_and_follows_the_variance(
     torch.testing.assert_close((by_query * query).sum(-1), -beta * variance, rtol=1e-10, atol=1e-10)
 
 
-def test_closed_forms() -> None:
+@settings(max_examples=40, deadline=None)
+@given(problems(), st.integers(0, 2**31), st.sampled_from(["reference", "blockwise"]))
+def test_identities_hold_under_masks(
+    problem: tuple[Tensor, Tensor, Tensor], seed: int, implementation: str
+) -> None:
+    """Bounds by the keys a row may see, permutation, shift and duplication, with masks and bias."""
+    query, key, value = problem
+    n_queries, n = query.shape[2], key.shape[2]
+    generator = torch.Generator().manual_seed(seed)
+    allowed = torch.rand(1, 2, n_queries, n, generator=generator) > 0.3
+    bias = torch.randn(1, 2, n_queries, n, generator=generator, dtype=torch.float64)
+    order = torch.randperm(n, generator=generator)
+
+    def run(places: Tensor, shift: float = 0.0) -> AttentionOutput:
+        return attention_with_entropy(
+            query,
+            key[:, :, places],
+            value[:, :, places],
+            allowed=allowed[..., places],
+            bias=bias[..., places] + shift,
+            implementation=implementation,
+        )
+
+    plain = run(torch.arange(n))
+    seen = plain.allowed_keys
+    assert (plain.entropy >= -1e-14).all()
+    assert (plain.entropy <= seen.clamp(min=1).log() + 1e-13).all()
+    assert (plain.entropy[seen.expand_as(plain.entropy) == 1].abs() <= 1e-14).all()
+    torch.testing.assert_close(run(order).entropy, plain.entropy, **EXACT)
+    torch.testing.assert_close(run(order, shift=5.0).entropy, plain.entropy, **EXACT)
+    twice = run(torch.cat([order, torch.arange(n)])).entropy
+    more = (seen > 0).double() * math.log(2.0)
+    torch.testing.assert_close(twice, plain.entropy + more, **EXACT)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 40), st.floats(-300.0, 300.0), st.floats(-800.0, 800.0))
+def test_uniform_rows_one_key_and_two_keys(n: int, score: float, gap: float) -> None:
+    zero = torch.zeros(1, 1, 1, 2, dtype=torch.float64)
+
+    def entropy(*scores: float) -> float:
+        bias = torch.tensor(scores, dtype=torch.float64)[None, None, None]
+        keys = zero.expand(1, 1, len(scores), 2)
+        return float(entropy_of(zero, keys, keys, bias=bias))
+
+    assert math.isclose(entropy(*[score] * n), math.log(n), rel_tol=0.0, abs_tol=2e-14)
+    assert entropy(score) == 0.0
+    p = 1 / (1 + math.exp(-abs(gap)))
+    q = math.exp(-abs(gap)) * p
+    binary = -p * math.log(p) - (q * math.log(q) if q > 0 else 0.0)
+    assert math.isclose(entropy(0.0, gap), binary, rel_tol=1e-12, abs_tol=1e-15)
+
+
+def test_uniform_causal_rows() -> None:
     zero = torch.zeros(1, 1, 4, 2, dtype=torch.float64)
     uniform = entropy_of(zero, zero, zero, causal=True)[0, 0]
-    torch.testing.assert_close(uniform.exp(), torch.arange(1.0, 5.0, dtype=torch.float64))
-    for gap in (0.0, 0.5, 3.0, 40.0, 800.0):
-        bias = torch.tensor([[[[0.0, gap]]]], dtype=torch.float64)
-        one = zero[:, :, :1]
-        found = entropy_of(one, zero[:, :, :2], zero[:, :, :2], bias=bias).item()
-        p = 1 / (1 + math.exp(-gap))
-        q = math.exp(-gap) / (1 + math.exp(-gap))
-        binary = -p * math.log(p) - (q * math.log(q) if q > 0 else 0.0)
-        assert math.isclose(found, binary, rel_tol=1e-12, abs_tol=1e-15)
+    torch.testing.assert_close(uniform.exp(), torch.arange(1.0, 5.0, dtype=torch.float64), **EXACT)

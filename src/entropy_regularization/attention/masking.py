@@ -84,7 +84,10 @@ def visible_blocks(
     documents of its rows. The last two read values of tensors.
     """
     blocks = [(start, min(start + rows, n_queries)) for start in range(0, n_queries, rows)]
-    if structure.key_padding is None and structure.document is None:
+    masks = [mask for mask in (structure.key_padding, structure.document) if mask is not None]
+    if any(mask.numel() == 0 for mask in masks):
+        ranges = [(0, 0) for _ in blocks]
+    elif not masks:
         ranges = [_band_of_block(structure, *block, n_keys - n_queries, n_keys) for block in blocks]
     else:
         first, stop = _row_limits(structure, n_queries, n_keys)
