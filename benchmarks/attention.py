@@ -12,6 +12,7 @@ and outputs taken off. Causal float32, 12 heads of width 64, batch 1, unless a r
 
 import argparse
 import json
+import os
 import platform
 import statistics
 import subprocess
@@ -25,7 +26,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from entropy_regularization import EntropyRegularization, attention_with_entropy
+from entropy_regularization import (
+    EntropyRegularization,
+    __version__,
+    attention_with_entropy,
+)
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "attention.json"
@@ -327,7 +332,12 @@ def draw(result: dict[str, Any], path: Path) -> None:
         left.plot(lengths, ratios, marker="o", label=f"ours, {label}", color=colour)
     left.axhline(1.0, color="#888888", linewidth=1)
     left.set(xscale="log", xlabel="tokens", title="time, SDPA without entropy = 1", ylim=(0, None))
-    for name, label, colour in (("ours", "ours", "#0072b2"), ("sdpa", "SDPA", "#888888")):
+    drawn = (
+        ("ours", "ours", "#0072b2"),
+        ("sdpa", "SDPA", "#888888"),
+        ("eager", "eager + published formula", "#d55e00"),
+    )
+    for name, label, colour in drawn:
         rows = result["memory"][name]
         right.plot(
             [int(n) for n in rows],
@@ -359,6 +369,8 @@ def hardware() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
+        "entropy_regularization": __version__,
+        "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
     }
 
 
@@ -368,7 +380,11 @@ def main() -> None:
     parser.add_argument("--lengths", type=int, nargs="+", help="numbers of tokens")
     parser.add_argument("--turns", type=int, help="turns at each length; by length unless given")
     parser.add_argument("--skip-agreement", action="store_true", help=argparse.SUPPRESS)
-    parser.add_argument("--output", type=Path, default=RESULTS, help="JSON file to write")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        help="JSON to write; the committed one, or build/ if only some is run",
+    )
     parser.add_argument("--memory-of", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.memory_of:
@@ -382,7 +398,8 @@ def main() -> None:
     result: dict[str, Any] = {"environment": hardware(), "shape": [1, HEADS, "N", DIM]}
     result["times"] = measure_times(lengths, options.turns)
     result["memory"] = {
-        name: {str(n): measure_memory(name, n) for n in lengths} for name in ("sdpa", "ours")
+        name: {str(n): measure_memory(name, n) for n in lengths if n <= most}
+        for name, most in (("sdpa", max(lengths)), ("ours", max(lengths)), ("eager", 2048))
     }
     if not options.quick:
         result["shapes"] = measure_shapes()
@@ -390,10 +407,12 @@ def main() -> None:
         result["precision"] = measure_precision()
         result["65536_tokens_2_heads"] = measure_memory("ours", 65536, 2)
         result["flex_forward_2048"] = flex_attention_forward(2048)
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps(result, indent=1) + "\n")
-    draw(result, options.output.with_suffix(".png"))
-    print(f"written: {options.output} and {options.output.with_suffix('.png')}")
+    partly = options.quick or options.lengths
+    output = options.output or (HERE.parent / "build" / RESULTS.name if partly else RESULTS)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(json.dumps(result, indent=1) + "\n")
+    draw(result, output.with_suffix(".png"))
+    print(f"written: {output} and {output.with_suffix('.png')}")
 
 
 if __name__ == "__main__":

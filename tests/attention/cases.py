@@ -168,8 +168,8 @@ def check_rows_without_keys_pass_nothing_on(implementation: str, sinks: bool, de
 def check_large_scores(implementation: str, dtype: torch.dtype, device: str) -> None:
     """Scores beyond float16's range: a row that one key has won has no gradient left to give.
 
-    A log-normalizer of 1e5 that was rounded on its way to nats and back would leave weights that
-    sum to 1.03 and an entropy gradient of 12.
+    A log-normalizer that was rounded on its way to nats and back would leave weights that sum to
+    1.002 and an entropy gradient of 12.
     """
     generator = torch.Generator().manual_seed(0)
     gain = 200.0 if dtype == torch.float16 else 60.0

@@ -100,14 +100,16 @@ def attention_with_entropy(
 
     Returns:
         output, entropy, log_normalizer, max_score and allowed_keys. A row that may see no key has
-        output 0, entropy 0, log_normalizer -inf (the sink, if any) and no gradient.
+        output 0, entropy 0, log_normalizer -inf (the sink, if any) and no gradient, but for that of
+        its sink.
 
     Raises:
         TypeError: if a tensor has the wrong dtype.
         ValueError: if shapes, devices or numbers do not fit together, or the implementation is
             unknown or cannot run.
         NotImplementedError: inside torch.func.grad and its relatives, in forward-mode
-            differentiation, and when differentiated twice, unless by ``reference``; vmap works.
+            differentiation (torch.compile wraps it in an error of its own), by batches of gradients
+            and when differentiated twice, unless by ``reference``; vmap works.
 
     Example:
         A row that sees n keys of equal score has entropy log n:
