@@ -118,8 +118,8 @@ def _row_limits(structure: Structure, n_queries: int, n_keys: int) -> tuple[Tens
         first = first.maximum(place.masked_fill(~real, n_keys).amin(1, keepdim=True))
         stop = stop.minimum((place + 1).masked_fill(~real, 0).amax(1, keepdim=True))
     if structure.document is not None:
-        order, group = _by_document(structure.document)
-        of_row = group.new_empty(group.shape).scatter_(1, order, group)[:, n_keys - n_queries :]
+        order, group, of_key = _by_document(structure.document)
+        of_row = of_key[:, n_keys - n_queries :]
         lowest = torch.full_like(group, n_keys).scatter_reduce_(1, group, order, "amin")
         highest = torch.zeros_like(group).scatter_reduce_(1, group, order, "amax")
         first = first.maximum(lowest.gather(1, of_row))
@@ -141,12 +141,16 @@ def _band(
     return first, stop.maximum(first)
 
 
-def _by_document(
-    document: Int[Tensor, "#batch keys"],
-) -> tuple[Int[Tensor, "#batch keys"], Int[Tensor, "#batch keys"]]:
-    """Return the key positions, document after document, and the number of each one's document."""
+def _by_document(document: Int[Tensor, "#batch keys"]) -> tuple[Tensor, Tensor, Tensor]:
+    """Number the documents from 0 in the order of their ids; all ``[batch, keys]``.
+
+    Returns:
+        The key positions, document after document; the documents of these; those of the keys as
+        they stand.
+    """
     ids, order = document.sort(dim=1, stable=True)
-    return order, torch.nn.functional.pad((ids[:, 1:] != ids[:, :-1]).cumsum(1), (1, 0))
+    group = torch.nn.functional.pad((ids[:, 1:] != ids[:, :-1]).cumsum(1), (1, 0))
+    return order, group, torch.zeros_like(group).scatter(1, order, group)
 
 
 def sees_all(structure: Structure, tile: Tile, n_queries: int, n_keys: int) -> bool:
@@ -258,10 +262,9 @@ def _count_in_limits(
         real = padding if real is None else real & padding
     if structure.document is not None:
         # Keys ordered by document, then position: what a row may see are neighbours there.
-        order, group = _by_document(structure.document)
-        of_row = torch.zeros_like(group).scatter(1, order, group)[:, n_keys - n_queries :]
+        order, group, of_key = _by_document(structure.document)
         place = (group * (n_keys + 1) + order).contiguous()
-        start = of_row * (n_keys + 1)
+        start = of_key[:, n_keys - n_queries :] * (n_keys + 1)
         first, stop = (torch.searchsorted(place, start + limit) for limit in (first, stop))
         if real is not None:
             shape = torch.broadcast_shapes(real.shape, order[:, None].shape)
@@ -271,5 +274,5 @@ def _count_in_limits(
     before = torch.nn.functional.pad(real.to(torch.int64), (1, 0)).cumsum(-1)
     shape = (max(before.shape[0], first.shape[0]), before.shape[1], n_queries)
     before = before.expand(*shape[:2], -1)
-    after, until = (before.gather(2, each[:, None].expand(shape)) for each in (first, stop))
-    return until - after
+    left_out, counted = (before.gather(2, each[:, None].expand(shape)) for each in (first, stop))
+    return counted - left_out

@@ -301,14 +301,13 @@ def backward(
         upstream: the gradients of output, entropy and log-normalizer.
         wanted: which of (query, key, value, bias, sinks) need a gradient.
     """
-    empty = saved[2] == -math.inf
     sizes = problem.query.shape[2], problem.key.shape[2]
     d_output = upstream.output
     if d_output is None:  # one zero, seen everywhere
         d_output = problem.query.new_zeros(1, 1, 1, 1).expand(saved[0].shape)
     elif problem.bias is not None or problem.structure.may_leave_rows_empty(*sizes):
         # 0 times what is not finite would be NaN
-        d_output = d_output.masked_fill(empty[..., None], 0.0)
+        d_output = d_output.masked_fill((saved[2] == -math.inf)[..., None], 0.0)
         upstream = upstream._replace(output=d_output)
     constants = row_constants(problem, saved, upstream)
     arguments = common_arguments(problem) | {
