@@ -145,6 +145,16 @@ def test_compiled_counting_is_one_graph_for_every_length_without_a_matrix(kind: 
     assert max(int(tensor.numel()) for tensor in tensors) <= 2 * 1501
 
 
+def test_counts_of_an_empty_batch() -> None:
+    padding = torch.ones(0, 5, dtype=torch.bool)
+    for structure in (
+        Structure(right=0, key_padding=padding),
+        Structure(right=0, key_padding=padding, document=torch.zeros(1, 5, dtype=torch.int64)),
+        Structure(right=0, allowed=padding[:, None, None]),
+    ):
+        assert count_allowed_keys(structure, 5, 5, CPU).shape == (0, 1, 5)
+
+
 def test_tiles_without_gaps_are_whole() -> None:
     documents = torch.tensor([[0, 0, 0, 1, 1, 1]])
     padding = torch.tensor([[False, True, True, True, True, True]])

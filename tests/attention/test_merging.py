@@ -134,5 +134,7 @@ def test_wrong_shards_are_refused() -> None:
         merge_attention([(one[0], one[1].to("meta"), one[2])])
     with pytest.raises(ValueError, match=r"sinks have shape \(3,\)"):
         merge_attention([one], sinks=torch.zeros(3))
+    with pytest.raises(ValueError, match="sinks are on meta"):
+        merge_attention([one], sinks=torch.zeros(4, device="meta"))
     with pytest.raises(TypeError, match="sinks is a list"):
         merge_attention([one], sinks=[0.0] * 4)  # type: ignore[arg-type]

@@ -65,9 +65,11 @@ def test_compile_with_inductor_and_dropout() -> None:
         results.append(run(inputs, {**options, "dropout": 0.3}, "blockwise"))
     eager, compiled = results
     assert worst_error([compiled.entropy], [eager.entropy]) <= 1e-6
-    drawn = eager.output.square().mean().item()  # inductor draws other numbers
-    assert compiled.output.square().mean().item() == pytest.approx(drawn, rel=0.5)
-    assert all(torch.isfinite(each).all() for each in gradients(compiled, inputs))
+    # Inductor draws other numbers, but the same in both passes: the output is linear in the value.
+    weight = torch.randn(compiled.output.shape, generator=torch.Generator().manual_seed(0))
+    total = (weight * compiled.output).sum()
+    (by_value,) = torch.autograd.grad(total, inputs[2])
+    torch.testing.assert_close((by_value * inputs[2]).sum(), total, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["causal", "document", "key_padding"])
@@ -185,6 +187,20 @@ def test_vmap_over_anything_and_its_gradient(implementation: str, mapped: str) -
         for entropy in (found[1], expected[1])
     ]
     assert worst_error(*derivatives) <= 1e-14
+
+
+def test_vmap_over_gradients() -> None:
+    inputs, _ = CASES[0].build(torch.float64)
+    entropy = attention_with_entropy(*inputs, causal=True, implementation="blockwise").entropy
+    directions = torch.randn(3, *entropy.shape, dtype=torch.float64)
+
+    def derivative(direction: torch.Tensor) -> torch.Tensor:
+        return torch.autograd.grad(entropy, inputs[0], direction, retain_graph=True)[0]
+
+    expected = torch.stack([derivative(direction) for direction in directions])
+    assert worst_error([torch.func.vmap(derivative)(directions)], [expected]) <= 1e-14
+    with pytest.raises(ValueError, match="a dimension of size 0"):
+        torch.func.vmap(derivative)(directions[:0])
 
 
 def test_batched_gradients_are_refused_in_a_sentence_and_the_reference_has_them() -> None:

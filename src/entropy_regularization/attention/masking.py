@@ -40,7 +40,9 @@ class Structure(NamedTuple):
 
     def may_leave_rows_empty(self, n_queries: int, n_keys: int) -> bool:
         """Tell whether a row without any key is possible, from shapes alone."""
-        plain = self.allowed is None and self.key_padding is None and self.document is None
+        plain = self.allowed is None and self.key_padding is None
+        if self.document is not None:  # holds the row's own key; the limits may not
+            plain = plain and min(self.left or 0, self.right or 0) >= 0
         # The first row stands at key position n_keys - n_queries, the last one at n_keys - 1.
         before = self.right is not None and n_keys - n_queries + self.right < 0
         behind = self.left is not None and self.left + min(self.right or 0, 0) < 0
@@ -272,7 +274,7 @@ def _count_in_limits(
     if real is None:
         return (stop - first)[:, None]
     before = torch.nn.functional.pad(real.to(torch.int64), (1, 0)).cumsum(-1)
-    shape = (max(before.shape[0], first.shape[0]), before.shape[1], n_queries)
+    shape = torch.broadcast_shapes((*before.shape[:2], 1), (first.shape[0], 1, n_queries))
     before = before.expand(*shape[:2], -1)
     left_out, counted = (before.gather(2, each[:, None].expand(shape)) for each in (first, stop))
     return counted - left_out

@@ -81,6 +81,11 @@ def _with_sinks(merged: AttentionShard, sinks: Tensor) -> AttentionShard:
             "queries]."
         )
     _check_floating("sinks", sinks)
+    if sinks.device != merged.entropy.device:
+        raise ValueError(
+            f"sinks are on {sinks.device} and the shards on {merged.entropy.device}; bring them to "
+            "one device."
+        )
     empty = merged.log_normalizer == -torch.inf
     real = merged.log_normalizer.masked_fill(empty, 0.0)
     sink = sinks.to(real.dtype)[None, :, None].expand_as(real)

@@ -32,7 +32,9 @@ def reference_attention(
     Scores are computed in float32 (float64 for float64 input), whatever the inputs' precision,
     under autocast too.
     """
-    with torch.autocast(query.device.type, enabled=False):
+    # a meta tensor knows no autocast
+    device = "cpu" if query.device.type == "meta" else query.device.type
+    with torch.autocast(device, enabled=False):
         return _attend(
             query, key, value, structure,
             scale=scale, bias=bias, softcap=softcap, sinks=sinks, dropout=dropout,

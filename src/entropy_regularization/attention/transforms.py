@@ -1,4 +1,4 @@
-"""What torch's function transforms may do with a fused operator: vmap, no other differentiation."""
+"""What torch's function transforms may do with a fused operator: map it, not differentiate it."""
 
 from typing import Any
 
@@ -14,9 +14,9 @@ def check_transforms(*tensors: Tensor | None) -> None:
         NotImplementedError: inside torch.func.grad and its relatives, and for dual tensors; under
             torch.compile wherever forward-mode differentiation is on.
     """
-    dual = forward_ad._current_level >= 0
-    how = "in forward-mode differentiation" if dual else None
-    if not torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():
+        how = "in forward-mode differentiation" if forward_ad._current_level >= 0 else None
+    else:
         given = [tensor for tensor in tensors if tensor is not None]
         how = next((found for found in map(_transform_of, given) if found is not None), None)
     if how is not None:
@@ -42,9 +42,13 @@ def map_one_by_one(operator: Any) -> None:
     """Give an operator its vmap rule: one call for every entry of what is mapped."""
 
     def rule(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[Any, Any]:
-        mapped = list(zip(inputs, in_dims, strict=True))
+        if info.batch_size == 0:
+            raise ValueError("vmap was given a dimension of size 0; map over at least one entry.")
+        mapped = list(zip(inputs, in_dims, strict=True))  # of a list of booleans: a list of None
         found = [
-            operator(*(each if dim is None else each.select(dim, entry) for each, dim in mapped))
+            operator(
+                *(each.select(dim, entry) if isinstance(dim, int) else each for each, dim in mapped)
+            )
             for entry in range(info.batch_size)
         ]
         stacked = [torch.stack(parts) for parts in zip(*found, strict=True)]

@@ -10,8 +10,11 @@ import torch
 from torch import Tensor
 
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-FARTHEST = 2**48
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+# Keys that a side of a window counts at most: more than a tensor can have, and a number that may
+# be added to positions in 64 bits.
+FARTHEST = 2**48
 
 
 class Sizes(NamedTuple):
@@ -107,7 +110,6 @@ def check_window(causal: bool, window: object) -> tuple[int | None, int | None]:
                 f"window is {window!r}; sides count keys and cannot be negative, use None for "
                 "no limit."
             )
-    # More keys than a tensor can have: what is added to a side stays a 64-bit number.
     left, right = (None if side is None else min(side, FARTHEST) for side in (left, right))
     if causal:
         right = 0 if right is None else min(right, 0)

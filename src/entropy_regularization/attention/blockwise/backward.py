@@ -40,7 +40,9 @@ def backward(
         upstream: the gradients of output, entropy and log-normalizer.
         wanted: which of (query, key, value, bias, sinks) need a gradient.
     """
-    upstream = _without_empty_rows(problem, saved[2] == -torch.inf, upstream)
+    empty = saved[2] == -torch.inf
+    of_normalizer = upstream[2]
+    upstream = _without_empty_rows(problem, empty, upstream)
     inputs = (problem.query, problem.key, problem.value)
     # Contiguous whatever the inputs are: blocks are written through views.
     d_query, d_key, d_value = (
@@ -61,7 +63,9 @@ def backward(
         d_bias = d_bias.to(problem.bias.dtype)
     d_sinks = None
     if wanted[4] and problem.sinks is not None:
-        d_sinks = _sinks_gradient(problem.sinks, saved[2], upstream[1], constants.delta)
+        # The log-normalizer of a row without a key is its sink.
+        alone = of_normalizer.masked_fill(~empty, 0.0).sum((0, 2)).to(problem.sinks.dtype)
+        d_sinks = alone + _sinks_gradient(problem.sinks, saved[2], upstream[1], constants.delta)
     return Gradients(d_query, d_key, d_value, d_bias, d_sinks)
 
 
@@ -91,18 +95,14 @@ def _row_constants(
 def _without_empty_rows(
     problem: Problem, empty: Tensor, upstream: tuple[Tensor, Tensor, Tensor]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Drop the gradients of rows without a key: 0 times a NaN, as of H / log n, would be NaN.
-
-    With a sink the log-normalizer of such a row is the sink, and its gradient counts.
-    """
+    """Drop the gradients of rows without a key: 0 times a NaN, as of H / log n, would be NaN."""
     sizes = problem.query.shape[2], problem.key.shape[2]
     possible = problem.structure.may_leave_rows_empty(*sizes) or problem.bias is not None
-    if not possible or not empty.any():
+    if not possible or (empty.device.type == "cpu" and not empty.any()):
         return upstream
     output, entropy, normalizer = upstream
-    if problem.sinks is None:
-        normalizer = normalizer.masked_fill(empty, 0.0)
-    return output.masked_fill(empty[..., None], 0.0), entropy.masked_fill(empty, 0.0), normalizer
+    output = output.masked_fill(empty[..., None], 0.0)
+    return output, entropy.masked_fill(empty, 0.0), normalizer.masked_fill(empty, 0.0)
 
 
 def _sink_share(sinks: Tensor, log2_normalizer: Tensor) -> Tensor:

@@ -134,9 +134,11 @@ def _finish(
         return entropy, log_normalizer, largest, log2_normalizer
     sinks = problem.sinks.to(problem.wide)[None, :, None]
     with_sink = torch.logaddexp(log_normalizer, sinks)
-    share = (log_normalizer - with_sink).exp()  # of the row's mass that the real keys keep
+    no_key = log2_normalizer == -torch.inf
+    # of the row's mass that the real keys keep; a sink of -inf there would be -inf + inf
+    share = (log_normalizer - with_sink).exp().masked_fill_(no_key, 0.0)
     output.mul_(share[..., None])
     log2_with_sink = torch.logaddexp2(log2_normalizer, sinks * LOG2_E)
-    log2_with_sink.masked_fill_(log2_normalizer == -torch.inf, -torch.inf)
+    log2_with_sink.masked_fill_(no_key, -torch.inf)
     # -sum p log p with p = share * softmax; an empty row has share 0 and log share -inf
     return share * entropy + torch.special.entr(share), with_sink, largest, log2_with_sink

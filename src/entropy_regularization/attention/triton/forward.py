@@ -199,7 +199,7 @@ def forward_kernel(
         sink_log2 = tl.load(p_sinks + head).to(WIDE) * LOG2_E
         entropy, log2_normalizer, left_over = join_sink(entropy, log2_normalizer, sink_log2)
         of_empty = sink_log2
-        share = share * left_over
+        share = tl.where(empty, 0.0, share * left_over)
     else:
         of_empty = float("-inf")
     o_row = unit.to(tl.int64) * n_queries + row_start + tl.arange(0, ROWS)

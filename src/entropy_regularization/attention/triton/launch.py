@@ -405,4 +405,7 @@ def sinks_gradient(
     inner = constants.delta
     if upstream.entropy is not None:
         inner = inner - upstream.entropy.masked_fill(empty, 0.0)
-    return (share * -inner).sum((0, 2)).to(sinks.dtype)
+    gradient = share * -inner
+    if upstream.log_normalizer is not None:  # that of a row without a key is its sink
+        gradient = gradient + upstream.log_normalizer.masked_fill(~empty, 0.0)
+    return gradient.sum((0, 2)).to(sinks.dtype)

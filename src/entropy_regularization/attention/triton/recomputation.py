@@ -44,7 +44,7 @@ def row_constants_kernel(
 
     ``delta_i = dO_i . O_i + g_i (H_i + share of the sink) - (gradient of lse_i)``, the
     log-normalizer in base 2 (finite) and ``g_i ln 2``. The saved log-normalizer is in base 2, -inf
-    for a row without a key: no gradient flows through such a row, except to its sink.
+    for a row without a key: no gradient flows through it; that of its sink is added by itself.
     """
     block = tl.program_id(0) % n_blocks
     unit = tl.program_id(0) // n_blocks
@@ -78,9 +78,7 @@ def row_constants_kernel(
         tl.store(p_entropy_slope + o_row, slope * LN_2, mask=m_row)
     if p_d_normalizer is not None:
         d_normalizer = tl.load(p_d_normalizer + o_row, mask=m_row, other=0.0)
-        if p_sinks is None:
-            d_normalizer = tl.where(empty, 0.0, d_normalizer)
-        delta -= d_normalizer
+        delta -= tl.where(empty, 0.0, d_normalizer)
     tl.store(p_delta + o_row, delta, mask=m_row)
     # An empty row: all its scores are masked later, so any finite number will do.
     tl.store(p_log2_normalizer + o_row, tl.where(empty, 0.0, normalizer), mask=m_row)
