@@ -238,7 +238,9 @@ def count_allowed_keys(
     if allowed.shape[2] == 1:
         return _count_in_limits(structure, allowed[:, :, 0], n_queries, n_keys, device)
     if torch.compiler.is_compiling():  # at once: steps would fix the length in a graph
-        block = max(n_queries, 1)
+        whole = tile_allowed(structure, Tile(0, n_queries, 0, n_keys), n_queries, n_keys, device)
+        assert whole is not None
+        return whole.sum(-1)
     parts = []
     for row_start in range(0, n_queries, block):
         tile = Tile(row_start, min(row_start + block, n_queries), 0, n_keys)
