@@ -181,6 +181,7 @@ def check_large_scores(implementation: str, dtype: torch.dtype, device: str) -> 
         for tensors, name in ((inputs, implementation), (exact, "reference"))
     )
     assert found.max_score.max() > (torch.finfo(torch.float16).max if gain > 100 else 5e4)
+    assert torch.isfinite(found.log_normalizer).all()
     assert worst_error([found.entropy], [expected.entropy]) <= 1e-2
     won = expected.entropy < 1e-30
     assert won.float().mean() > 0.8
@@ -242,6 +243,7 @@ def check_error_is_at_most_that_of_naive_attention(
     got = case.run(inputs, options, "triton")
     naive = naive_in_dtype(case, inputs, options)
     assert got.entropy.dtype == torch.float32
+    assert worst_error([got.entropy], [truth.entropy]) <= 1e-4
     assert worst_error([got.log_normalizer], [truth.log_normalizer]) <= 1e-4
     ours = [got.output, got.entropy, *gradients(got, inputs)]
     theirs = [naive.output, naive.entropy, *gradients(naive, inputs)]

@@ -17,7 +17,7 @@ from torch.library import opcheck
 from entropy_regularization import attention_with_entropy
 from entropy_regularization.attention import api
 from entropy_regularization.attention.masking import Structure
-from entropy_regularization.attention.triton import launch, support
+from entropy_regularization.attention.triton import launch, skipping, support
 from entropy_regularization.attention.triton.operators import triton_backward, triton_forward
 from entropy_regularization.attention.triton.support import is_interpreted
 from entropy_regularization.attention.triton.tiles import Tiles, choose_tiles
@@ -239,7 +239,7 @@ class TestVisibleRanges:
         padding = torch.ones(2, 64, dtype=torch.bool)
         padding[1, :20] = False
         structure = Structure(None, 0, None, padding, document)
-        keys, rows = launch.visible_ranges(structure, 2, 64, 64, Tiles(16, 16, 4, 1))
+        keys, rows = skipping.visible_ranges(structure, 2, 64, 64, Tiles(16, 16, 4, 1))
         assert keys is not None
         assert rows is not None
         assert keys.tolist() == [
@@ -253,13 +253,13 @@ class TestVisibleRanges:
 
     def test_a_length_that_is_no_multiple_of_the_tile(self) -> None:
         structure = Structure(document=torch.arange(60)[None] // 16)
-        keys, rows = launch.visible_ranges(structure, 1, 60, 60, Tiles(16, 16, 4, 1))
+        keys, rows = skipping.visible_ranges(structure, 1, 60, 60, Tiles(16, 16, 4, 1))
         assert keys is not None
         assert rows is not None
         assert keys.tolist() == rows.tolist() == [[[0, 16], [16, 32], [32, 48], [48, 64]]]
 
     def test_nothing_to_bound(self) -> None:
-        assert launch.visible_ranges(Structure(3, 0), 2, 64, 64, Tiles(16, 16, 4, 1)) == (
+        assert skipping.visible_ranges(Structure(3, 0), 2, 64, 64, Tiles(16, 16, 4, 1)) == (
             None,
             None,
         )

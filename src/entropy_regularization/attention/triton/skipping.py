@@ -1,0 +1,58 @@
+"""Which tiles padding and documents leave out: bounds of what every tile sees, on the device."""
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from entropy_regularization.attention.masking import Structure
+from entropy_regularization.attention.triton.tiles import Tiles
+
+
+def visible_ranges(
+    structure: Structure, batch: int, n_queries: int, n_keys: int, tiles: Tiles
+) -> tuple[Int[Tensor, "batch row_tiles 2"] | None, Int[Tensor, "batch key_tiles 2"] | None]:
+    """Bound the keys that each tile of rows sees, and the rows that see each tile of keys.
+
+    Padding and documents decide, a tile at a time; both are half-open ranges of positions. None
+    without padding and documents. Stays on the device: no value is read.
+    """
+    padding, document = structure.key_padding, structure.document
+    if padding is None and document is None:
+        return None, None
+    row_tiles, key_tiles = -(-n_queries // tiles.rows), -(-n_keys // tiles.keys)
+    given = document if document is not None else padding
+    assert given is not None
+    seen = torch.ones(1, row_tiles, key_tiles, dtype=torch.bool, device=given.device)
+    if padding is not None:
+        seen = seen & _tiles_of(padding, tiles.keys, False).any(-1)[:, None]
+    if document is not None:
+        ids = document.to(torch.int64)
+        lowest, highest = torch.iinfo(ids.dtype).min, torch.iinfo(ids.dtype).max
+        rows = ids[:, n_keys - n_queries :]
+        row_least = _tiles_of(rows, tiles.rows, highest).amin(-1)[:, :, None]
+        row_most = _tiles_of(rows, tiles.rows, lowest).amax(-1)[:, :, None]
+        key_least = _tiles_of(ids, tiles.keys, highest).amin(-1)[:, None]
+        key_most = _tiles_of(ids, tiles.keys, lowest).amax(-1)[:, None]
+        seen = seen & (row_least <= key_most) & (key_least <= row_most)
+    seen = seen.expand(batch, -1, -1)
+    return _bounds(seen, tiles.keys), _bounds(seen.transpose(1, 2), tiles.rows)
+
+
+def _tiles_of(positions: Tensor, length: int, fill: int) -> Tensor:
+    """Cut ``[batch, positions]`` into ``[batch, tiles, length]``."""
+    batch, n = positions.shape
+    tiles = -(-n // length)
+    # not functional.pad, which takes the number through a double: 2^63 - 1 becomes -2^63
+    rest = positions.new_full((batch, tiles * length - n), fill)
+    return torch.cat((positions, rest), 1).view(batch, tiles, length)
+
+
+def _bounds(seen: Tensor, length: int) -> Tensor:
+    """Return (start, stop) of the True entries of the last dimension, times ``length``."""
+    n = seen.shape[-1]
+    index = torch.arange(n, dtype=torch.int32, device=seen.device)
+    if n == 0:
+        return torch.zeros(*seen.shape[:-1], 2, dtype=torch.int32, device=seen.device)
+    stop = torch.where(seen, index + 1, 0).amax(-1)
+    start = torch.where(seen, index, n).amin(-1).minimum(stop)
+    return torch.stack((start, stop), -1).mul(length).contiguous()
