@@ -1,5 +1,6 @@
 """The training behind entropy-reg train: Trainer, records, checkpoints, result."""
 
+import gc
 import os
 import statistics
 from collections.abc import Iterator
@@ -61,6 +62,7 @@ def _ranks_part_in_order() -> Iterator[None]:
         yield
     finally:
         if dist.is_initialized():
+            gc.collect()  # a wrapped model in a cycle would keep the group, and so its threads
             dist.destroy_process_group()
 
 

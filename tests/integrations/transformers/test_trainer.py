@@ -233,19 +233,22 @@ def test_adapters(tmp_path: Path, adapter: str) -> None:
 
 
 RANKS = """
-import json, sys, torch
+import gc, json, sys, torch
 sys.path.insert(0, sys.argv[1])
 from test_trainer import CALIBRATED, arguments, build, data, lines, weights
 from entropy_regularization.integrations.transformers.trainer import EntropyRegularizedTrainer
-model = build()
-args = arguments(sys.argv[2], 4, 2, ddp_backend="gloo", **json.loads(sys.argv[3]))
-trainer = EntropyRegularizedTrainer(
-    model=model, args=args, train_dataset=data(), regularization=CALIBRATED)
-trainer.train()
-if trainer.is_world_process_zero():
-    result = {key: lines(trainer, key) for key in ("loss", "penalty")}
-    torch.save({**result, "weights": weights(model)}, sys.argv[4])
-torch.distributed.destroy_process_group()  # else its threads may abort the end of the program
+def train():
+    model = build()
+    args = arguments(sys.argv[2], 4, 2, ddp_backend="gloo", **json.loads(sys.argv[3]))
+    trainer = EntropyRegularizedTrainer(
+        model=model, args=args, train_dataset=data(), regularization=CALIBRATED)
+    trainer.train()
+    if trainer.is_world_process_zero():
+        result = {key: lines(trainer, key) for key in ("loss", "penalty")}
+        torch.save({**result, "weights": weights(model)}, sys.argv[4])
+train()
+gc.collect()  # the wrapped model holds the group, whose threads abort the end of the program
+torch.distributed.destroy_process_group()
 """
 
 
