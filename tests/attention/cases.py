@@ -185,8 +185,11 @@ def check_large_scores(implementation: str, dtype: torch.dtype, device: str) -> 
     assert worst_error([found.entropy], [expected.entropy]) <= 1e-2
     won = expected.entropy < 1e-30
     assert won.float().mean() > 0.8
-    # A GPU subtracts the normalizer in a multiply-add: what the product's rounding was is left.
-    left = torch.finfo(torch.float32).eps * found.max_score.max().item() if device != "cpu" else 0.0
+    # What rounding of the product is left: a GPU subtracts the normalizer in a multiply-add, and the
+    # interpreter's products of other shapes, in other kernels, round by the machine.
+    left = 0.0
+    if implementation == "triton":
+        left = torch.finfo(torch.float32).eps * found.max_score.max().item()
     (by_query,) = torch.autograd.grad(found.entropy.sum(), inputs[0], retain_graph=True)
     assert by_query[won].abs().max() <= 1e-20 + left * inputs[1].abs().max()
     (by_value,) = torch.autograd.grad(found.output[..., 0].sum(), inputs[2])
@@ -235,7 +238,8 @@ def check_error_is_at_most_that_of_naive_attention(
     """Against float64, for output, entropy and every gradient: the error of the kernels.
 
     It is at most that of naive PyTorch in the same dtype plus a rounding of the largest number;
-    four in float32, where the scores' base 2 and the softcap's tanh cost as much as rounding does.
+    eight in float32, where the scores' base 2, the softcap's tanh and the order of sums, which differs
+    from machine to machine, cost as much as rounding does.
     """
     inputs, options = case.build(dtype, device)
     exact = [tensor.detach().double().requires_grad_() for tensor in inputs]
@@ -248,7 +252,7 @@ def check_error_is_at_most_that_of_naive_attention(
     ours = [got.output, got.entropy, *gradients(got, inputs)]
     theirs = [naive.output, naive.entropy, *gradients(naive, inputs)]
     right = [truth.output, truth.entropy, *gradients(truth, exact)]
-    roundings = 4 if dtype == torch.float32 else 1
+    roundings = 8 if dtype == torch.float32 else 1
     for mine, plain, true in zip(ours, theirs, right, strict=True):
         budget = roundings * torch.finfo(mine.dtype).eps * true.abs().max().item()
         if mine.dtype != dtype:
