@@ -22,7 +22,7 @@ def test_opcheck(dtype: torch.dtype, dropout: float) -> None:
     query, key, value, bias, sinks = inputs
     masks = options["allowed"], options["key_padding"], options["document"]
     seed = torch.tensor([7]) if dropout else None
-    arguments = (query, key, value, *masks, bias, sinks, seed, 6, 0, 0.3, 3.0, dropout)
+    arguments = (query, key, value, *masks, bias, sinks, seed, 6, 0, 0.3, 3.0, dropout, False)
     opcheck(blockwise_forward, arguments)
     detached = [x.detach() if isinstance(x, torch.Tensor) else x for x in arguments]
     output, entropy, *_, log2_normalizer = blockwise_forward(*detached)

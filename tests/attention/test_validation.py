@@ -45,7 +45,11 @@ WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"scale": True}, ValueError, "scale is True; pass a finite number"),
     ({"softcap": 0.0}, ValueError, "softcap is 0.0; pass a positive number"),
     ({"dropout": 1.0}, ValueError, "dropout is 1.0; pass a rate in [0, 1)"),
-    ({"implementation": "flash"}, ValueError, "choose one of auto, reference, blockwise, triton"),
+    (
+        {"implementation": "flash"},
+        ValueError,
+        "choose one of auto, reference, blockwise, compiled, triton",
+    ),
     (
         {"implementation": "triton", "value": torch.randn(2, 4, 7, 300)},
         ValueError,

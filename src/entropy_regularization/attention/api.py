@@ -8,12 +8,14 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
+from entropy_regularization.attention.compiled import support as compiled_support
+from entropy_regularization.attention.compiled.support import unbuilt_reason
 from entropy_regularization.attention.masking import Structure, count_allowed_keys
 from entropy_regularization.attention.operators import blockwise_attention
 from entropy_regularization.attention.reference import reference_attention
 from entropy_regularization.attention.transforms import check_transforms
+from entropy_regularization.attention.triton import support as triton_support
 from entropy_regularization.attention.triton import triton_attention
-from entropy_regularization.attention.triton.support import unsupported_reason
 from entropy_regularization.attention.validation import (
     check_masks,
     check_scores,
@@ -21,7 +23,7 @@ from entropy_regularization.attention.validation import (
     check_window,
 )
 
-Implementation = Literal["auto", "reference", "blockwise", "triton"]
+Implementation = Literal["auto", "reference", "blockwise", "compiled", "triton"]
 
 logger = logging.getLogger("entropy_regularization.attention")
 
@@ -95,8 +97,8 @@ def attention_with_entropy(
             entropy is ``-sum p log p`` over the real keys, whose weights then sum to less than 1.
         dropout: rate in [0, 1) applied to the weights that multiply the values. The entropy is
             that of the weights before dropout. ``torch.manual_seed`` reproduces it.
-        implementation: "auto" takes "triton" on CUDA where it can, else "blockwise". A requested
-            one that cannot run refuses and says why.
+        implementation: "auto" takes "triton" on CUDA and "compiled" on a CPU where they can, else
+            "blockwise". A requested one that cannot run refuses and says why.
 
     Returns:
         output, entropy, log_normalizer, max_score and allowed_keys. A row that may see no key has
@@ -177,6 +179,7 @@ def _in_one_batch(*tensors: Tensor) -> list[Tensor]:
 _IMPLEMENTATIONS: dict[str, Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]] = {
     "reference": reference_attention,
     "blockwise": blockwise_attention,
+    "compiled": functools.partial(blockwise_attention, compiled=True),
     "triton": triton_attention,
 }
 
@@ -196,16 +199,24 @@ def choose_implementation(
         raise ValueError(f"implementation is {asked!r}; choose one of {names}.")
     if asked in ("reference", "blockwise"):
         return asked
-    if asked == "auto" and query.device.type != "cuda":
-        return "blockwise"
-    reason = unsupported_reason(query, key, value, structure, scale=scale, **options)
+    on_cuda = query.device.type == "cuda"
+    name = ("triton" if on_cuda else "compiled") if asked == "auto" else asked
+    reason = _reason_against[name](query, key, value, structure, scale=scale, **options)
+    if reason is None and asked == "compiled":
+        reason = unbuilt_reason()
     if reason is None:
-        return "triton"
-    if asked == "triton":
-        raise ValueError(f"implementation='triton' cannot run: {reason}")
-    if not torch.compiler.is_compiling():
+        return name
+    if asked != "auto":
+        raise ValueError(f"implementation={asked!r} cannot run: {reason}")
+    if on_cuda and not torch.compiler.is_compiling():
         _say_once(f"attention on {query.device.type} runs blockwise, not triton: {reason}")
     return "blockwise"
+
+
+_reason_against: dict[str, Callable[..., str | None]] = {
+    "compiled": compiled_support.unsupported_reason,
+    "triton": triton_support.unsupported_reason,
+}
 
 
 @functools.cache

@@ -100,6 +100,33 @@ def visible_blocks(
     return [(first, stop) if first < stop else (0, 0) for first, stop in ranges]
 
 
+def limits_and_ids(
+    structure: Structure, n_queries: int, n_keys: int
+) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor] | None]:
+    """Say all but ``allowed`` as a range of keys in every row, and ids if ranges are not enough.
+
+    Returns:
+        The limits (first, stop), ``[batch or 1, queries]``: a row sees no key but
+        ``first <= j < stop``; and None if it sees all of these, else ids ``[batch or 1, queries]``
+        and ``[batch or 1, keys]``: it sees those of its own id. All int64.
+    """
+    first, stop = _row_limits(structure, n_queries, n_keys)
+    real, document = structure.key_padding, structure.document
+    if real is None and document is None:
+        return (first, stop), None
+    counts = _count_in_limits(structure, None, n_queries, n_keys, first.device)
+    if torch.equal(counts[:, 0], (stop - first).clamp(min=0)):
+        return (first, stop), None
+    if document is not None:
+        of_key = _by_document(document)[2]
+        of_row = of_key[:, n_keys - n_queries :]
+    else:
+        of_key, of_row = torch.zeros_like(first[:1, :1]), torch.zeros_like(first[:1])
+    if real is not None:
+        of_key = torch.where(real, of_key, -1)
+    return (first, stop), (of_row, of_key)
+
+
 def _band_of_block(
     structure: Structure, row_start: int, row_stop: int, offset: int, n_keys: int
 ) -> tuple[int, int]:
@@ -112,10 +139,10 @@ def _band_of_block(
 def _row_limits(structure: Structure, n_queries: int, n_keys: int) -> tuple[Tensor, Tensor]:
     """Return ``[batch, queries]`` limits (first, stop) outside which a row sees nothing."""
     given = structure.key_padding if structure.document is None else structure.document
-    assert given is not None
-    first, stop = (limit[None] for limit in _band(structure, n_queries, n_keys, given.device))
+    device = torch.device("cpu") if given is None else given.device
+    first, stop = (limit[None] for limit in _band(structure, n_queries, n_keys, device))
     if structure.key_padding is not None:
-        place = torch.arange(n_keys, device=given.device)
+        place = torch.arange(n_keys, device=device)
         real = structure.key_padding
         first = first.maximum(place.masked_fill(~real, n_keys).amin(1, keepdim=True))
         stop = stop.minimum((place + 1).masked_fill(~real, 0).amax(1, keepdim=True))

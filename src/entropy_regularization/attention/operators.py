@@ -1,4 +1,4 @@
-"""torch.library operators around the blockwise passes, with their fake tensors and gradients.
+"""torch.library operators around the passes on tiles, with their fake tensors and gradients.
 
 They make ``torch.compile(fullgraph=True)`` and non-reentrant checkpointing see one opaque call, and
 keep autocast away from the scores.
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from entropy_regularization.attention import blockwise
 from entropy_regularization.attention.blockwise import Problem
+from entropy_regularization.attention.compiled import add_at_once, fill_at_once, runs
 from entropy_regularization.attention.masking import Structure
 from entropy_regularization.attention.transforms import (
     map_one_by_one,
@@ -55,17 +56,18 @@ def blockwise_forward(
     scale: float,
     softcap: float | None,
     dropout: float,
+    compiled: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return output, entropy, log-normalizer, largest score and what backward needs.
 
-    See blockwise.forward.
+    See blockwise.forward. ``compiled`` lets the compiled kernel do its work, where there is one.
     """
     problem = _problem(
         query, key, value, allowed, key_padding, document, bias, sinks, seed,
         left, right, scale, softcap, dropout,
     )  # fmt: skip
     with torch.autocast(query.device.type, enabled=False):
-        return blockwise.forward(problem)
+        return blockwise.forward(problem, fill_at_once if compiled and runs(problem) else None)
 
 
 @blockwise_forward.register_fake
@@ -92,6 +94,7 @@ def blockwise_backward(
     scale: float,
     softcap: float | None,
     dropout: float,
+    compiled: bool,
     output: Tensor,
     entropy: Tensor,
     log2_normalizer: Tensor,
@@ -109,7 +112,11 @@ def blockwise_backward(
     upstream = (output_gradient, entropy_gradient, normalizer_gradient)
     with torch.autocast(query.device.type, enabled=False):
         gradients = blockwise.backward(
-            problem, saved, upstream, (wanted[0], wanted[1], wanted[2], wanted[3], wanted[4])
+            problem,
+            saved,
+            upstream,
+            (wanted[0], wanted[1], wanted[2], wanted[3], wanted[4]),
+            add_at_once if compiled and runs(problem) else None,
         )
     return [gradient for gradient in gradients if gradient is not None]
 
@@ -170,6 +177,7 @@ def blockwise_attention(
     softcap: float | None = None,
     sinks: Tensor | None = None,
     dropout: float = 0.0,
+    compiled: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return output, entropy, log-normalizer and largest score of every row in linear memory.
 
@@ -183,6 +191,6 @@ def blockwise_attention(
         query, key, value,
         structure.allowed, structure.key_padding, structure.document,
         bias, sinks, seed,
-        structure.left, structure.right, scale, softcap, dropout,
+        structure.left, structure.right, scale, softcap, dropout, compiled,
     )  # fmt: skip
     return output, entropy, log_normalizer, max_score.detach()

@@ -1,5 +1,6 @@
 """Backward: recompute the scores from the log-normalizer; one multiply-add more for the entropy."""
 
+from collections.abc import Callable
 from itertools import repeat
 from typing import NamedTuple
 
@@ -26,11 +27,15 @@ class RowConstants(NamedTuple):
     delta: Tensor
 
 
+Add = Callable[[Problem, RowConstants, tuple[Tensor, Tensor], Gradients], None]
+
+
 def backward(
     problem: Problem,
     saved: tuple[Tensor, Tensor, Tensor],
     upstream: tuple[Tensor, Tensor, Tensor],
     wanted: tuple[bool, bool, bool, bool, bool],
+    add: Add | None = None,
 ) -> Gradients:
     """Return the gradients of query, key, value, bias and sinks.
 
@@ -39,6 +44,7 @@ def backward(
         saved: its output, entropy, and log-normalizer in base 2 (see forward).
         upstream: the gradients of output, entropy and log-normalizer.
         wanted: which of (query, key, value, bias, sinks) need a gradient.
+        add: does the work that grows with the keys, in place of add_in_chunks.
     """
     empty = saved[2] == -torch.inf
     of_normalizer = upstream[2]
@@ -54,11 +60,7 @@ def backward(
         d_bias = torch.zeros(problem.bias.shape, dtype=problem.wide, device=problem.bias.device)
     gradients = Gradients(d_query, d_key, d_value, d_bias, None)
     constants = _row_constants(problem, saved, upstream)
-    blocks = blocking.choose_blocks(problem)
-    with Scratch(problem, blocks) as scratch:
-        for chunk in blocking.chunks_of(problem, blocks):
-            view = ChunkView(problem, chunk, blocks, scratch)
-            _backward_chunk(view, constants, (saved[0], upstream[0]), gradients)
+    (add or add_in_chunks)(problem, constants, (saved[0], upstream[0]), gradients)
     if d_bias is not None and problem.bias is not None:
         d_bias = d_bias.to(problem.bias.dtype)
     d_sinks = None
@@ -67,6 +69,27 @@ def backward(
         alone = of_normalizer.masked_fill(~empty, 0.0).sum((0, 2)).to(problem.sinks.dtype)
         d_sinks = alone + _sinks_gradient(problem.sinks, saved[2], upstream[1], constants.delta)
     return Gradients(d_query, d_key, d_value, d_bias, d_sinks)
+
+
+def add_in_chunks(
+    problem: Problem,
+    constants: RowConstants,
+    outputs: tuple[Tensor, Tensor],
+    gradients: Gradients,
+) -> None:
+    """Fill the gradients of query, key and value; add that of the bias; complete delta.
+
+    Args:
+        problem: the inputs of the forward pass.
+        constants: of its rows.
+        outputs: its output, and the gradient of that.
+        gradients: those that are wanted.
+    """
+    blocks = blocking.choose_blocks(problem)
+    with Scratch(problem, blocks) as scratch:
+        for chunk in blocking.chunks_of(problem, blocks):
+            view = ChunkView(problem, chunk, blocks, scratch)
+            _backward_chunk(view, constants, outputs, gradients)
 
 
 def _row_constants(

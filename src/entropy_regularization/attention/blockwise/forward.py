@@ -1,5 +1,7 @@
 """Forward: output, entropy, log-normalizer and largest score of every row."""
 
+from collections.abc import Callable
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -15,9 +17,11 @@ from entropy_regularization.attention.blockwise.problem import (
 )
 from entropy_regularization.attention.masking import Tile
 
+Fill = Callable[[Problem, Tensor, tuple[Tensor, ...]], None]
+
 
 def forward(
-    problem: Problem,
+    problem: Problem, fill: Fill | None = None
 ) -> tuple[
     Float[Tensor, "batch heads queries value_dim"],
     Float[Tensor, "batch heads queries"],
@@ -29,17 +33,26 @@ def forward(
 
     The fifth result is for backward: the log-normalizer in base 2 as the scores are, because a
     large one loses digits on its way to nats and back; -inf where there is no key, whatever sink.
+
+    Args:
+        problem: the inputs.
+        fill: does the work that grows with the keys, in place of fill_in_chunks.
     """
     row_shape = problem.query.shape[:3]
     output = problem.query.new_empty(*row_shape, problem.value.shape[-1])
     # (m, l, t) of MATHEMATICS in base 2: largest, sum of 2^(s - m), sum of 2^(s - m) (s - m)
     statistics = problem.query.new_empty(3, *row_shape, 1, dtype=problem.wide)
+    (fill or fill_in_chunks)(problem, output, tuple(statistics))
+    return output, *_finish(problem, output, *statistics[..., 0])
+
+
+def fill_in_chunks(problem: Problem, output: Tensor, statistics: tuple[Tensor, ...]) -> None:
+    """Fill the output, which sinks will scale, and (m, l, t) ``[batch, heads, queries, 1]``."""
     blocks = blocking.choose_blocks(problem)
     with Scratch(problem, blocks) as scratch:
         for chunk in blocking.chunks_of(problem, blocks):
             view = ChunkView(problem, chunk, blocks, scratch)
             _forward_chunk(view, (output, *statistics))
-    return output, *_finish(problem, output, *statistics[..., 0])
 
 
 def _forward_chunk(view: ChunkView, results: tuple[Tensor, ...]) -> None:

@@ -1,0 +1,72 @@
+"""Which keys rows and blocks of them see, and how the work is cut by that."""
+
+import functools
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from entropy_regularization.attention.masking import Structure, limits_and_ids
+
+MULTIPLE = 16  # products are fastest at multiples of it; kernel.cpp counts on it
+NARROW = 512  # rows that see more keys are wide
+# Measured; docs/attention.md has what other sizes gave.
+ROWS = 64  # of a block
+ROWS_OF_NARROW_BAND = 32  # fewer, because a block computes all that any of its rows sees
+STRIPE_OF_WIDE, STRIPE_OF_NARROW = 384, 2048
+
+
+class Cut(NamedTuple):
+    """The limits of rows, and sizes of blocks, stripes and tiles."""
+
+    rows: int  # of a block, of each query head
+    stripe: int  # keys that stay in the cache while the blocks pass by
+    tile: int  # keys that meet a block at once
+    of_rows: tuple[Int[Tensor, "#batch queries"], Int[Tensor, "#batch queries"]]
+    of_blocks: tuple[Int[Tensor, "#batch blocks"], Int[Tensor, "#batch blocks"]]
+    ids: tuple[Int[Tensor, "#batch queries"], Int[Tensor, "#batch keys"]] | None
+
+
+def cut(structure: Structure, n_queries: int, n_keys: int, group: int) -> Cut:
+    """Cut a problem whose structure has no ``allowed``; ``group`` query heads share a key head."""
+    if structure.key_padding is None and structure.document is None:
+        return _cut_band(structure, n_queries, n_keys, group)
+    return _cut(structure, n_queries, n_keys, group)
+
+
+def _cut(structure: Structure, n_queries: int, n_keys: int, group: int) -> Cut:
+    (first, stop), ids = limits_and_ids(structure, n_queries, n_keys)
+    most = max(1, int((stop - first).max()))
+    narrow = most <= NARROW
+    slanted = structure.left is not None or structure.right is not None
+    length = even(n_queries, ROWS_OF_NARROW_BAND if narrow and slanted else ROWS)
+    rows = max(-(-length // group), min(n_queries, MULTIPLE))
+    stripe = min(STRIPE_OF_NARROW if narrow else STRIPE_OF_WIDE, multiple(n_keys))
+    tile = min(stripe, multiple(most + rows)) if narrow else stripe
+    return Cut(rows, stripe, tile, (first, stop), _hulls(first, stop, rows, n_keys), ids)
+
+
+_cut_band = functools.lru_cache(maxsize=8)(_cut)  # no tensor there that could change
+
+
+def _hulls(first: Tensor, stop: Tensor, rows: int, n_keys: int) -> tuple[Tensor, Tensor]:
+    """Return limits of blocks outside which none of their rows sees a key."""
+    blind = first >= stop
+    short = -first.shape[1] % rows
+    given = ((first.masked_fill(blind, n_keys), n_keys), (stop.masked_fill(blind, 0), 0))
+    lowest, highest = (
+        torch.nn.functional.pad(limit, (0, short), value=none).unflatten(1, (-1, rows))
+        for limit, none in given
+    )
+    return lowest.amin(2), highest.amax(2)
+
+
+def multiple(count: int) -> int:
+    """Round up to a multiple of MULTIPLE."""
+    return -(-count // MULTIPLE) * MULTIPLE
+
+
+def even(whole: int, part: int) -> int:
+    """Return a length near ``part`` that cuts the whole without a small rest."""
+    return -(-whole // max(1, round(whole / part)))

@@ -1,0 +1,55 @@
+"""What the compiled kernel computes, and in words what it does not."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from entropy_regularization.attention.blockwise import Problem
+from entropy_regularization.attention.compiled.build import unavailable_reason
+from entropy_regularization.attention.compiled.passes import PRECISIONS
+from entropy_regularization.attention.masking import Structure
+
+
+def unsupported_reason(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    structure: Structure,
+    *,
+    bias: Tensor | None,
+    softcap: float | None,
+    dropout: float,
+    **options: Any,
+) -> str | None:
+    """Return why a call cannot run compiled, or None if it can where there is a kernel."""
+    if query.device.type != "cpu":
+        return f"the tensors are on {query.device}; it runs on a CPU."
+    if query.dtype not in PRECISIONS:
+        return f"the inputs are {query.dtype}; it computes float32, bfloat16 and float16."
+    given = {"allowed": structure.allowed, "bias": bias, "softcap": softcap}
+    for name, option in given.items():
+        if option is not None:
+            return f"{name} is given, which it does not have."
+    if dropout > 0.0:
+        return f"dropout is {dropout}, which it does not have."
+    return None
+
+
+def runs(problem: Problem) -> bool:
+    """Tell whether a problem runs compiled, when it comes to that; the first call may build."""
+    query, key, value, structure, _, bias, softcap, _, dropout, _ = problem
+    if 0 in (query.numel(), key.numel(), value.numel()):
+        return False
+    reason = unsupported_reason(
+        query, key, value, structure, bias=bias, softcap=softcap, dropout=dropout
+    )
+    return reason is None and unavailable_reason() is None
+
+
+def unbuilt_reason() -> str | None:
+    """Return why no kernel can be built here, or None; not to be asked while a graph is traced."""
+    if torch.compiler.is_compiling():
+        return None  # the operator asks when it runs
+    reason = unavailable_reason()
+    return None if reason is None else f"{reason}."
