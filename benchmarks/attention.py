@@ -31,11 +31,13 @@ from entropy_regularization import (
     __version__,
     attention_with_entropy,
 )
+from entropy_regularization.attention.compiled.build import unavailable_reason
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "attention.json"
 HEADS, DIM = 12, 64
 EAGER_UP_TO = 2048  # beyond it the matrices of eager attention take the machine's memory
+BLOCKWISE_UP_TO = 8192  # the road without a compiler; beyond it nothing changes but the time taken
 
 
 def inputs(n: int, heads: int = HEADS, dtype: torch.dtype = torch.float32) -> list[Tensor]:
@@ -53,6 +55,10 @@ def sdpa(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, None]:
 def ours(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
     found = attention_with_entropy(query, key, value, causal=True, **options)
     return found.output, found.entropy
+
+
+def blockwise(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    return ours(query, key, value, implementation="blockwise")
 
 
 def windowed(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
@@ -79,6 +85,7 @@ def eager(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
 FUNCTIONS = {
     "sdpa": sdpa,
     "ours": ours,
+    "blockwise": blockwise,
     "window of 256": windowed,
     "16 documents": packed,
     "left half padding": padded,
@@ -142,7 +149,8 @@ def turns_for(n: int) -> int:
 def measure_times(lengths: list[int], turns: int | None) -> dict[str, Any]:
     rows: dict[str, Any] = {}
     for n in lengths:
-        names = ["sdpa", "ours", *(["eager"] if n <= EAGER_UP_TO else [])]
+        most = {"sdpa": n, "ours": n, "blockwise": BLOCKWISE_UP_TO, "eager": EAGER_UP_TO}
+        names = [name for name, limit in most.items() if n <= limit]
         given, count = inputs(n), turns or turns_for(n)
         rows[str(n)] = {
             kind: take_turns({name: of(name, given) for name in names}, count, warm=n <= 8192)
@@ -311,8 +319,9 @@ def flex_attention_forward(n: int) -> float | None:
 
 def agreement() -> None:
     """Run the agreement tests; stop on red."""
-    tests = HERE.parent / "tests" / "attention" / "test_agreement.py"
-    done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-x", str(tests)], check=False)
+    folder = HERE.parent / "tests" / "attention"
+    tests = [str(folder / name) for name in ("test_agreement.py", "test_compiled.py")]
+    done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-x", *tests], check=False)
     if done.returncode:
         raise SystemExit("the agreement tests failed, so nothing is measured; see above.")
 
@@ -370,6 +379,7 @@ def hardware() -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "entropy_regularization": __version__,
+        "compiled": unavailable_reason() or "yes",
         "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
     }
 
@@ -399,7 +409,12 @@ def main() -> None:
     result["times"] = measure_times(lengths, options.turns)
     result["memory"] = {
         name: {str(n): measure_memory(name, n) for n in lengths if n <= most}
-        for name, most in (("sdpa", max(lengths)), ("ours", max(lengths)), ("eager", 2048))
+        for name, most in (
+            ("sdpa", max(lengths)),
+            ("ours", max(lengths)),
+            ("blockwise", BLOCKWISE_UP_TO),
+            ("eager", EAGER_UP_TO),
+        )
     }
     if not options.quick:
         result["shapes"] = measure_shapes()
