@@ -185,8 +185,8 @@ def check_large_scores(implementation: str, dtype: torch.dtype, device: str) -> 
     assert worst_error([found.entropy], [expected.entropy]) <= 1e-2
     won = expected.entropy < 1e-30
     assert won.float().mean() > 0.8
-    # What rounding of the product is left: a GPU subtracts the normalizer in a multiply-add, and the
-    # interpreter's products of other shapes, in other kernels, round by the machine.
+    # What rounding of the product is left: a GPU subtracts the normalizer in a multiply-add, and
+    # the interpreter's products of other shapes, in other kernels, round by the machine.
     left = 0.0
     if implementation == "triton":
         left = torch.finfo(torch.float32).eps * found.max_score.max().item()
@@ -238,8 +238,8 @@ def check_error_is_at_most_that_of_naive_attention(
     """Against float64, for output, entropy and every gradient: the error of the kernels.
 
     It is at most that of naive PyTorch in the same dtype plus a rounding of the largest number;
-    eight in float32, where the scores' base 2, the softcap's tanh and the order of sums, which differs
-    from machine to machine, cost as much as rounding does.
+    eight in float32, where the scores' base 2, the softcap's tanh and the order of sums (it differs
+    between machines) cost as much as rounding does.
     """
     inputs, options = case.build(dtype, device)
     exact = [tensor.detach().double().requires_grad_() for tensor in inputs]

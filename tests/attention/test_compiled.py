@@ -240,6 +240,16 @@ def test_not_a_number_stays_in_its_row() -> None:
         assert torch.equal(changed, other)
 
 
+@here
+def test_scores_that_overflow_are_not_hidden() -> None:
+    query, key = torch.full((1, 1, 3, 8), 1e20), torch.full((1, 1, 40, 8), -1e20)
+    for sign in (1, -1):
+        for name in ("compiled", "blockwise"):
+            found = attention_with_entropy(sign * query, key, key, implementation=name)
+            assert found.output.isnan().all()
+            assert found.entropy.isnan().all()
+
+
 def layouts() -> dict[str, list[Tensor]]:
     base = torch.randn(2, 40, 4, 8, generator=torch.Generator().manual_seed(0))
     heads_last = base.transpose(1, 2)
@@ -395,6 +405,14 @@ def test_with_a_compiler_that_fails(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     monkeypatch.setenv("CXX", "no-such-compiler")
     build._found.cache_clear()
     assert "no C++ compiler (no-such-compiler) is installed" in refused()
+
+
+@pytest.mark.usefixtures("_built_anew")
+def test_without_a_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", lambda: (_ for _ in ()).throw(RuntimeError))
+    monkeypatch.setenv("CXX", sys.executable)  # whatever there is; it is not called
+    assert "there is no home directory; set XDG_CACHE_HOME" in refused()
 
 
 @pytest.mark.usefixtures("_built_anew")

@@ -112,7 +112,10 @@ def _compiled() -> Path:
 
 
 def _cache() -> Path:
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    try:
+        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    except RuntimeError as error:
+        raise UnavailableError("there is no home directory; set XDG_CACHE_HOME") from error
     folder = Path(base) / "entropy_regularization"
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     return folder
@@ -138,7 +141,9 @@ def _compile(compiler: str, target: Path) -> None:
 
 def _run(command: list[str]) -> str:
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=SECONDS)
+        done = subprocess.run(
+            command, capture_output=True, text=True, errors="replace", check=True, timeout=SECONDS
+        )
     except subprocess.CalledProcessError as error:
         last = (error.stderr.strip().splitlines() or ["no message"])[-1]
         raise UnavailableError(f"{command[0]} failed: {last}") from error

@@ -43,7 +43,8 @@ def _cut(structure: Structure, n_queries: int, n_keys: int, group: int) -> Cut:
     length = even(n_queries, ROWS_OF_NARROW_BAND if narrow and slanted else ROWS)
     rows = max(-(-length // group), min(n_queries, MULTIPLE))
     stripe = min(STRIPE_OF_NARROW if narrow else STRIPE_OF_WIDE, multiple(n_keys))
-    tile = min(stripe, multiple(most + rows)) if narrow else stripe
+    # A block's range begins and ends at multiples.
+    tile = min(stripe, multiple(most + rows + 2 * MULTIPLE)) if narrow else stripe
     return Cut(rows, stripe, tile, (first, stop), _hulls(first, stop, rows, n_keys), ids)
 
 

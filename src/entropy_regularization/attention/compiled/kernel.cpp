@@ -310,6 +310,7 @@ float add_scores(float* score, int64_t count, float* largest, float* total, floa
     moment += probability * below;
     score[j] = probability;
   }
+  if (sum == 0.0f && raised == MASKED) sum = __builtin_nanf("");  // all have overflowed to -inf
   const float shift = *largest - raised, factor = power_of_2(shift);
   *weighted = factor * (*weighted + shift * *total) + moment;
   *total = factor * *total + sum;
