@@ -40,8 +40,7 @@ def _cut(structure: Structure, n_queries: int, n_keys: int, group: int) -> Cut:
     most = max(1, int((stop - first).max()))
     narrow = most <= NARROW
     slanted = structure.left is not None or structure.right is not None
-    length = even(n_queries, ROWS_OF_NARROW_BAND if narrow and slanted else ROWS)
-    rows = max(-(-length // group), min(n_queries, MULTIPLE))
+    rows = -(-even(n_queries, ROWS_OF_NARROW_BAND if narrow and slanted else ROWS) // group)
     stripe = min(STRIPE_OF_NARROW if narrow else STRIPE_OF_WIDE, multiple(n_keys))
     # A block's range begins and ends at multiples.
     tile = min(stripe, multiple(most + rows + 2 * MULTIPLE)) if narrow else stripe

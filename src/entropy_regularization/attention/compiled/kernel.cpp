@@ -52,7 +52,8 @@ struct Call {
   float *largest, *total, *weighted;  // forward: [batch, heads, queries]
 
   View d_output, d_key, d_value;
-  View d_query;  // float32 sums of each segment, [segments * batch, heads, queries, dim]
+  void* d_query;     // contiguous; null: not wanted
+  float* d_queries;  // if there are several segments their sums, [segments, ...], in its place
   const float *log2_normalizer, *log2_slope;  // backward: [batch, heads, queries]
   float* delta;
 };
@@ -166,9 +167,14 @@ int64_t even(int64_t whole, int64_t part) {  // a length that leaves no small re
 }
 int64_t blocks(const Call& call) { return parts(call.queries, call.rows); }
 
+// Whether the sums for the query's gradient are kept aside, because it is in low precision.
+bool narrow_sums(const Call& call) {
+  return call.d_query && call.precision != 0 && call.segments == 1;
+}
+
 // The scratch of one thread.
 struct Scratch {
-  Matrix query, d_output, sum, d_query, score, d_score, key, value, d_key, d_value;
+  Matrix query, d_output, sum, d_query, sums, score, d_score, key, value, d_key, d_value;
   int64_t floats = 0;
 
   Scratch(const Call& call, float* start) {
@@ -182,6 +188,7 @@ struct Scratch {
     d_output = take(rows, call.value_dim);
     sum = take(rows * call.depth, call.value_dim);
     d_query = take(rows, call.dim);
+    sums = take(narrow_sums(call) ? call.heads / call.key_heads * call.queries : 0, call.dim);
     score = take(rows, call.tile);
     d_score = take(rows, call.tile);
     key = take(call.stripe, call.dim);
@@ -242,8 +249,8 @@ struct Block {
   int64_t row(int64_t r) const {  // in what is [batch, heads, queries]
     return (unit.batch * call.heads + head(r)) * call.queries + position(r);
   }
-  int64_t place_of(const View& view, int64_t r, int64_t entry) const {
-    return entry * view.batch + head(r) * view.head + position(r) * view.position;
+  int64_t place_of(const View& view, int64_t r) const {
+    return unit.batch * view.batch + head(r) * view.head + position(r) * view.position;
   }
 
   // The part of some keys outside which the block sees none, with whole multiples.
@@ -271,9 +278,9 @@ struct Block {
   // The block's rows of a tensor as floats, in place if they are.
   Matrix load_rows(const View& view, Matrix scratch) const {
     if (call.precision == 0 && unit.group == 1)
-      return {static_cast<float*>(view.data) + place_of(view, 0, unit.batch), view.position};
+      return {static_cast<float*>(view.data) + place_of(view, 0), view.position};
     for (int64_t r = 0; r < all; ++r)
-      load(scratch.row(r), view.data, place_of(view, r, unit.batch), scratch.stride,
+      load(scratch.row(r), view.data, place_of(view, r), scratch.stride,
            call.precision);
     return scratch;
   }
@@ -358,7 +365,7 @@ void finish_rows(const Block& block, Matrix sum) {
   for (int64_t r = 0; r < block.all; ++r) {
     float& total = call.total[block.row(r)];
     if (total == 0.0f) total = 1.0f;  // the row sees no key
-    store(call.output.data, block.place_of(call.output, r, block.unit.batch), sum.row(r),
+    store(call.output.data, block.place_of(call.output, r), sum.row(r),
           1.0f / total, sum.stride, call.precision);
   }
 }
@@ -424,7 +431,7 @@ void forget_other_ids(float* score, float* d_score, int64_t count, const int64_t
 
 // Add a block's share to the gradients of some keys and values, and theirs to that of its query.
 void backward_tile(const Block& block, Span keys, Matrix key, Matrix value, Matrix d_key,
-                   Matrix d_value, int64_t entry, Scratch& scratch) {
+                   Matrix d_value, Matrix sums, Scratch& scratch) {
   const Call& call = block.call;
   const Matrix query = block.load_rows(call.query, scratch.query);
   const Matrix d_output = block.load_rows(call.d_output, scratch.d_output);
@@ -448,17 +455,16 @@ void backward_tile(const Block& block, Span keys, Matrix key, Matrix value, Matr
     multiply(call, LEFT, count, call.value_dim, all, 1.0f, score, d_output, 1.0f, d_value);
   if (call.d_key.data)
     multiply(call, LEFT, count, call.dim, all, call.scale, d_score, query, 1.0f, d_key);
-  if (!call.d_query.data) return;
-  float* target = static_cast<float*>(call.d_query.data);
+  if (!sums.data) return;
   if (block.unit.group == 1) {
-    const Matrix rows = {target + block.place_of(call.d_query, 0, entry), call.dim};
-    multiply(call, NEITHER, all, call.dim, count, call.scale, d_score, key, 1.0f, rows);
+    multiply(call, NEITHER, all, call.dim, count, call.scale, d_score, key, 1.0f,
+             sums.from(block.start));
     return;
   }
   const Matrix rows = scratch.d_query;
   multiply(call, NEITHER, all, call.dim, count, call.scale, d_score, key, 0.0f, rows);
   for (int64_t r = 0; r < all; ++r) {
-    float* sum = target + block.place_of(call.d_query, r, entry);
+    float* sum = sums.row(r / block.rows * call.queries + block.position(r));
     for (int64_t d = 0; d < call.dim; ++d) sum[d] += rows.row(r)[d];
   }
 }
@@ -466,11 +472,15 @@ void backward_tile(const Block& block, Span keys, Matrix key, Matrix value, Matr
 // Every so many-th stripe of the keys of one head, which share a sum over its keys.
 void backward_item(const Call& call, int64_t item, Scratch& scratch) {
   const Unit unit(call, item / call.segments);
-  const int64_t segment = item % call.segments, entry = segment * call.batch + unit.batch;
-  if (call.d_query.data)
-    std::memset(static_cast<float*>(call.d_query.data) + entry * call.d_query.batch +
-                    unit.key_head * unit.group * call.d_query.head,
-                0, unit.group * call.queries * call.dim * sizeof(float));
+  const int64_t segment = item % call.segments;
+  const int64_t number = segment * call.batch * call.key_heads + item / call.segments;
+  const int64_t size = unit.group * call.queries * call.dim;
+  Matrix sums = {nullptr, call.dim};
+  if (call.d_query) {
+    float* direct = call.segments > 1 ? call.d_queries : static_cast<float*>(call.d_query);
+    sums.data = narrow_sums(call) ? scratch.sums.data : direct + number * size;
+    std::memset(sums.data, 0, size * sizeof(float));
+  }
   const int64_t step = call.segments * call.stripe;
   for (int64_t start = segment * call.stripe; start < call.keys; start += step) {
     const Span stripe = {start, least(start + call.stripe, call.keys)};
@@ -486,12 +496,14 @@ void backward_item(const Call& call, int64_t item, Scratch& scratch) {
         const int64_t skip = at - start;
         backward_tile(block, {at, least(at + width, seen.stop)}, key.from(skip),
                       value.from(skip), scratch.d_key.from(skip), scratch.d_value.from(skip),
-                      entry, scratch);
+                      sums, scratch);
       }
     }
     unit.store_keys(call.d_key, stripe, scratch.d_key);
     unit.store_keys(call.d_value, stripe, scratch.d_value);
   }
+  if (narrow_sums(call))
+    store(call.d_query, number * size, sums.data, 1.0f, size, call.precision);
 }
 
 // Add dO . O to delta, which holds the terms that need no sum over the width.
