@@ -10,6 +10,7 @@ import hashlib
 import logging
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -62,15 +63,26 @@ def kernel() -> ctypes.CDLL:
 @functools.cache
 def _found() -> ctypes.CDLL | UnavailableError:
     try:
-        found = ctypes.CDLL(str(_compiled()))
-        found.scratch_floats.restype = found.call_bytes.restype = ctypes.c_int64
-        return found
+        path = _compiled()
+        try:
+            return _load(path)
+        except OSError:  # cut off by a full disk, or a power cut
+            path.unlink()
+            return _load(_compiled())
     except UnavailableError as reason:
         logger.info("attention on the CPU runs blockwise, not compiled: %s", reason)
         return reason
     except OSError as error:  # a cache folder on a disk that is full, or that runs no programs
         logger.info("attention on the CPU runs blockwise, not compiled: %s", error)
         return UnavailableError(f"it cannot be kept or loaded: {error}")
+
+
+def _load(path: Path) -> ctypes.CDLL:
+    found = ctypes.CDLL(str(path))
+    if not hasattr(found, "attention_backward"):
+        raise OSError(f"{path} is something else")
+    found.scratch_floats.restype = found.call_bytes.restype = ctypes.c_int64
+    return found
 
 
 @functools.cache
@@ -100,14 +112,16 @@ def _compiled() -> Path:
     if platform.system() != "Linux":
         raise UnavailableError(f"it is built on Linux alone, and this is {platform.system()}")
     functions_of_torch()
-    wanted = os.environ.get("CXX")
-    compiler = next(filter(None, map(shutil.which, [wanted] if wanted else COMPILERS)), None)
+    wanted = shlex.split(os.environ.get("CXX", ""))  # it may have arguments
+    compiler = next(filter(None, map(shutil.which, wanted[:1] or COMPILERS)), None)
     if compiler is None:
-        raise UnavailableError(f"no C++ compiler ({wanted or ', '.join(COMPILERS)}) is installed")
-    target = _cache() / f"kernel-{_fingerprint(compiler)}.so"
+        names = ", ".join(wanted[:1] or COMPILERS)
+        raise UnavailableError(f"no C++ compiler ({names}) is installed")
+    command = [compiler, *wanted[1:]]
+    target = _cache() / f"kernel-{_fingerprint(command)}.so"
     if not target.exists():
         logger.info("compiling the attention kernel for this machine, once: %s", target)
-        _compile(compiler, target)
+        _compile(command, target)
     return target
 
 
@@ -118,24 +132,27 @@ def _cache() -> Path:
         raise UnavailableError("there is no home directory; set XDG_CACHE_HOME") from error
     folder = Path(base) / "entropy_regularization"
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    owned = folder.stat()
+    if owned.st_uid != os.getuid() or owned.st_mode & 0o022:
+        raise UnavailableError(f"others may write to {folder}, from which a program is loaded")
     return folder
 
 
-def _fingerprint(compiler: str) -> str:
+def _fingerprint(compiler: list[str]) -> str:
     """Hash all that decides what the compiled file is: source, flags, compiler, processor."""
     processor = Path("/proc/cpuinfo")
     lines = processor.read_text().splitlines() if processor.exists() else []
     features = sorted({line for line in lines if line.startswith(("model name", "flags", "Feat"))})
-    version = _run([compiler, "--version"])
-    parts = (SOURCE.read_text(), *FLAGS, compiler, version, platform.machine(), *features)
+    version = _run([*compiler, "--version"])
+    parts = (SOURCE.read_text(), *FLAGS, *compiler, version, platform.machine(), *features)
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 
-def _compile(compiler: str, target: Path) -> None:
+def _compile(compiler: list[str], target: Path) -> None:
     """Write the compiled file in one step, so that no other process sees half of it."""
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         made = Path(folder) / target.name
-        _run([compiler, *FLAGS, str(SOURCE), "-o", str(made)])
+        _run([*compiler, *FLAGS, str(SOURCE), "-o", str(made)])
         made.replace(target)
 
 
@@ -145,8 +162,9 @@ def _run(command: list[str]) -> str:
             command, capture_output=True, text=True, errors="replace", check=True, timeout=SECONDS
         )
     except subprocess.CalledProcessError as error:
-        last = (error.stderr.strip().splitlines() or ["no message"])[-1]
-        raise UnavailableError(f"{command[0]} failed: {last}") from error
+        lines = error.stderr.strip().splitlines() or ["no message"]
+        telling = next((line for line in lines if "error" in line), lines[-1])
+        raise UnavailableError(f"{command[0]} failed: {telling}") from error
     except subprocess.TimeoutExpired as error:
         raise UnavailableError(f"{command[0]} took more than {SECONDS} seconds") from error
     return done.stdout

@@ -42,24 +42,41 @@ def _cut(structure: Structure, n_queries: int, n_keys: int, group: int) -> Cut:
     slanted = structure.left is not None or structure.right is not None
     rows = -(-even(n_queries, ROWS_OF_NARROW_BAND if narrow and slanted else ROWS) // group)
     stripe = min(STRIPE_OF_NARROW if narrow else STRIPE_OF_WIDE, multiple(n_keys))
-    # A block's range begins and ends at multiples.
+    # A block's range may begin and end at multiples.
     tile = min(stripe, multiple(most + rows + 2 * MULTIPLE)) if narrow else stripe
-    return Cut(rows, stripe, tile, (first, stop), _hulls(first, stop, rows, n_keys), ids)
+    aligned = structure.key_padding is None and structure.document is None
+    blocks = _hulls(first, stop, rows, n_keys, aligned)
+    return Cut(rows, stripe, tile, (first, stop), blocks, ids)
 
 
 _cut_band = functools.lru_cache(maxsize=8)(_cut)  # no tensor there that could change
 
 
-def _hulls(first: Tensor, stop: Tensor, rows: int, n_keys: int) -> tuple[Tensor, Tensor]:
-    """Return limits of blocks outside which none of their rows sees a key."""
+def _hulls(
+    first: Tensor, stop: Tensor, rows: int, n_keys: int, aligned: bool
+) -> tuple[Tensor, Tensor]:
+    """Return limits of blocks outside which none of their rows sees a key.
+
+    If ``aligned`` they are multiples, as far as other rows see what that adds: a key that no row
+    sees may be anything.
+    """
     blind = first >= stop
     short = -first.shape[1] % rows
     given = ((first.masked_fill(blind, n_keys), n_keys), (stop.masked_fill(blind, 0), 0))
-    lowest, highest = (
+    lows, highs = (
         torch.nn.functional.pad(limit, (0, short), value=none).unflatten(1, (-1, rows))
         for limit, none in given
     )
-    return lowest.amin(2), highest.amax(2)
+    lowest, highest = lows.amin(2), highs.amax(2)
+    if not aligned:
+        return lowest, highest
+    down = lowest - lowest % MULTIPLE
+    up = highest + -highest % MULTIPLE
+    sees = lowest < highest
+    return (
+        torch.where(sees, down.maximum(lowest.amin(1, keepdim=True)), lowest),
+        torch.where(sees, up.minimum(highest.amax(1, keepdim=True)), highest),
+    )
 
 
 def multiple(count: int) -> int:

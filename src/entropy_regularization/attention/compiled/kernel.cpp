@@ -91,16 +91,34 @@ inline float widen(uint16_t given) {  // bfloat16
   return wide;
 }
 
-inline float widen_half(uint16_t given) {  // float16; _Float16 would be converted one by one
-  const uint32_t magnitude = static_cast<uint32_t>(given & 0x7FFFu) << 13;
-  float wide;
-  std::memcpy(&wide, &magnitude, 4);
-  wide *= 0x1p112f;  // moves the exponent, and makes denormal numbers normal
+inline float widen_half(uint16_t given) {  // float16; compilers convert _Float16 one by one
+  const uint32_t magnitude = given & 0x7FFFu;
+  const float tiny = static_cast<float>(static_cast<int32_t>(magnitude)) * 0x1p-24f;
   uint32_t bits;
-  std::memcpy(&bits, &wide, 4);
-  bits |= (magnitude >= 0x0F800000u ? 0x7F800000u : 0u) | static_cast<uint32_t>(given & 0x8000u) << 16;
+  std::memcpy(&bits, &tiny, 4);
+  const uint32_t normal = (magnitude << 13) + (112u << 23);
+  bits = magnitude < 0x0400u ? bits : magnitude < 0x7C00u ? normal : normal | 0x7F800000u;
+  bits |= static_cast<uint32_t>(given & 0x8000u) << 16;
+  float wide;
   std::memcpy(&wide, &bits, 4);
   return wide;
+}
+
+inline uint16_t narrow_half(float given) {  // to float16: nearest, ties to even
+  uint32_t bits;
+  std::memcpy(&bits, &given, 4);
+  const uint32_t sign = bits >> 16 & 0x8000u, magnitude = bits & 0x7FFFFFFFu;
+  float positive;
+  std::memcpy(&positive, &magnitude, 4);
+  const float shifted = positive + 0.5f;  // its last bit is float16's smallest number
+  uint32_t tiny;
+  std::memcpy(&tiny, &shifted, 4);
+  const uint32_t normal = ((magnitude + 0xFFFu + (magnitude >> 13 & 1u)) >> 13) - (112u << 10);
+  const uint32_t half = magnitude > 0x7F800000u    ? 0x7E00u
+                        : magnitude >= 0x477FF000u ? 0x7C00u  // 65520 and more
+                        : magnitude < 0x38800000u  ? tiny - 0x3F000000u
+                                                   : normal;
+  return static_cast<uint16_t>(sign | half);
 }
 
 inline uint16_t narrow(float given) {  // to bfloat16: nearest, ties to even
@@ -135,9 +153,9 @@ void store(void* to, int64_t at, const float* from, float factor, int64_t count,
 #pragma omp simd
     for (int64_t j = 0; j < count; ++j) target[j] = narrow(from[j] * factor);
   } else {
-    _Float16* target = static_cast<_Float16*>(to) + at;
+    uint16_t* target = static_cast<uint16_t*>(to) + at;
 #pragma omp simd
-    for (int64_t j = 0; j < count; ++j) target[j] = static_cast<_Float16>(from[j] * factor);
+    for (int64_t j = 0; j < count; ++j) target[j] = narrow_half(from[j] * factor);
   }
 }
 
@@ -253,12 +271,11 @@ struct Block {
     return unit.batch * view.batch + head(r) * view.head + position(r) * view.position;
   }
 
-  // The part of some keys outside which the block sees none, with whole multiples.
+  // The part of some keys outside which the block sees none.
   Span within(Span keys) const {
     const int64_t at = unit.batch * call.blocks_stride + place;
-    const int64_t low = call.lowest[at] / MULTIPLE * MULTIPLE, high = up(call.highest[at]);
-    const int64_t start = greatest(keys.start, low);
-    return {start, greatest(start, least(keys.stop, high))};
+    const int64_t start = greatest(keys.start, call.lowest[at]);
+    return {start, greatest(start, least(keys.stop, call.highest[at]))};
   }
 
   // The columns of some keys that row r may see.
@@ -317,11 +334,11 @@ float add_scores(float* score, int64_t count, float* largest, float* total, floa
     moment += probability * below;
     score[j] = probability;
   }
-  if (sum == 0.0f && raised == MASKED) sum = __builtin_nanf("");  // all have overflowed to -inf
+  if (sum == 0.0f && raised == MASKED) sum = __builtin_nanf("");  // -inf, or below what is masked
   const float shift = *largest - raised, factor = power_of_2(shift);
   *weighted = factor * (*weighted + shift * *total) + moment;
   *total = factor * *total + sum;
-  *largest = sum != sum ? sum : raised;  // a comparison has passed over NaN
+  *largest = *total != *total ? *total : raised;  // a comparison passes over NaN
   return factor;
 }
 

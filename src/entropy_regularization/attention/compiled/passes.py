@@ -81,7 +81,7 @@ class Pass:
         setattr(self.call, name, view)
 
     def rows(self, **named: Tensor) -> None:
-        """Point at ``[batch, heads, queries]``, whatever sizes of 1 follow."""
+        """Point at contiguous tensors, most of them ``[batch, heads, queries]``."""
         for name, tensor in named.items():
             setattr(self.call, name, self._address(tensor))
 
@@ -142,7 +142,7 @@ def add_at_once(
             shape = (call.segments, *gradients.query.shape)
             parts = gradients.query.new_empty(shape, dtype=torch.float32)
             this.rows(d_queries=parts)
-    this.run("attention_backward", units * max(call.segments, -(-call.queries // call.rows)))
+    this.run("attention_backward", units * call.segments)
     if parts is not None and gradients.query is not None:
         for part in parts[1:]:
             parts[0].add_(part)

@@ -27,6 +27,11 @@ def unsupported_reason(
         return f"the tensors are on {query.device}; it runs on a CPU."
     if query.dtype not in PRECISIONS:
         return f"the inputs are {query.dtype}; it computes float32, bfloat16 and float16."
+    if (
+        not query.dtype == key.dtype == value.dtype
+        or not key.device == value.device == query.device
+    ):
+        return "query, key and value are not of one dtype on one device."
     given = {"allowed": structure.allowed, "bias": bias, "softcap": softcap}
     for name, option in given.items():
         if option is not None:
@@ -47,9 +52,8 @@ def runs(problem: Problem) -> bool:
     return reason is None and unavailable_reason() is None
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator] # torch has no types for it
 def unbuilt_reason() -> str | None:
-    """Return why no kernel can be built here, or None; not to be asked while a graph is traced."""
-    if torch.compiler.is_compiling():
-        return None  # the operator asks when it runs
+    """Return why no kernel can be built here, or None; asked when a graph is traced, too."""
     reason = unavailable_reason()
     return None if reason is None else f"{reason}."
