@@ -37,7 +37,7 @@ HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "attention.json"
 HEADS, DIM = 12, 64
 EAGER_UP_TO = 2048  # beyond it the matrices of eager attention take the machine's memory
-BLOCKWISE_UP_TO = 8192  # the road without a compiler; beyond it nothing changes but the time taken
+BLOCKWISE_UP_TO = 8192  # what runs without a compiler; beyond it nothing changes but the time taken
 
 
 def inputs(n: int, heads: int = HEADS, dtype: torch.dtype = torch.float32) -> list[Tensor]:

@@ -79,9 +79,11 @@ def _found() -> ctypes.CDLL | UnavailableError:
 
 def _load(path: Path) -> ctypes.CDLL:
     found = ctypes.CDLL(str(path))
-    if not hasattr(found, "attention_backward"):
+    if not hasattr(found, "masked_score"):
         raise OSError(f"{path} is something else")
-    found.scratch_floats.restype = found.call_bytes.restype = ctypes.c_int64
+    for name in ("scratch_floats", "call_bytes", "multiple"):
+        getattr(found, name).restype = ctypes.c_int64
+    found.masked_score.restype = ctypes.c_float
     return found
 
 

@@ -40,25 +40,23 @@ def _cut(structure: Structure, n_queries: int, n_keys: int, group: int) -> Cut:
     most = max(1, int((stop - first).max()))
     narrow = most <= NARROW
     slanted = structure.left is not None or structure.right is not None
-    rows = -(-even(n_queries, ROWS_OF_NARROW_BAND if narrow and slanted else ROWS) // group)
-    stripe = min(STRIPE_OF_NARROW if narrow else STRIPE_OF_WIDE, multiple(n_keys))
-    # A block's range may begin and end at multiples.
-    tile = min(stripe, multiple(most + rows + 2 * MULTIPLE)) if narrow else stripe
-    aligned = structure.key_padding is None and structure.document is None
-    blocks = _hulls(first, stop, rows, n_keys, aligned)
-    return Cut(rows, stripe, tile, (first, stop), blocks, ids)
+    near = ROWS_OF_NARROW_BAND if narrow and slanted else ROWS
+    stacked = _parts(n_queries, max(1, round(n_queries / near)))  # no small rest
+    rows = _parts(stacked, group)
+    stripe = min(STRIPE_OF_NARROW if narrow else STRIPE_OF_WIDE, _multiple(n_keys))
+    # A block's range begins and ends at multiples.
+    tile = min(stripe, _multiple(most + rows + 2 * MULTIPLE)) if narrow else stripe
+    return Cut(rows, stripe, tile, (first, stop), _hulls(first, stop, rows, n_keys), ids)
 
 
 _cut_band = functools.lru_cache(maxsize=8)(_cut)  # no tensor there that could change
 
 
-def _hulls(
-    first: Tensor, stop: Tensor, rows: int, n_keys: int, aligned: bool
-) -> tuple[Tensor, Tensor]:
+def _hulls(first: Tensor, stop: Tensor, rows: int, n_keys: int) -> tuple[Tensor, Tensor]:
     """Return limits of blocks outside which none of their rows sees a key.
 
-    If ``aligned`` they are multiples, as far as other rows see what that adds: a key that no row
-    sees may be anything.
+    They are multiples, but not before the first or after the last key that any row sees: what is
+    there may be anything.
     """
     blind = first >= stop
     short = -first.shape[1] % rows
@@ -68,8 +66,6 @@ def _hulls(
         for limit, none in given
     )
     lowest, highest = lows.amin(2), highs.amax(2)
-    if not aligned:
-        return lowest, highest
     down = lowest - lowest % MULTIPLE
     up = highest + -highest % MULTIPLE
     sees = lowest < highest
@@ -79,11 +75,10 @@ def _hulls(
     )
 
 
-def multiple(count: int) -> int:
+def _parts(whole: int, part: int) -> int:
+    return -(-whole // part)
+
+
+def _multiple(count: int) -> int:
     """Round up to a multiple of MULTIPLE."""
-    return -(-count // MULTIPLE) * MULTIPLE
-
-
-def even(whole: int, part: int) -> int:
-    """Return a length near ``part`` that cuts the whole without a small rest."""
-    return -(-whole // max(1, round(whole / part)))
+    return _parts(count, MULTIPLE) * MULTIPLE

@@ -62,13 +62,12 @@ struct Call {
 namespace {
 
 constexpr float MASKED = -1e22f;  // problem.MASKED_SCORE
-constexpr int64_t MULTIPLE = 16;  // products are fastest at multiples of it
+constexpr int64_t MULTIPLE = 16;  // cutting.MULTIPLE
 
-// 2^x to a unit in the last place: 0 where it would be denormal, 2^127 at most, NaN for NaN.
+// 2^x for x < 127 to a unit in the last place: 0 where it would be denormal; NaN for NaN and inf.
 inline float power_of_2(float x) {
-  const float bounded = x > 127.0f ? 127.0f : x;
-  const float shifted = bounded + 12582912.0f;  // 1.5 * 2^23: its last bits are the integer
-  const float rest = bounded - (shifted - 12582912.0f);
+  const float shifted = x + 12582912.0f;  // 1.5 * 2^23: its last bits are the integer
+  const float rest = x - (shifted - 12582912.0f);
   float power = 0.00015345809515565634f;  // minimax on [-1/2, 1/2]
   power = power * rest + 0.0013399930903688073f;
   power = power * rest + 0.009618489071726799f;
@@ -180,8 +179,8 @@ int64_t greatest(int64_t a, int64_t b) { return a > b ? a : b; }
 
 int64_t up(int64_t count) { return (count + MULTIPLE - 1) / MULTIPLE * MULTIPLE; }
 int64_t parts(int64_t whole, int64_t part) { return (whole + part - 1) / part; }
-int64_t even(int64_t whole, int64_t part) {  // a length that leaves no small rest
-  return whole > 0 ? up(parts(whole, parts(whole, part))) : MULTIPLE;
+int64_t width(int64_t whole, int64_t most) {  // of tiles that leave no small rest
+  return whole > 0 ? up(parts(whole, parts(whole, most))) : MULTIPLE;
 }
 int64_t blocks(const Call& call) { return parts(call.queries, call.rows); }
 
@@ -380,10 +379,9 @@ void begin_rows(const Block& block, Matrix sum) {
 void finish_rows(const Block& block, Matrix sum) {
   const Call& call = block.call;
   for (int64_t r = 0; r < block.all; ++r) {
-    float& total = call.total[block.row(r)];
-    if (total == 0.0f) total = 1.0f;  // the row sees no key
-    store(call.output.data, block.place_of(call.output, r), sum.row(r),
-          1.0f / total, sum.stride, call.precision);
+    const float factor = 1.0f / call.total[block.row(r)];  // a row without keys: see _finish
+    store(call.output.data, block.place_of(call.output, r), sum.row(r), factor, sum.stride,
+          call.precision);
   }
 }
 
@@ -407,7 +405,7 @@ void forward_item(const Call& call, int64_t item, Scratch& scratch) {
     const Span seen = Block(unit, place).within({0, call.keys});
     if (seen.count() > 0) all = {least(all.start, seen.start), greatest(all.stop, seen.stop)};
   }
-  const int64_t step = even(all.count(), call.stripe);
+  const int64_t step = width(all.count(), call.stripe);
   for (int64_t start = all.start; start < all.stop; start += step) {
     const Span stripe = {start, least(start + step, all.stop)};
     const Matrix key = unit.load_keys(call.key, stripe, scratch.key);
@@ -415,9 +413,9 @@ void forward_item(const Call& call, int64_t item, Scratch& scratch) {
     for (int64_t place = begin; place < end; ++place) {
       const Block block(unit, place);
       const Span seen = block.within(stripe);
-      const int64_t width = even(seen.count(), call.tile);
-      for (int64_t at = seen.start; at < seen.stop; at += width)
-        forward_tile(block, {at, least(at + width, seen.stop)}, key.from(at - start),
+      const int64_t across = width(seen.count(), call.tile);
+      for (int64_t at = seen.start; at < seen.stop; at += across)
+        forward_tile(block, {at, least(at + across, seen.stop)}, key.from(at - start),
                      value.from(at - start), sum_of(place), scratch);
     }
   }
@@ -508,10 +506,10 @@ void backward_item(const Call& call, int64_t item, Scratch& scratch) {
     for (int64_t place = 0; place < blocks(call); ++place) {
       const Block block(unit, place);
       const Span seen = block.within(stripe);
-      const int64_t width = even(seen.count(), call.tile);
-      for (int64_t at = seen.start; at < seen.stop; at += width) {
+      const int64_t across = width(seen.count(), call.tile);
+      for (int64_t at = seen.start; at < seen.stop; at += across) {
         const int64_t skip = at - start;
-        backward_tile(block, {at, least(at + width, seen.stop)}, key.from(skip),
+        backward_tile(block, {at, least(at + across, seen.stop)}, key.from(skip),
                       value.from(skip), scratch.d_key.from(skip), scratch.d_value.from(skip),
                       sums, scratch);
       }
@@ -567,7 +565,10 @@ void in_parallel(const Call& call, void (*one)(const Call&, int64_t, Scratch&), 
 
 extern "C" {
 
+// What passes.py and cutting.py must agree with.
 int64_t call_bytes() { return sizeof(Call); }
+int64_t multiple() { return MULTIPLE; }
+float masked_score() { return MASKED; }
 
 int64_t scratch_floats(const Call* call) { return Scratch(*call, nullptr).floats; }
 

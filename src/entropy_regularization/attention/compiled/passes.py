@@ -55,6 +55,9 @@ class Pass:
         call, group = self.call, problem.group
         call.batch, call.heads, call.queries, call.dim = problem.query.shape
         call.key_heads, call.keys, call.value_dim = problem.value.shape[1:]
+        # C reads what it is told to.
+        assert problem.key.shape == (call.batch, call.key_heads, call.keys, call.dim)
+        assert call.heads == group * call.key_heads
         call.product, call.parallel, call.thread_number = functions_of_torch()
         call.precision = PRECISIONS.index(problem.query.dtype)
         call.scale, call.log2_scale = problem.scale, problem.scale * LOG2_E
@@ -72,13 +75,17 @@ class Pass:
         """Point at ``[batch, heads, positions, dim]``, a copy if BLAS cannot read it in place."""
         if tensor is None:
             return
-        positions, dim = tensor.shape[2:]
-        in_place = tensor.stride(3) == 1 and dim <= tensor.stride(2) < 2**31
-        if not in_place:
+        dim = tensor.shape[3]
+        if not (tensor.stride(3) == 1 and dim <= tensor.stride(2) < 2**31):
             tensor = tensor.contiguous()
-        position = tensor.stride(2) if positions > 1 else dim  # a size of 1 may have any stride
+        position = tensor.stride(2) if tensor.shape[2] > 1 else dim  # one may have any stride
         view = View(self._address(tensor), *tensor.stride()[:2], position)
         setattr(self.call, name, view)
+
+    def target(self, name: str, tensor: Tensor | None) -> None:
+        """Point at a view to be written, which must not be a copy."""
+        assert tensor is None or tensor.is_contiguous()
+        self.view(name, tensor)
 
     def rows(self, **named: Tensor) -> None:
         """Point at contiguous tensors, most of them ``[batch, heads, queries]``."""
@@ -90,6 +97,7 @@ class Pass:
         for name, tensor in zip(names, tensors, strict=True):
             setattr(self.call, name, self._address(tensor.contiguous()))
         batch, length = tensors[0].shape
+        assert batch in (1, self.call.batch)
         setattr(self.call, stride, 0 if batch == 1 else length)
 
     def _address(self, tensor: Tensor) -> int:
@@ -108,7 +116,7 @@ class Pass:
 def fill_at_once(problem: Problem, output: Tensor, statistics: tuple[Tensor, ...]) -> None:
     """Do what blockwise.forward.fill_in_chunks does."""
     this = Pass(problem)
-    this.view("output", output)
+    this.target("output", output)
     largest, total, weighted = statistics
     this.rows(largest=largest, total=total, weighted=weighted)
     blocks = -(-this.call.queries // this.call.rows)
@@ -126,8 +134,8 @@ def add_at_once(
     call = this.call
     for name, tensor in zip(("output", "d_output"), outputs, strict=True):
         this.view(name, tensor)
-    this.view("d_key", gradients.key)
-    this.view("d_value", gradients.value)
+    this.target("d_key", gradients.key)
+    this.target("d_value", gradients.value)
     this.rows(
         log2_normalizer=constants.log2_normalizer.contiguous(),
         log2_slope=constants.log2_slope.contiguous(),

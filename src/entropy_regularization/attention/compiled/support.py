@@ -20,7 +20,7 @@ def unsupported_reason(
     bias: Tensor | None,
     softcap: float | None,
     dropout: float,
-    **options: Any,
+    **_: Any,
 ) -> str | None:
     """Return why a call cannot run compiled, or None if it can where there is a kernel."""
     if query.device.type != "cpu":
@@ -43,12 +43,9 @@ def unsupported_reason(
 
 def runs(problem: Problem) -> bool:
     """Tell whether a problem runs compiled, when it comes to that; the first call may build."""
-    query, key, value, structure, _, bias, softcap, _, dropout, _ = problem
-    if 0 in (query.numel(), key.numel(), value.numel()):
+    if 0 in (problem.query.numel(), problem.key.numel(), problem.value.numel()):
         return False
-    reason = unsupported_reason(
-        query, key, value, structure, bias=bias, softcap=softcap, dropout=dropout
-    )
+    reason = unsupported_reason(**problem._asdict())
     return reason is None and unavailable_reason() is None
 
 
