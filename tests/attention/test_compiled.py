@@ -530,11 +530,11 @@ def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("_built_anew")
 def test_with_a_compiler_that_fails(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     compiler = tmp_path / "c++"
-    lines = "echo In file kernel.cpp: >&2; echo error: out of cheese >&2; echo '    ^' >&2"
+    lines = "echo In file kernel.cpp: >&2; echo error: no $1 >&2; echo '    ^' >&2"
     compiler.write_text(f"#!/bin/sh\n{lines}\nexit 3\n")
     compiler.chmod(0o755)
-    monkeypatch.setenv("CXX", str(compiler))
-    assert f"{compiler} failed: error: out of cheese" in refused()
+    monkeypatch.setenv("CXX", f"{compiler} -cheese")  # it may have arguments
+    assert f"{compiler} failed: error: no -cheese" in refused()
     monkeypatch.setenv("CXX", "no-such-compiler")
     build._found.cache_clear()
     assert "no C++ compiler (no-such-compiler) is installed" in refused()

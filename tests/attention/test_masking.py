@@ -11,6 +11,7 @@ from entropy_regularization.attention.masking import (
     Structure,
     Tile,
     count_allowed_keys,
+    limits_and_ids,
     sees_all,
     tile_allowed,
     visible_blocks,
@@ -87,6 +88,21 @@ def test_tiles_counts_and_visible_ranges(case: tuple[Structure, int, int]) -> No
         if part is not None and last > first:
             wanted = expected[:, :, start:stop, first:last]
             assert torch.equal(part.expand_as(wanted), wanted)
+
+
+@settings(max_examples=150, deadline=None)
+@given(structures())
+def test_limits_of_rows_and_ids_where_these_are_not_all(case: tuple[Structure, int, int]) -> None:
+    structure, n_queries, n_keys = case
+    structure = structure._replace(allowed=None)
+    expected = spelled_out(structure, n_queries, n_keys)[:, 0]
+    (first, stop), ids = limits_and_ids(structure, n_queries, n_keys)
+    place = torch.arange(n_keys)
+    in_limits = (place >= first[..., None]) & (place < stop[..., None])
+    assert (ids is None) == torch.equal(in_limits.expand_as(expected), expected)
+    if ids is not None:
+        in_limits = in_limits & (ids[0][..., None] == ids[1][:, None])
+    assert torch.equal(in_limits.expand_as(expected), expected)
 
 
 @pytest.mark.parametrize("n", [1, 8192])
