@@ -21,6 +21,7 @@ from cases import (
 from torch import Tensor
 
 from entropy_regularization import attention_with_entropy
+from entropy_regularization.attention.triton import launch
 from entropy_regularization.attention.triton.support import is_interpreted
 
 if torch.cuda.is_available():
@@ -114,6 +115,28 @@ def test_own_tiles_of_every_head_dimension(
 ) -> None:
     case = Case("own-tiles", (1, 1, 1, 70, 70, *dims), {"causal": True}, gain=1.0)
     agree(case, dtype, device, 2e-5 if dtype == torch.float32 else 6e-2)
+
+
+def test_strides_of_8_are_known_and_those_of_one_position_do_not_matter(
+    device: str, set_tiles: Any
+) -> None:
+    """A width of 72, in either layout; one query, one head and one batch entry of any stride."""
+    set_tiles(16, 16)
+    generator = torch.Generator().manual_seed(0)
+    several, one = (torch.randn(2, 20, n, 72, generator=generator).to(device) for n in (2, 1))
+    by_head = several.transpose(1, 2)
+    any_stride = one[0, 0].as_strided((1, 1, 1, 72), (3, 5, 7, 1))
+    keys = several[0, :, 0].as_strided((1, 1, 20, 72), (3, 5, 72, 1))
+    assert launch.in_eights(several, by_head, any_stride, keys)
+    assert not launch.in_eights(several[..., :70].contiguous(), by_head)  # 70
+    assert not launch.in_eights(several[..., :64].contiguous())  # 64: the compiler sees 16
+    for given in ([several] * 3, [by_head, by_head.flip(3), by_head], [any_stride, keys, keys]):
+        found = []
+        for name in ("triton", "reference"):
+            tensors = [tensor.detach().requires_grad_() for tensor in given]
+            got = attention_with_entropy(*tensors, causal=True, implementation=name)
+            found.append([got.output, got.entropy, *gradients(got, tensors)])
+        assert worst_error(*found) <= 1e-5
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])

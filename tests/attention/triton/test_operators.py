@@ -1,6 +1,7 @@
 """Operators around the kernels: compilation, dropout, refusals; and the real compiler."""
 
 import itertools
+import json
 import logging
 import os
 import subprocess
@@ -312,13 +313,29 @@ def test_every_head_dimension_has_tiles() -> None:
 )
 def test_compiler_accepts_the_kernels(options: str, through: str, tmp_path: Path) -> None:
     """Triton's real compiler, for a Hopper GPU that need not be there."""
+    used = compile_for_hopper(
+        tmp_path, "--dims", "64", "--options", options, "--through", *through.split()
+    )
+    assert len(used) == (5 if options == "everything" else 4)
+
+
+@pytest.mark.slow
+def test_a_width_of_72_is_loaded_as_fast_as_one_of_80(tmp_path: Path) -> None:
+    used = compile_for_hopper(tmp_path, "--dims", "72", "80")
+    for kernel in ("forward_kernel", "query_gradient_kernel", "key_gradient_kernel"):
+        by_dim = (used[kernel, dim]["instructions_a_score"] for dim in (72, 80))
+        assert next(by_dim) <= 1.1 * next(by_dim)
+
+
+def compile_for_hopper(folder: Path, *chosen: str) -> dict[tuple[str, int], dict[str, Any]]:
+    """Run benchmarks/kernel_resources.py in bfloat16; return what (kernel, dim) uses."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    output = folder / "used.json"
     command = [
-        sys.executable, str(ROOT / "benchmarks" / "kernel_resources.py"), "--dims", "64",
-        "--dtypes", "bfloat16", "--options", options, "--through", *through.split(),
-        "--output", str(tmp_path / "used.json"),
+        sys.executable, str(ROOT / "benchmarks" / "kernel_resources.py"), "--dtypes", "bfloat16",
+        "--output", str(output), *chosen,
     ]  # fmt: skip
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    kernels = {line.split()[0] for line in done.stdout.splitlines() if line.startswith("kernel=")}
-    assert len(kernels) == (5 if options == "everything" else 4)
+    rows = json.loads(output.read_text())["kernels"]
+    return {(row["kernel"], row["dim"]): row for row in rows}

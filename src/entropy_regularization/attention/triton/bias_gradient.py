@@ -13,6 +13,7 @@ from entropy_regularization.attention.triton.primitives import (
     head_pointer,
     load_rows,
     score_gradient,
+    with_strides,
 )
 from entropy_regularization.attention.triton.recomputation import (
     load_constant,
@@ -63,6 +64,7 @@ def bias_gradient_kernel(
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
     MASKED: tl.constexpr,
+    EIGHTS: tl.constexpr,
     WIDE: tl.constexpr,
     SUM_ROWS: tl.constexpr,
     SUM_KEYS: tl.constexpr,
@@ -72,6 +74,10 @@ def bias_gradient_kernel(
     ``owned`` = (heads, row tiles, key tiles) that the bias has of its own; ``visited`` = (batches,
     heads, row tiles, key tiles) over which it was broadcast. In each dimension one of the two is 1.
     """
+    query = with_strides(query, EIGHTS)
+    key = with_strides(key, EIGHTS)
+    value = with_strides(value, EIGHTS)
+    d_output = with_strides(d_output, EIGHTS)
     program = tl.program_id(0)
     own_key = program % owned[2]
     own_row = program // owned[2] % owned[1]

@@ -24,6 +24,7 @@ from entropy_regularization.attention.triton.primitives import (
     online_update,
     store_rows,
     tanh,
+    with_strides,
 )
 
 
@@ -133,12 +134,17 @@ def forward_kernel(
     KEYS: tl.constexpr,
     MASKED: tl.constexpr,
     WIDE: tl.constexpr,
+    EIGHTS: tl.constexpr,
     NEGATIVE: tl.constexpr,
 ):
     """Compute one block of rows of one head; the grid is ``blocks * batch * heads``.
 
     ``factor`` is not negative; ``NEGATIVE`` says that the sign belongs to the query.
     """
+    query = with_strides(query, EIGHTS)
+    key = with_strides(key, EIGHTS)
+    value = with_strides(value, EIGHTS)
+    output = with_strides(output, EIGHTS)
     program = tl.program_id(0)
     # The last rows of a causal problem see most keys; they start first.
     block = n_blocks - 1 - program % n_blocks

@@ -14,6 +14,7 @@ from entropy_regularization.attention.triton.primitives import (
     row_range,
     score_gradient,
     store_rows,
+    with_strides,
 )
 from entropy_regularization.attention.triton.recomputation import (
     load_constant,
@@ -138,6 +139,7 @@ def key_gradient_kernel(
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
     MASKED: tl.constexpr,
+    EIGHTS: tl.constexpr,
     WIDE: tl.constexpr,
 ):
     """Compute dK and dV of one block of keys, over all heads that share it.
@@ -145,6 +147,12 @@ def key_gradient_kernel(
     The grid is ``blocks * batch * kv_heads``; the first keys of a causal problem, which most rows
     see, start first.
     """
+    query = with_strides(query, EIGHTS)
+    key = with_strides(key, EIGHTS)
+    value = with_strides(value, EIGHTS)
+    d_output = with_strides(d_output, EIGHTS)
+    d_key = with_strides(d_key, EIGHTS)
+    d_value = with_strides(d_value, EIGHTS)
     program = tl.program_id(0)
     block = program % n_blocks
     unit = program // n_blocks

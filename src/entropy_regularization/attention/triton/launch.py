@@ -61,6 +61,20 @@ def view(tensor: Tensor) -> View:
     return (tensor, *tensor.stride())
 
 
+def in_eights(*tensors: Tensor) -> bool:
+    """Tell whether the strides between rows are multiples of 8, but not all of them of 16.
+
+    A head dimension of 72 makes them so. That of a dimension of size 1 does not matter.
+    """
+    strides = [
+        stride
+        for tensor in tensors
+        for size, stride in zip(tensor.shape[:3], tensor.stride()[:3], strict=True)
+        if size > 1
+    ]
+    return all(stride % 8 == 0 for stride in strides) and any(stride % 16 for stride in strides)
+
+
 def rows_like(query: Tensor, width: int) -> Tensor:
     """Allocate ``[batch, heads, queries, width]`` in the layout of the query.
 
@@ -189,6 +203,7 @@ def forward(problem: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         "n_blocks": blocks,
         "ROWS": tiles.rows,
         "KEYS": tiles.keys,
+        "EIGHTS": in_eights(query, key, value, output),
     }
     start_kernel(forward_kernel, blocks * batch * heads, tiles, arguments)
     return output, entropy, log_normalizer, max_score, log2_normalizer
@@ -232,6 +247,7 @@ def row_constants(
         "VALUE_PADDED": padded(value_dim),
         "ROWS": tiles.rows,
         "WIDE": tl.float64 if problem.wide == torch.float64 else tl.float32,
+        "EIGHTS": upstream.output is not None and in_eights(output, upstream.output),
     }
     start_kernel(row_constants_kernel, blocks * batch * heads, tiles, arguments)
     return RowConstants(delta, log2_normalizer, slope)
@@ -293,6 +309,7 @@ def query_gradient(problem: Problem, arguments: dict[str, Any]) -> Tensor:
         "n_blocks": blocks,
         "ROWS": tiles.rows,
         "KEYS": tiles.keys,
+        "EIGHTS": in_eights(query, key, value, arguments["d_output"][0], d_query),
     }
     start_kernel(query_gradient_kernel, blocks * batch * heads, tiles, arguments | own)
     return d_query
@@ -315,6 +332,7 @@ def key_gradients(problem: Problem, arguments: dict[str, Any]) -> tuple[Tensor, 
         "n_blocks": blocks,
         "ROWS": tiles.rows,
         "KEYS": tiles.keys,
+        "EIGHTS": in_eights(query, key, value, arguments["d_output"][0], d_key, d_value),
     }
     start_kernel(key_gradient_kernel, blocks * batch * kv_heads, tiles, arguments | own)
     return d_key, d_value
@@ -337,6 +355,7 @@ def bias_gradient(problem: Problem, bias: Tensor, arguments: dict[str, Any]) -> 
         "visited": tuple(visited),
         "ROWS": tiles.rows,
         "KEYS": tiles.keys,
+        "EIGHTS": in_eights(query, problem.key, value, arguments["d_output"][0]),
         "SUM_ROWS": bias.shape[2] == 1,
         "SUM_KEYS": bias.shape[3] == 1,
     }

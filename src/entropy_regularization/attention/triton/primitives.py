@@ -31,6 +31,18 @@ def head_pointer(view, batch, head):
 
 
 @triton.jit
+def with_strides(view, EIGHTS: tl.constexpr):
+    """Tell the compiler that the strides of a view are multiples of 8, if they are.
+
+    It sees by itself only that one is 1 or a multiple of 16. Without, rows of a width like 72 are
+    loaded an element at a time, and not ahead.
+    """
+    if EIGHTS:
+        view = (view[0], view[1] // 8 * 8, view[2] // 8 * 8, view[3] // 8 * 8, view[4])
+    return view
+
+
+@triton.jit
 def tile_pointers(view, p_head, start, LENGTH: tl.constexpr, PADDED: tl.constexpr):
     """Point to ``[LENGTH, PADDED]`` elements of a head, from row ``start``."""
     o_row = tl.arange(0, LENGTH).to(tl.int64)[:, None] * view[3]

@@ -15,6 +15,7 @@ from entropy_regularization.attention.triton.primitives import (
     load_rows,
     score_gradient,
     store_rows,
+    with_strides,
 )
 from entropy_regularization.attention.triton.recomputation import (
     load_constant,
@@ -116,9 +117,15 @@ def query_gradient_kernel(
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
     MASKED: tl.constexpr,
+    EIGHTS: tl.constexpr,
     WIDE: tl.constexpr,
 ):
     """Compute dQ of one block of rows; the grid is ``blocks * batch * heads``."""
+    query = with_strides(query, EIGHTS)
+    key = with_strides(key, EIGHTS)
+    value = with_strides(value, EIGHTS)
+    d_output = with_strides(d_output, EIGHTS)
+    d_query = with_strides(d_query, EIGHTS)
     program = tl.program_id(0)
     block = n_blocks - 1 - program % n_blocks
     unit = program // n_blocks

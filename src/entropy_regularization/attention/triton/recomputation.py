@@ -17,6 +17,7 @@ from entropy_regularization.attention.triton.primitives import (
     head_pointer,
     load_rows,
     tanh,
+    with_strides,
 )
 
 
@@ -39,6 +40,7 @@ def row_constants_kernel(
     VALUE_PADDED: tl.constexpr,
     ROWS: tl.constexpr,
     WIDE: tl.constexpr,
+    EIGHTS: tl.constexpr,
 ):
     """Collect the terms of dS that belong to a row.
 
@@ -58,6 +60,8 @@ def row_constants_kernel(
     empty = normalizer == float("-inf")
     delta = tl.zeros([ROWS], WIDE)
     if d_output is not None:
+        output = with_strides(output, EIGHTS)
+        d_output = with_strides(d_output, EIGHTS)
         # [ROWS, VALUE_PADDED], both
         b_output = load_rows(
             output, head_pointer(output, batch, head), block * ROWS, n_queries,
