@@ -12,12 +12,14 @@ from typing import Any
 import pytest
 import torch
 from cases import CASES, Case, gradients, worst_error
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 from torch.library import opcheck
 
 from entropy_regularization import attention_with_entropy
 from entropy_regularization.attention import api
-from entropy_regularization.attention.masking import Structure
+from entropy_regularization.attention.masking import Structure, Tile, tile_allowed
 from entropy_regularization.attention.triton import launch, skipping, support
 from entropy_regularization.attention.triton.operators import triton_backward, triton_forward
 from entropy_regularization.attention.triton.support import is_interpreted
@@ -233,7 +235,7 @@ class TestSupport:
 
 
 class TestVisibleRanges:
-    """The ranges are a bound: no allowed pair lies outside, and far tiles are left out."""
+    """(start, whole start, whole stop, stop), by tile."""
 
     def test_padding_and_documents(self) -> None:
         document = torch.tensor([[0] * 32 + [1] * 32, [0] * 64])
@@ -243,13 +245,11 @@ class TestVisibleRanges:
         keys, rows = skipping.visible_ranges(structure, 2, 64, 64, Tiles(16, 16, 4, 1))
         assert keys is not None
         assert rows is not None
-        assert keys.tolist() == [
-            [[0, 32], [0, 32], [32, 64], [32, 64]],
-            [[16, 64]] * 4,
-        ]
+        first, second = [0, 0, 32, 32], [32, 32, 64, 64]
+        assert keys.tolist() == [[first, first, second, second], [[16, 32, 64, 64]] * 4]
         assert rows.tolist() == [
-            [[0, 32], [0, 32], [32, 64], [32, 64]],
-            [[0, 0], [0, 64], [0, 64], [0, 64]],
+            [first, first, second, second],
+            [[0, 0, 0, 0], [0, 0, 0, 64], [0, 0, 64, 64], [0, 0, 64, 64]],
         ]
 
     def test_a_length_that_is_no_multiple_of_the_tile(self) -> None:
@@ -257,7 +257,46 @@ class TestVisibleRanges:
         keys, rows = skipping.visible_ranges(structure, 1, 60, 60, Tiles(16, 16, 4, 1))
         assert keys is not None
         assert rows is not None
-        assert keys.tolist() == rows.tolist() == [[[0, 16], [16, 32], [32, 48], [48, 64]]]
+        expected = [[start, start, start + 16, start + 16] for start in (0, 16, 32, 48)]
+        assert keys.tolist() == rows.tolist() == [expected]
+
+    @settings(max_examples=100, deadline=None)
+    @given(st.data())
+    def test_nothing_is_seen_outside_and_all_within(self, data: st.DataObject) -> None:
+        """And as many tiles are whole as the longest run of them has."""
+        n_keys = data.draw(st.integers(1, 100))
+        n_queries = data.draw(st.integers(1, n_keys))
+        sizes = data.draw(st.tuples(st.sampled_from([4, 8]), st.sampled_from([4, 8])))
+        lengths = data.draw(st.lists(st.integers(1, 40), min_size=1, max_size=9))
+        ids = torch.cat([torch.full((n,), i % 3) for i, n in enumerate(lengths)])
+        ids = ids.repeat(n_keys)[:n_keys][None]
+        real = torch.ones(2, n_keys, dtype=torch.bool)
+        real[0, : data.draw(st.integers(0, n_keys))] = False
+        real[1, data.draw(st.integers(0, n_keys)) :] = False
+        kind = data.draw(st.sampled_from(["padding", "documents", "both"]))
+        structure = Structure(
+            key_padding=None if kind == "documents" else real,
+            document=None if kind == "padding" else ids,
+        )
+        whole_problem = Tile(0, n_queries, 0, n_keys)
+        allowed = tile_allowed(structure, whole_problem, n_queries, n_keys, torch.device("cpu"))
+        assert allowed is not None
+        matrix = allowed[:, 0].expand(2, n_queries, n_keys)
+        ranges = skipping.visible_ranges(structure, 2, n_queries, n_keys, Tiles(*sizes, 4, 1))
+        for bounds, length, across, seen in (
+            (ranges[0], sizes[0], sizes[1], matrix),
+            (ranges[1], sizes[1], sizes[0], matrix.mT),
+        ):
+            assert bounds is not None
+            for batch in range(2):
+                for tile, (start, from_here, to_here, stop) in enumerate(bounds[batch].tolist()):
+                    strip = seen[batch, tile * length : (tile + 1) * length]
+                    assert not strip[:, :start].any()
+                    assert not strip[:, stop:].any()
+                    assert strip[:, from_here:to_here].all()
+                    parts = [part.all().item() for part in strip.split(across, 1)]
+                    runs = [len(list(run)) for of, run in itertools.groupby(parts) if of]
+                    assert to_here - from_here == across * max(runs, default=0)
 
     def test_nothing_to_bound(self) -> None:
         assert skipping.visible_ranges(Structure(3, 0), 2, 64, 64, Tiles(16, 16, 4, 1)) == (

@@ -63,7 +63,6 @@ def bias_gradient_kernel(
     VALUE_PADDED: tl.constexpr,
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
-    MASKED: tl.constexpr,
     EIGHTS: tl.constexpr,
     WIDE: tl.constexpr,
     SUM_ROWS: tl.constexpr,
@@ -123,7 +122,7 @@ def bias_gradient_kernel(
                 tl.dot(b_query, tl.trans(b_key), input_precision="ieee", out_dtype=WIDE),
                 log2_normalizer, row, o_key, (batch, head, unit),
                 allowed, padding, document, bias, factor, cap_log2,
-                left, right, (n_queries, n_keys), MASKED, True,
+                left, right, (n_queries, n_keys), True,
             )  # fmt: skip
             b_d_weight = tl.dot(
                 b_d_output, tl.trans(b_value), input_precision="ieee", out_dtype=WIDE

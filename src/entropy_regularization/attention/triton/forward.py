@@ -55,7 +55,6 @@ def forward_tiles(
     PADDED: tl.constexpr,
     VALUE_PADDED: tl.constexpr,
     KEYS: tl.constexpr,
-    MASKED: tl.constexpr,
     EDGE: tl.constexpr,
 ):
     """Take the key tiles of ``[start, stop)`` into (m, l, t, accumulator)."""
@@ -68,7 +67,7 @@ def forward_tiles(
         # [ROWS, KEYS]
         b_score = tl.dot(b_query, tl.trans(b_key), input_precision="ieee", out_dtype=largest.dtype)
         o_key = (key_start + tl.arange(0, KEYS))[None, :]
-        if cap_log2 is None and bias is None and not EDGE and not MASKED:
+        if cap_log2 is None and bias is None and not EDGE and allowed is None:
             # only the largest score of a row is scaled by itself, all in a multiply-add
             new = tl.maximum(largest, tl.max(b_score, 1) * factor)
             b_shifted = b_score * factor - new[:, None]
@@ -78,7 +77,7 @@ def forward_tiles(
                 b_score = tanh(b_score) * cap_log2
             if bias is not None:
                 b_score = add_bias(b_score, bias, batch, head, row, o_key, n_queries, n_keys)
-            if EDGE or MASKED:
+            if EDGE or allowed is not None:
                 m_allowed = allowed_tile(
                     allowed, padding, document, left, right, batch, head, row, o_key,
                     n_queries, n_keys, EDGE,
@@ -132,7 +131,6 @@ def forward_kernel(
     VALUE_PADDED: tl.constexpr,
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
-    MASKED: tl.constexpr,
     WIDE: tl.constexpr,
     EIGHTS: tl.constexpr,
     NEGATIVE: tl.constexpr,
@@ -155,7 +153,7 @@ def forward_kernel(
     row = (row_start + tl.arange(0, ROWS))[:, None]
     p_range = p_ranges
     if p_ranges is not None:
-        p_range = p_ranges + (batch.to(tl.int64) * n_blocks + block) * 2
+        p_range = p_ranges + (batch.to(tl.int64) * n_blocks + block) * 4
 
     # [ROWS, PADDED]
     b_query = load_rows(
@@ -176,24 +174,24 @@ def forward_kernel(
     )
     place = (batch, head, unit)
     sizes = (n_queries, n_keys)
-    if left is not None:
+    if left is not None or p_ranges is not None:
         state = forward_tiles(
             state, b_query, start, full_start, row, place, key, value, p_key, p_value,
             allowed, padding, document, bias,
             dropout, factor, cap_log2, left, right, sizes,
-            DIM, VALUE_DIM, PADDED, VALUE_PADDED, KEYS, MASKED, True,
+            DIM, VALUE_DIM, PADDED, VALUE_PADDED, KEYS, True,
         )  # fmt: skip
     state = forward_tiles(
         state, b_query, full_start, full_stop, row, place, key, value, p_key, p_value,
-        allowed, padding, document, bias,
+        allowed, None, None, bias,
         dropout, factor, cap_log2, left, right, sizes,
-        DIM, VALUE_DIM, PADDED, VALUE_PADDED, KEYS, MASKED, False,
+        DIM, VALUE_DIM, PADDED, VALUE_PADDED, KEYS, False,
     )  # fmt: skip
     state = forward_tiles(
         state, b_query, full_stop, stop, row, place, key, value, p_key, p_value,
         allowed, padding, document, bias,
         dropout, factor, cap_log2, left, right, sizes,
-        DIM, VALUE_DIM, PADDED, VALUE_PADDED, KEYS, MASKED, True,
+        DIM, VALUE_DIM, PADDED, VALUE_PADDED, KEYS, True,
     )  # fmt: skip
     largest, total, weighted, b_sum = state
 

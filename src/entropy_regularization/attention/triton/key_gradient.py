@@ -50,7 +50,6 @@ def key_gradient_tiles(
     PADDED: tl.constexpr,
     VALUE_PADDED: tl.constexpr,
     ROWS: tl.constexpr,
-    MASKED: tl.constexpr,
     EDGE: tl.constexpr,
 ):
     """Add the row tiles of ``[start, stop)`` of one query head to dK and dV.
@@ -82,7 +81,7 @@ def key_gradient_tiles(
         b_log2_probability, b_slope = log2_probability_tile(
             b_product, log2_normalizer, row, key, place,
             allowed, padding, document, bias, factor, cap_log2,
-            left, right, sizes, MASKED, EDGE,
+            left, right, sizes, EDGE,
         )  # fmt: skip
         b_d_weight = tl.dot(
             b_value, tl.trans(b_d_output), input_precision="ieee", out_dtype=delta.dtype
@@ -138,7 +137,6 @@ def key_gradient_kernel(
     VALUE_PADDED: tl.constexpr,
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
-    MASKED: tl.constexpr,
     EIGHTS: tl.constexpr,
     WIDE: tl.constexpr,
 ):
@@ -162,7 +160,7 @@ def key_gradient_kernel(
     o_key = (key_start + tl.arange(0, KEYS))[:, None]
     p_range = p_ranges
     if p_ranges is not None:
-        p_range = p_ranges + (batch.to(tl.int64) * n_blocks + block) * 2
+        p_range = p_ranges + (batch.to(tl.int64) * n_blocks + block) * 4
 
     # [KEYS, PADDED] and [KEYS, VALUE_PADDED]
     b_key = load_rows(
@@ -182,24 +180,24 @@ def key_gradient_kernel(
         state = (b_d_key, b_d_value)
         head = kv_head * group + member
         place = (batch, head, batch * (kv_heads * group) + head)
-        if right is not None:
+        if right is not None or p_ranges is not None:
             state = key_gradient_tiles(
                 state, b_key, b_value, start, full_start, o_key, place, query, d_output,
                 constants,
                 allowed, padding, document, bias, dropout, factor, cap_log2, left, right, sizes,
-                DIM, VALUE_DIM, PADDED, VALUE_PADDED, ROWS, MASKED, True,
+                DIM, VALUE_DIM, PADDED, VALUE_PADDED, ROWS, True,
             )  # fmt: skip
         state = key_gradient_tiles(
             state, b_key, b_value, full_start, full_stop, o_key, place, query, d_output,
             constants,
-            allowed, padding, document, bias, dropout, factor, cap_log2, left, right, sizes,
-            DIM, VALUE_DIM, PADDED, VALUE_PADDED, ROWS, MASKED, False,
+            allowed, None, None, bias, dropout, factor, cap_log2, left, right, sizes,
+            DIM, VALUE_DIM, PADDED, VALUE_PADDED, ROWS, False,
         )  # fmt: skip
         state = key_gradient_tiles(
             state, b_key, b_value, full_stop, stop, o_key, place, query, d_output,
             constants,
             allowed, padding, document, bias, dropout, factor, cap_log2, left, right, sizes,
-            DIM, VALUE_DIM, PADDED, VALUE_PADDED, ROWS, MASKED, True,
+            DIM, VALUE_DIM, PADDED, VALUE_PADDED, ROWS, True,
         )  # fmt: skip
         b_d_key, b_d_value = state
     store_rows(

@@ -130,7 +130,6 @@ def common_arguments(problem: Problem) -> dict[str, Any]:
         "VALUE_DIM": value_dim,
         "PADDED": padded(dim),
         "VALUE_PADDED": padded(value_dim),
-        "MASKED": any(mask is not None for mask in masks.values()),
         "WIDE": tl.float64 if problem.wide == torch.float64 else tl.float32,
     }
 

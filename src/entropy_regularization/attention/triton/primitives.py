@@ -116,8 +116,8 @@ def key_range(
     """Return (start, full_start, full_stop, stop): the key tiles that a block of rows meets.
 
     Tiles outside ``[start, stop)`` hold nothing that any row sees and are never touched; those
-    inside ``[full_start, full_stop)`` lie wholly within the tensor and within left and right of
-    every row, so that they need no such mask.
+    inside ``[full_start, full_stop)`` lie wholly within the tensor, within left and right of every
+    row and within one document without padding, so that only a dense mask may cut them.
     """
     first = row_start + n_keys - n_queries  # position of the block's first row among the keys
     last = tl.minimum(row_start + ROWS, n_queries) - 1 + n_keys - n_queries
@@ -163,10 +163,15 @@ def row_range(
 
 @triton.jit
 def tile_range(start, full_start, full_stop, stop, p_range, STEP: tl.constexpr):
-    """Narrow a range by what padding and documents leave, and round it to whole tiles."""
+    """Narrow a range by what padding and documents leave, and round it to whole tiles.
+
+    ``p_range`` points to the four numbers of skipping.visible_ranges, or is None.
+    """
     if p_range is not None:
         start = tl.maximum(start, tl.load(p_range))
-        stop = tl.minimum(stop, tl.load(p_range + 1))
+        full_start = tl.maximum(full_start, tl.load(p_range + 1))
+        full_stop = tl.minimum(full_stop, tl.load(p_range + 2))
+        stop = tl.minimum(stop, tl.load(p_range + 3))
     start = start // STEP * STEP
     stop = tl.maximum(stop, start)
     full_start = (tl.maximum(full_start, start) + STEP - 1) // STEP * STEP

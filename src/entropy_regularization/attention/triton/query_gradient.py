@@ -55,7 +55,6 @@ def query_gradient_tiles(
     PADDED: tl.constexpr,
     VALUE_PADDED: tl.constexpr,
     KEYS: tl.constexpr,
-    MASKED: tl.constexpr,
     EDGE: tl.constexpr,
 ):
     """Add the key tiles of ``[start, stop)`` to dQ."""
@@ -70,7 +69,7 @@ def query_gradient_tiles(
         b_log2_probability, b_slope = log2_probability_tile(
             b_product, log2_normalizer, row, o_key, place,
             allowed, padding, document, bias, factor, cap_log2,
-            left, right, sizes, MASKED, EDGE,
+            left, right, sizes, EDGE,
         )  # fmt: skip
         b_d_weight = tl.dot(
             b_d_output, tl.trans(b_value), input_precision="ieee", out_dtype=delta.dtype
@@ -116,7 +115,6 @@ def query_gradient_kernel(
     VALUE_PADDED: tl.constexpr,
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
-    MASKED: tl.constexpr,
     EIGHTS: tl.constexpr,
     WIDE: tl.constexpr,
 ):
@@ -135,7 +133,7 @@ def query_gradient_kernel(
     row = (row_start + tl.arange(0, ROWS))[:, None]
     p_range = p_ranges
     if p_ranges is not None:
-        p_range = p_ranges + (batch.to(tl.int64) * n_blocks + block) * 2
+        p_range = p_ranges + (batch.to(tl.int64) * n_blocks + block) * 4
 
     # [ROWS, PADDED] and [ROWS, VALUE_PADDED]
     b_query = load_rows(
@@ -161,24 +159,24 @@ def query_gradient_kernel(
     place = (batch, head, unit)
     sizes = (n_queries, n_keys)
     b_d_query = tl.zeros([ROWS, PADDED], WIDE)
-    if left is not None:
+    if left is not None or p_ranges is not None:
         b_d_query = query_gradient_tiles(
             b_d_query, b_query, b_d_output, delta, log2_normalizer, entropy_slope,
             start, full_start, row, place, key, value, p_key, p_value,
             allowed, padding, document, bias, dropout, factor, cap_log2, left, right, sizes,
-            DIM, VALUE_DIM, PADDED, VALUE_PADDED, KEYS, MASKED, True,
+            DIM, VALUE_DIM, PADDED, VALUE_PADDED, KEYS, True,
         )  # fmt: skip
     b_d_query = query_gradient_tiles(
         b_d_query, b_query, b_d_output, delta, log2_normalizer, entropy_slope,
         full_start, full_stop, row, place, key, value, p_key, p_value,
-        allowed, padding, document, bias, dropout, factor, cap_log2, left, right, sizes,
-        DIM, VALUE_DIM, PADDED, VALUE_PADDED, KEYS, MASKED, False,
+        allowed, None, None, bias, dropout, factor, cap_log2, left, right, sizes,
+        DIM, VALUE_DIM, PADDED, VALUE_PADDED, KEYS, False,
     )  # fmt: skip
     b_d_query = query_gradient_tiles(
         b_d_query, b_query, b_d_output, delta, log2_normalizer, entropy_slope,
         full_stop, stop, row, place, key, value, p_key, p_value,
         allowed, padding, document, bias, dropout, factor, cap_log2, left, right, sizes,
-        DIM, VALUE_DIM, PADDED, VALUE_PADDED, KEYS, MASKED, True,
+        DIM, VALUE_DIM, PADDED, VALUE_PADDED, KEYS, True,
     )  # fmt: skip
     store_rows(
         d_query, head_pointer(d_query, batch, head), row_start, n_queries, b_d_query * scale,

@@ -104,7 +104,6 @@ def log2_probability_tile(
     left,
     right,
     sizes,
-    MASKED: tl.constexpr,
     EDGE: tl.constexpr,
 ):
     """Compute the base-2 log-probabilities of a tile again, and the slope of the softcap (or 1)."""
@@ -121,7 +120,7 @@ def log2_probability_tile(
     b_log2_probability = b_score - log2_normalizer
     if bias is not None:
         b_log2_probability = tl.maximum(b_log2_probability, MASKED_LOG_PROBABILITY)
-    if EDGE or MASKED:
+    if EDGE or allowed is not None:
         m_allowed = allowed_tile(
             allowed, padding, document, left, right, batch, head, row, key, n_queries, n_keys, EDGE
         )

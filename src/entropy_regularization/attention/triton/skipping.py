@@ -1,4 +1,4 @@
-"""Which tiles padding and documents leave out: bounds of what every tile sees, on the device."""
+"""Which tiles padding and documents leave out, and which whole: bounds by tile, on the device."""
 
 import torch
 from jaxtyping import Int
@@ -10,11 +10,13 @@ from entropy_regularization.attention.triton.tiles import Tiles
 
 def visible_ranges(
     structure: Structure, batch: int, n_queries: int, n_keys: int, tiles: Tiles
-) -> tuple[Int[Tensor, "batch row_tiles 2"] | None, Int[Tensor, "batch key_tiles 2"] | None]:
+) -> tuple[Int[Tensor, "batch row_tiles 4"] | None, Int[Tensor, "batch key_tiles 4"] | None]:
     """Bound the keys that each tile of rows sees, and the rows that see each tile of keys.
 
-    Padding and documents decide, a tile at a time; both are half-open ranges of positions. None
-    without padding and documents. Stays on the device: no value is read.
+    Padding and documents decide, a tile at a time. Four positions (start, whole start, whole stop,
+    stop): nothing is seen outside ``[start, stop)``, and all is seen by all, as far as padding and
+    documents go, within ``[whole start, whole stop)``. None without padding and documents. Stays on
+    the device: no value is read.
     """
     padding, document = structure.key_padding, structure.document
     if padding is None and document is None:
@@ -23,8 +25,10 @@ def visible_ranges(
     given = document if document is not None else padding
     assert given is not None
     seen = torch.ones(1, row_tiles, key_tiles, dtype=torch.bool, device=given.device)
+    whole = seen
     if padding is not None:
         seen = seen & _tiles_of(padding, tiles.keys, False).any(-1)[:, None]
+        whole = whole & _tiles_of(padding, tiles.keys, True).all(-1)[:, None]
     if document is not None:
         ids = document.to(torch.int64)
         lowest, highest = torch.iinfo(ids.dtype).min, torch.iinfo(ids.dtype).max
@@ -34,8 +38,11 @@ def visible_ranges(
         key_least = _tiles_of(ids, tiles.keys, highest).amin(-1)[:, None]
         key_most = _tiles_of(ids, tiles.keys, lowest).amax(-1)[:, None]
         seen = seen & (row_least <= key_most) & (key_least <= row_most)
-    seen = seen.expand(batch, -1, -1)
-    return _bounds(seen, tiles.keys), _bounds(seen.transpose(1, 2), tiles.rows)
+        one = (row_least == row_most) & (key_least == key_most)
+        whole = whole & one & (row_least == key_least)
+    seen, whole = seen.expand(batch, -1, -1), whole.expand(batch, -1, -1)
+    of_rows, of_keys = (seen, whole), (seen.transpose(1, 2), whole.transpose(1, 2))
+    return _bounds(*of_rows, tiles.keys), _bounds(*of_keys, tiles.rows)
 
 
 def _tiles_of(positions: Tensor, length: int, fill: int) -> Tensor:
@@ -47,12 +54,19 @@ def _tiles_of(positions: Tensor, length: int, fill: int) -> Tensor:
     return torch.cat((positions, rest), 1).view(batch, tiles, length)
 
 
-def _bounds(seen: Tensor, length: int) -> Tensor:
-    """Return (start, stop) of the True entries of the last dimension, times ``length``."""
+def _bounds(seen: Tensor, whole: Tensor, length: int) -> Tensor:
+    """Return (start, whole start, whole stop, stop) of the last dimension, times ``length``.
+
+    The first and last True entry of ``seen``, and the longest run of True entries of ``whole``.
+    """
     n = seen.shape[-1]
-    index = torch.arange(n, dtype=torch.int32, device=seen.device)
     if n == 0:
-        return torch.zeros(*seen.shape[:-1], 2, dtype=torch.int32, device=seen.device)
+        return torch.zeros(*seen.shape[:-1], 4, dtype=torch.int32, device=seen.device)
+    index = torch.arange(n, dtype=torch.int32, device=seen.device).expand(seen.shape)
     stop = torch.where(seen, index + 1, 0).amax(-1)
     start = torch.where(seen, index, n).amin(-1).minimum(stop)
-    return torch.stack((start, stop), -1).mul(length).contiguous()
+    before = torch.where(whole, -1, index).cummax(-1).values  # the last entry that is not True
+    longest = (index - before).max(-1)
+    whole_stop = torch.where(longest.values > 0, longest.indices + 1, 0)
+    bounds = (start, whole_stop - longest.values, whole_stop, stop)
+    return torch.stack([bound.to(torch.int32) for bound in bounds], -1).mul(length).contiguous()
