@@ -34,6 +34,8 @@ def forward_tiles(
     b_query,
     start,
     stop,
+    gap,
+    jump,
     row,
     place,
     key,
@@ -61,7 +63,10 @@ def forward_tiles(
     largest, total, weighted, b_sum = state
     batch, head, unit = place
     n_queries, n_keys = sizes
-    for key_start in range(start, stop, KEYS):
+    for place_in_range in range(start, stop, KEYS):
+        key_start = place_in_range
+        if EDGE:
+            key_start += tl.where(place_in_range < gap, 0, jump)
         # [KEYS, PADDED]
         b_key = load_rows(key, p_key, key_start, n_keys, KEYS, PADDED, DIM, EDGE)
         # [ROWS, KEYS]
@@ -163,7 +168,7 @@ def forward_kernel(
         b_query = (b_query.to(WIDE) * -1.0).to(b_query.dtype)
     p_key = head_pointer(key, batch, head // group)
     p_value = head_pointer(value, batch, head // group)
-    start, full_start, full_stop, stop = key_range(
+    full_start, full_stop, start, stop, gap, jump = key_range(
         row_start, n_queries, n_keys, left, right, p_range, ROWS, KEYS
     )
     state = (
@@ -174,21 +179,14 @@ def forward_kernel(
     )
     place = (batch, head, unit)
     sizes = (n_queries, n_keys)
-    if left is not None or p_ranges is not None:
-        state = forward_tiles(
-            state, b_query, start, full_start, row, place, key, value, p_key, p_value,
-            allowed, padding, document, bias,
-            dropout, factor, cap_log2, left, right, sizes,
-            DIM, VALUE_DIM, PADDED, VALUE_PADDED, KEYS, True,
-        )  # fmt: skip
     state = forward_tiles(
-        state, b_query, full_start, full_stop, row, place, key, value, p_key, p_value,
+        state, b_query, full_start, full_stop, 0, 0, row, place, key, value, p_key, p_value,
         allowed, None, None, bias,
         dropout, factor, cap_log2, left, right, sizes,
         DIM, VALUE_DIM, PADDED, VALUE_PADDED, KEYS, False,
     )  # fmt: skip
     state = forward_tiles(
-        state, b_query, full_stop, stop, row, place, key, value, p_key, p_value,
+        state, b_query, start, stop, gap, jump, row, place, key, value, p_key, p_value,
         allowed, padding, document, bias,
         dropout, factor, cap_log2, left, right, sizes,
         DIM, VALUE_DIM, PADDED, VALUE_PADDED, KEYS, True,

@@ -30,6 +30,8 @@ def key_gradient_tiles(
     b_value,
     start,
     stop,
+    gap,
+    jump,
     key,
     place,
     query,
@@ -62,7 +64,10 @@ def key_gradient_tiles(
     p_query = head_pointer(query, batch, head)
     p_d_output = head_pointer(d_output, batch, head)
     o_unit = unit.to(tl.int64) * n_queries
-    for row_start in range(start, stop, ROWS):
+    for place_in_range in range(start, stop, ROWS):
+        row_start = place_in_range
+        if EDGE:
+            row_start += tl.where(place_in_range < gap, 0, jump)
         # [ROWS, PADDED] and [ROWS, VALUE_PADDED]
         b_query = load_rows(query, p_query, row_start, n_queries, ROWS, PADDED, DIM, EDGE)
         b_d_output = load_rows(
@@ -170,7 +175,7 @@ def key_gradient_kernel(
         value, head_pointer(value, batch, kv_head), key_start, n_keys,
         KEYS, VALUE_PADDED, VALUE_DIM, True,
     )  # fmt: skip
-    start, full_start, full_stop, stop = row_range(
+    full_start, full_stop, start, stop, gap, jump = row_range(
         key_start, n_queries, n_keys, left, right, p_range, ROWS, KEYS
     )
     sizes = (n_queries, n_keys)
@@ -180,21 +185,14 @@ def key_gradient_kernel(
         state = (b_d_key, b_d_value)
         head = kv_head * group + member
         place = (batch, head, batch * (kv_heads * group) + head)
-        if right is not None or p_ranges is not None:
-            state = key_gradient_tiles(
-                state, b_key, b_value, start, full_start, o_key, place, query, d_output,
-                constants,
-                allowed, padding, document, bias, dropout, factor, cap_log2, left, right, sizes,
-                DIM, VALUE_DIM, PADDED, VALUE_PADDED, ROWS, True,
-            )  # fmt: skip
         state = key_gradient_tiles(
-            state, b_key, b_value, full_start, full_stop, o_key, place, query, d_output,
+            state, b_key, b_value, full_start, full_stop, 0, 0, o_key, place, query, d_output,
             constants,
             allowed, None, None, bias, dropout, factor, cap_log2, left, right, sizes,
             DIM, VALUE_DIM, PADDED, VALUE_PADDED, ROWS, False,
         )  # fmt: skip
         state = key_gradient_tiles(
-            state, b_key, b_value, full_stop, stop, o_key, place, query, d_output,
+            state, b_key, b_value, start, stop, gap, jump, o_key, place, query, d_output,
             constants,
             allowed, padding, document, bias, dropout, factor, cap_log2, left, right, sizes,
             DIM, VALUE_DIM, PADDED, VALUE_PADDED, ROWS, True,

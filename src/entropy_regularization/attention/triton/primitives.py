@@ -113,11 +113,10 @@ def key_range(
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
 ):
-    """Return (start, full_start, full_stop, stop): the key tiles that a block of rows meets.
+    """Return the key tiles that a block of rows meets, as tile_range does.
 
-    Tiles outside ``[start, stop)`` hold nothing that any row sees and are never touched; those
-    inside ``[full_start, full_stop)`` lie wholly within the tensor, within left and right of every
-    row and within one document without padding, so that only a dense mask may cut them.
+    What no row sees is never touched. Full tiles lie wholly within the tensor, within left and
+    right of every row and within one document without padding: only a dense mask may cut them.
     """
     first = row_start + n_keys - n_queries  # position of the block's first row among the keys
     last = tl.minimum(row_start + ROWS, n_queries) - 1 + n_keys - n_queries
@@ -145,7 +144,7 @@ def row_range(
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
 ):
-    """Return (start, full_start, full_stop, stop): the row tiles that see a block of keys."""
+    """Return the row tiles that see a block of keys, as tile_range does."""
     first = key_start - n_keys + n_queries  # the row that stands at the block's first key
     last = tl.minimum(key_start + KEYS, n_keys) - 1 - n_keys + n_queries
     start = first * 0
@@ -163,9 +162,11 @@ def row_range(
 
 @triton.jit
 def tile_range(start, full_start, full_stop, stop, p_range, STEP: tl.constexpr):
-    """Narrow a range by what padding and documents leave, and round it to whole tiles.
+    """Narrow ranges by what padding and documents leave, and round them to tiles.
 
-    ``p_range`` points to the four numbers of skipping.visible_ranges, or is None.
+    ``p_range`` points to the four numbers of skipping.visible_ranges, or is None. Returns
+    (full_start, full_stop, start, stop, gap, jump): the full tiles, and those at both of their
+    ends in one range, for one loop: a position from ``gap`` on stands for one ``jump`` further.
     """
     if p_range is not None:
         start = tl.maximum(start, tl.load(p_range))
@@ -178,7 +179,8 @@ def tile_range(start, full_start, full_stop, stop, p_range, STEP: tl.constexpr):
     full_start = tl.minimum(full_start, stop)
     full_stop = tl.maximum(tl.minimum(full_stop, stop), 0) // STEP * STEP
     full_stop = tl.maximum(full_stop, full_start)
-    return start, full_start, full_stop, stop
+    gap = start + (full_start - start + STEP - 1) // STEP * STEP
+    return full_start, full_stop, start, gap + (stop - full_stop), gap, full_stop - gap
 
 
 @triton.jit

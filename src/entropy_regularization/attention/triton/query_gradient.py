@@ -34,6 +34,8 @@ def query_gradient_tiles(
     entropy_slope,
     start,
     stop,
+    gap,
+    jump,
     row,
     place,
     key,
@@ -59,7 +61,10 @@ def query_gradient_tiles(
 ):
     """Add the key tiles of ``[start, stop)`` to dQ."""
     n_keys = sizes[1]
-    for key_start in range(start, stop, KEYS):
+    for place_in_range in range(start, stop, KEYS):
+        key_start = place_in_range
+        if EDGE:
+            key_start += tl.where(place_in_range < gap, 0, jump)
         # [KEYS, PADDED] and [KEYS, VALUE_PADDED]
         b_key = load_rows(key, p_key, key_start, n_keys, KEYS, PADDED, DIM, EDGE)
         b_value = load_rows(value, p_value, key_start, n_keys, KEYS, VALUE_PADDED, VALUE_DIM, EDGE)
@@ -153,28 +158,21 @@ def query_gradient_kernel(
         )
     p_key = head_pointer(key, batch, head // group)
     p_value = head_pointer(value, batch, head // group)
-    start, full_start, full_stop, stop = key_range(
+    full_start, full_stop, start, stop, gap, jump = key_range(
         row_start, n_queries, n_keys, left, right, p_range, ROWS, KEYS
     )
     place = (batch, head, unit)
     sizes = (n_queries, n_keys)
     b_d_query = tl.zeros([ROWS, PADDED], WIDE)
-    if left is not None or p_ranges is not None:
-        b_d_query = query_gradient_tiles(
-            b_d_query, b_query, b_d_output, delta, log2_normalizer, entropy_slope,
-            start, full_start, row, place, key, value, p_key, p_value,
-            allowed, padding, document, bias, dropout, factor, cap_log2, left, right, sizes,
-            DIM, VALUE_DIM, PADDED, VALUE_PADDED, KEYS, True,
-        )  # fmt: skip
     b_d_query = query_gradient_tiles(
         b_d_query, b_query, b_d_output, delta, log2_normalizer, entropy_slope,
-        full_start, full_stop, row, place, key, value, p_key, p_value,
+        full_start, full_stop, 0, 0, row, place, key, value, p_key, p_value,
         allowed, None, None, bias, dropout, factor, cap_log2, left, right, sizes,
         DIM, VALUE_DIM, PADDED, VALUE_PADDED, KEYS, False,
     )  # fmt: skip
     b_d_query = query_gradient_tiles(
         b_d_query, b_query, b_d_output, delta, log2_normalizer, entropy_slope,
-        full_stop, stop, row, place, key, value, p_key, p_value,
+        start, stop, gap, jump, row, place, key, value, p_key, p_value,
         allowed, padding, document, bias, dropout, factor, cap_log2, left, right, sizes,
         DIM, VALUE_DIM, PADDED, VALUE_PADDED, KEYS, True,
     )  # fmt: skip
