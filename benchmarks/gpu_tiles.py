@@ -3,9 +3,10 @@
     python benchmarks/gpu_tiles.py                # about a minute
     python benchmarks/gpu_tiles.py --dry-run      # the candidates; needs no GPU
 
-Causal, bfloat16, an entropy gradient. Everything is compiled first, in processes side by side; then
-the candidates of a kernel take turns. One that does not fit the device is reported and not timed.
-The exit status is 1 if results differ from those of the chosen tiles, or the chosen do not run.
+Causal, bfloat16, an entropy gradient, one document or several. Everything is compiled first, in
+processes side by side; then the candidates of a kernel take turns. One that does not fit the device
+is reported and not timed. The exit status is 1 if results differ from those of the chosen tiles, or
+the chosen do not run.
 """
 
 import argparse
@@ -27,22 +28,35 @@ from entropy_regularization.attention.triton import launch
 from entropy_regularization.attention.triton.tiles import Tiles, choose_tiles
 
 RESULTS = Path(__file__).parent / "results" / "gpu_tiles.json"
-SHAPES = ((4, 4096), (1, 16384))  # batch, tokens
 # kernel -> head dimension -> what may be faster than tiles.py: rows, keys, warps, stages
 CANDIDATES: dict[str, dict[int, list[tuple[int, int, int, int]]]] = {
     "forward": {
         64: [(128, 64, 8, 3), (128, 64, 4, 3), (128, 128, 4, 3), (128, 128, 8, 2), (64, 128, 4, 3)],
-        128: [(128, 64, 8, 2), (128, 128, 8, 2), (64, 64, 4, 3), (128, 32, 8, 4)],
+        128: [(128, 64, 8, 3), (128, 64, 8, 2), (64, 64, 4, 3), (128, 32, 8, 4)],
+        256: [(128, 64, 8, 1), (128, 64, 8, 2)],
     },
     "query_gradient": {
         64: [(128, 64, 8, 3), (128, 64, 4, 3), (128, 128, 8, 2), (64, 128, 4, 3), (64, 64, 4, 3)],
         128: [(128, 64, 8, 2), (128, 128, 8, 2), (64, 64, 4, 2), (64, 64, 4, 3)],
+        256: [(128, 32, 8, 2), (128, 64, 8, 1)],
     },
     "key_gradients": {
-        64: [(64, 128, 8, 3), (32, 128, 8, 3), (64, 64, 4, 3), (64, 64, 4, 2), (32, 64, 4, 3)],
-        128: [(32, 128, 8, 3), (32, 64, 4, 3)],
+        64: [(64, 128, 8, 1), (32, 128, 8, 2), (64, 64, 4, 2), (64, 64, 4, 1), (32, 64, 4, 2)],
+        128: [(32, 128, 8, 1), (32, 128, 8, 3), (64, 128, 8, 1), (32, 64, 4, 1)],
+        256: [(32, 128, 8, 1), (64, 64, 8, 1)],
     },
 }
+
+
+class Workload(NamedTuple):
+    """A batch; its documents are of one length."""
+
+    batch: int
+    tokens: int
+    documents: int = 1
+
+
+WORKLOADS = (Workload(4, 4096), Workload(1, 16384), Workload(1, 16384, documents=8))
 
 
 class Trial(NamedTuple):
@@ -67,17 +81,20 @@ def plan() -> list[Trial]:
 
 
 def prepare(
-    dim: int, batch: int, tokens: int, device: str, width: int = 2048
+    dim: int, workload: Workload, device: str, width: int = 2048
 ) -> dict[str, Callable[[], Any]]:
     """Return, by kernel, a function that launches it once."""
     torch.manual_seed(0)
+    batch, tokens, documents = workload
     query, key, value, upstream = (
         torch.randn(batch, width // dim, tokens, dim, device=device, dtype=torch.bfloat16)
         for _ in range(4)
     )
-    problem = launch.Problem(
-        query, key, value, Structure(None, 0), dim**-0.5, None, None, None, 0.0, None
-    )
+    structure = Structure(None, 0)
+    if documents > 1:
+        ids = torch.arange(tokens, device=device) // -(-tokens // documents)
+        structure = structure._replace(document=ids[None])
+    problem = launch.Problem(query, key, value, structure, dim**-0.5, None, None, None, 0.0, None)
     output, entropy, *_, log2_normalizer = launch.forward(problem)
     saved = (output, entropy, log2_normalizer)
     constants = launch.row_constants(
@@ -109,9 +126,11 @@ def with_tiles(trial: Trial, function: Callable[[], Any]) -> Callable[[], Any]:
 
 
 def compile_trial(trial: Trial) -> str | None:
-    """Launch a trial on a small problem, so that Triton's cache has it; say why it failed."""
+    """Launch a trial on small problems, so that Triton's cache has it; say why it failed."""
     try:
-        with_tiles(trial, prepare(trial.dim, 1, 512, "cuda", width=2 * trial.dim)[trial.kernel])()
+        for documents in {workload.documents for workload in WORKLOADS}:
+            small = Workload(1, 512, documents)
+            with_tiles(trial, prepare(trial.dim, small, "cuda", 2 * trial.dim)[trial.kernel])()
         torch.cuda.synchronize()
     except Exception as error:  # noqa: BLE001 - a configuration that does not fit is a result
         return f"{type(error).__name__}: {str(error)[:300]}"
@@ -147,9 +166,9 @@ def difference(found: Any, expected: Any) -> float:
     )
 
 
-def measure(trials: list[Trial], batch: int, tokens: int, turns: int) -> list[dict[str, Any]]:
+def measure(trials: list[Trial], workload: Workload, turns: int) -> list[dict[str, Any]]:
     """Let the trials of one kernel take turns on one problem; the first says what is right."""
-    function = prepare(trials[0].dim, batch, tokens, "cuda")[trials[0].kernel]
+    function = prepare(trials[0].dim, workload, "cuda")[trials[0].kernel]
     steps = {trial: with_tiles(trial, function) for trial in trials}
     expected = steps[trials[0]]()
     errors = {trial: difference(step(), expected) for trial, step in steps.items()}
@@ -159,7 +178,7 @@ def measure(trials: list[Trial], batch: int, tokens: int, turns: int) -> list[di
             times.append(milliseconds(steps[trial]))
     rows = []
     for trial in trials:
-        row = {**trial._asdict(), "tiles": list(trial.tiles), "batch": batch, "tokens": tokens}
+        row = {**trial._asdict(), "tiles": list(trial.tiles), **workload._asdict()}
         row["difference"] = errors[trial]
         if trial in taken:
             row["milliseconds_median"] = statistics.median(taken[trial])
@@ -179,7 +198,7 @@ def run(turns: int, seconds: float, jobs: int, output: Path) -> list[str]:
     wrong = [f"{t.kernel} {t.dim}: {failed[t]}" for t in own.values() if t in failed]
     for trial, why in failed.items():
         print(f"{trial.kernel:14s} {trial.dim:3d} {tuple(trial.tiles)} does not run: {why}")
-    for batch, tokens in SHAPES:
+    for workload in WORKLOADS:
         for kernel, by_dim in CANDIDATES.items():
             for dim in by_dim:
                 chosen = [t for t in trials if t[:2] == (kernel, dim) and t not in failed]
@@ -187,11 +206,11 @@ def run(turns: int, seconds: float, jobs: int, output: Path) -> list[str]:
                     continue
                 if not chosen or time.perf_counter() - begin > seconds:
                     continue
-                rows = measure(chosen, batch, tokens, turns)
+                rows = measure(chosen, workload, turns)
                 result["trials"] += rows
                 for row in rows:
                     taken = row.get("milliseconds_median", float("nan"))
-                    print(f"{kernel:14s} {dim:3d} {tokens:6d} {row['tiles']!s:20} {taken:8.3f} ms")
+                    print(f"{kernel:14s} {dim:3d} {workload} {row['tiles']!s:20} {taken:8.3f} ms")
                     if "milliseconds_median" not in row:
                         wrong.append(f"{kernel} {dim} {row['tiles']}: off by {row['difference']}")
                 output.write_text(json.dumps(result, indent=1) + "\n")

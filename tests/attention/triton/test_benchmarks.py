@@ -153,7 +153,12 @@ def test_a_worker_that_fails_is_a_result(load: Any) -> None:
 def test_tile_configurations_give_the_same_numbers(load: Any, device: str, set_tiles: Any) -> None:
     set_tiles(16, 16)
     bench = load("gpu_tiles")
-    for kernel, function in bench.prepare(16, 1, 40, device, width=32).items():
+    functions = [
+        bench.prepare(16, bench.Workload(1, 40, documents), device, width=32)
+        for documents in (1, 3)
+    ]
+    assert not torch.equal(functions[0]["forward"]()[0], functions[1]["forward"]()[0])
+    for kernel, function in (*functions[0].items(), *functions[1].items()):
         expected = function()
         trial = bench.Trial(kernel, 16, bench.Tiles(32, 16, 4, 1))
         assert bench.difference(bench.with_tiles(trial, function)(), expected) <= 0.02
@@ -175,9 +180,10 @@ def test_tile_configurations_are_timed_and_written(
     bench = load("gpu_tiles")
     prepare = bench.prepare
     monkeypatch.setattr(bench, "CANDIDATES", {"forward": {16: [(32, 16, 4, 1), (16, 32, 4, 1)]}})
-    monkeypatch.setattr(bench, "SHAPES", ((1, 40),))
+    small = bench.Workload(1, 40)
+    monkeypatch.setattr(bench, "WORKLOADS", (small,))
     monkeypatch.setattr(bench, "compile_all", lambda trials, *rest: {trials[1]: "too large"})
-    monkeypatch.setattr(bench, "prepare", lambda dim, *rest: prepare(dim, 1, 40, "cpu", width=dim))
+    monkeypatch.setattr(bench, "prepare", lambda dim, *rest: prepare(dim, small, "cpu", width=dim))
     monkeypatch.setattr(bench, "milliseconds", lambda step: float(step() is not None))
     assert bench.run(2, 60.0, 1, tmp_path / "tiles.json") == []
     written = json.loads((tmp_path / "tiles.json").read_text())

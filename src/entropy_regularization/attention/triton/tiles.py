@@ -14,11 +14,12 @@ class Tiles(NamedTuple):
     stages: int
 
 
-# kernel -> head dimension up to -> tiles. Chosen so that inner loops spill no registers on Hopper
-# (benchmarks/kernel_resources.py), not yet by measured time. A group of four warps multiplies 64
-# rows of a tile at once: eight warps want 128 of them, or two groups compute the same.
+# kernel -> head dimension up to -> tiles. Chosen for few instructions a score in inner loops that
+# spill (nearly) no registers on Hopper (benchmarks/kernel_resources.py), not yet by measured time.
+# A group of four warps multiplies 64 rows of a tile at once: eight warps want 128 of them, or two
+# groups compute the same.
 _HALF: dict[str, dict[int, Tiles]] = {
-    "forward": {64: Tiles(128, 128, 8, 3), 128: Tiles(128, 64, 8, 3), 256: Tiles(128, 32, 8, 2)},
+    "forward": {64: Tiles(128, 128, 8, 3), 128: Tiles(128, 128, 8, 2), 256: Tiles(128, 32, 8, 2)},
     "query_gradient": {
         64: Tiles(128, 128, 8, 3), 128: Tiles(128, 64, 8, 3), 256: Tiles(64, 32, 4, 2),
     },
