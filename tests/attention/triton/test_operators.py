@@ -234,6 +234,10 @@ class TestSupport:
             api.choose_implementation("triton", *tensors, Structure(), 1.0, {})
 
 
+def both_ranges(*problem: Any) -> tuple[Tensor | None, Tensor | None]:
+    return skipping.visible_keys(*problem), skipping.visible_rows(*problem)
+
+
 class TestVisibleRanges:
     """(start, whole start, whole stop, stop), by tile."""
 
@@ -242,7 +246,7 @@ class TestVisibleRanges:
         padding = torch.ones(2, 64, dtype=torch.bool)
         padding[1, :20] = False
         structure = Structure(None, 0, None, padding, document)
-        keys, rows = skipping.visible_ranges(structure, 2, 64, 64, Tiles(16, 16, 4, 1))
+        keys, rows = both_ranges(structure, 2, 64, 64, Tiles(16, 16, 4, 1))
         assert keys is not None
         assert rows is not None
         first, second = [0, 0, 32, 32], [32, 32, 64, 64]
@@ -254,7 +258,7 @@ class TestVisibleRanges:
 
     def test_a_length_that_is_no_multiple_of_the_tile(self) -> None:
         structure = Structure(document=torch.arange(60)[None] // 16)
-        keys, rows = skipping.visible_ranges(structure, 1, 60, 60, Tiles(16, 16, 4, 1))
+        keys, rows = both_ranges(structure, 1, 60, 60, Tiles(16, 16, 4, 1))
         assert keys is not None
         assert rows is not None
         expected = [[start, start, start + 16, start + 16] for start in (0, 16, 32, 48)]
@@ -282,7 +286,7 @@ class TestVisibleRanges:
         allowed = tile_allowed(structure, whole_problem, n_queries, n_keys, torch.device("cpu"))
         assert allowed is not None
         matrix = allowed[:, 0].expand(2, n_queries, n_keys)
-        ranges = skipping.visible_ranges(structure, 2, n_queries, n_keys, Tiles(*sizes, 4, 1))
+        ranges = both_ranges(structure, 2, n_queries, n_keys, Tiles(*sizes, 4, 1))
         for bounds, length, across, seen in (
             (ranges[0], sizes[0], sizes[1], matrix),
             (ranges[1], sizes[1], sizes[0], matrix.mT),
@@ -299,10 +303,7 @@ class TestVisibleRanges:
                     assert to_here - from_here == across * max(runs, default=0)
 
     def test_nothing_to_bound(self) -> None:
-        assert skipping.visible_ranges(Structure(3, 0), 2, 64, 64, Tiles(16, 16, 4, 1)) == (
-            None,
-            None,
-        )
+        assert both_ranges(Structure(3, 0), 2, 64, 64, Tiles(16, 16, 4, 1)) == (None, None)
 
 
 def test_no_argument_of_a_kernel_is_a_tuple_of_tuples(

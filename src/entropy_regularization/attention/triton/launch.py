@@ -15,7 +15,7 @@ from entropy_regularization.attention.triton.forward import forward_kernel
 from entropy_regularization.attention.triton.key_gradient import key_gradient_kernel
 from entropy_regularization.attention.triton.query_gradient import query_gradient_kernel
 from entropy_regularization.attention.triton.recomputation import row_constants_kernel
-from entropy_regularization.attention.triton.skipping import visible_ranges
+from entropy_regularization.attention.triton.skipping import visible_keys, visible_rows
 from entropy_regularization.attention.triton.tiles import LARGE_SHARED_BYTES, Tiles, choose_tiles
 
 LOG2_E = 1.0 / math.log(2.0)
@@ -185,7 +185,7 @@ def forward(problem: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         query.new_empty(batch, heads, n_queries, dtype=problem.wide) for _ in range(4)
     )
     tiles = tiles_for("forward", query, value, problem.loaded)
-    ranges, _ = visible_ranges(problem.structure, batch, n_queries, key.shape[2], tiles)
+    ranges = visible_keys(problem.structure, batch, n_queries, key.shape[2], tiles)
     blocks = triton.cdiv(n_queries, tiles.rows)
     arguments = common_arguments(problem)
     arguments |= {
@@ -298,7 +298,7 @@ def query_gradient(problem: Problem, arguments: dict[str, Any]) -> Tensor:
     batch, heads, n_queries, _ = query.shape
     d_query = torch.empty_like(query)
     tiles = tiles_for("query_gradient", query, value, problem.loaded)
-    ranges, _ = visible_ranges(problem.structure, batch, n_queries, key.shape[2], tiles)
+    ranges = visible_keys(problem.structure, batch, n_queries, key.shape[2], tiles)
     blocks = triton.cdiv(n_queries, tiles.rows)
     own = {
         "d_query": view(d_query),
@@ -320,7 +320,7 @@ def key_gradients(problem: Problem, arguments: dict[str, Any]) -> tuple[Tensor, 
     batch, kv_heads, n_keys, _ = key.shape
     d_key, d_value = torch.empty_like(key), torch.empty_like(value)
     tiles = tiles_for("key_gradients", query, value, problem.loaded)
-    _, ranges = visible_ranges(problem.structure, batch, query.shape[2], n_keys, tiles)
+    ranges = visible_rows(problem.structure, batch, query.shape[2], n_keys, tiles)
     blocks = triton.cdiv(n_keys, tiles.keys)
     own = {
         "d_key": view(d_key),

@@ -164,7 +164,7 @@ def row_range(
 def tile_range(start, full_start, full_stop, stop, p_range, STEP: tl.constexpr):
     """Narrow ranges by what padding and documents leave, and round them to tiles.
 
-    ``p_range`` points to the four numbers of skipping.visible_ranges, or is None. Returns
+    ``p_range`` points to the four numbers of skipping.visible_keys or _rows, or is None. Returns
     (full_start, full_stop, start, stop, gap, jump): the full tiles, and those at both of their
     ends in one range, for one loop: a position from ``gap`` on stands for one ``jump`` further.
     """

@@ -8,19 +8,40 @@ from entropy_regularization.attention.masking import Structure
 from entropy_regularization.attention.triton.tiles import Tiles
 
 
-def visible_ranges(
+def visible_keys(
     structure: Structure, batch: int, n_queries: int, n_keys: int, tiles: Tiles
-) -> tuple[Int[Tensor, "batch row_tiles 4"] | None, Int[Tensor, "batch key_tiles 4"] | None]:
-    """Bound the keys that each tile of rows sees, and the rows that see each tile of keys.
+) -> Int[Tensor, "batch row_tiles 4"] | None:
+    """Bound the keys that each tile of rows sees, as far as padding and documents go.
 
-    Padding and documents decide, a tile at a time. Four positions (start, whole start, whole stop,
-    stop): nothing is seen outside ``[start, stop)``, and all is seen by all, as far as padding and
-    documents go, within ``[whole start, whole stop)``. None without padding and documents. Stays on
-    the device: no value is read.
+    Four positions (start, whole start, whole stop, stop): nothing is seen outside ``[start,
+    stop)``, and all is seen by all within ``[whole start, whole stop)``. None without padding and
+    documents. Stays on the device: no value is read.
     """
+    found = _tiles_seen(structure, n_queries, n_keys, tiles)
+    if found is None:
+        return None
+    seen, whole = found
+    return _bounds(seen, whole, tiles.keys).expand(batch, -1, -1).contiguous()
+
+
+def visible_rows(
+    structure: Structure, batch: int, n_queries: int, n_keys: int, tiles: Tiles
+) -> Int[Tensor, "batch key_tiles 4"] | None:
+    """Bound the rows that see each tile of keys, as visible_keys does."""
+    found = _tiles_seen(structure, n_queries, n_keys, tiles)
+    if found is None:
+        return None
+    seen, whole = found
+    return _bounds(seen.mT, whole.mT, tiles.rows).expand(batch, -1, -1).contiguous()
+
+
+def _tiles_seen(
+    structure: Structure, n_queries: int, n_keys: int, tiles: Tiles
+) -> tuple[Tensor, Tensor] | None:
+    """Tell, ``[batch or 1, row tiles, key tiles]``, which tiles may be seen, and which whole."""
     padding, document = structure.key_padding, structure.document
     if padding is None and document is None:
-        return None, None
+        return None
     row_tiles, key_tiles = -(-n_queries // tiles.rows), -(-n_keys // tiles.keys)
     given = document if document is not None else padding
     assert given is not None
@@ -40,9 +61,7 @@ def visible_ranges(
         seen = seen & (row_least <= key_most) & (key_least <= row_most)
         one = (row_least == row_most) & (key_least == key_most)
         whole = whole & one & (row_least == key_least)
-    seen, whole = seen.expand(batch, -1, -1), whole.expand(batch, -1, -1)
-    of_rows, of_keys = (seen, whole), (seen.transpose(1, 2), whole.transpose(1, 2))
-    return _bounds(*of_rows, tiles.keys), _bounds(*of_keys, tiles.rows)
+    return seen, whole
 
 
 def _tiles_of(positions: Tensor, length: int, fill: int) -> Tensor:
@@ -69,4 +88,4 @@ def _bounds(seen: Tensor, whole: Tensor, length: int) -> Tensor:
     longest = (index - before).max(-1)
     whole_stop = torch.where(longest.values > 0, longest.indices + 1, 0)
     bounds = (start, whole_stop - longest.values, whole_stop, stop)
-    return torch.stack([bound.to(torch.int32) for bound in bounds], -1).mul(length).contiguous()
+    return torch.stack([bound.to(torch.int32) for bound in bounds], -1) * length
