@@ -358,21 +358,26 @@ def run(
     result: dict[str, Any] = {"environment": environment(), "rates": rates, "problems": []}
     failed = []
     output.parent.mkdir(parents=True, exist_ok=True)
+
+    def write() -> None:
+        result["not_reached"] = [
+            {"arms": found, **shape._asdict(), "backward": backward}
+            for found, shape, backward in left
+        ]
+        output.write_text(json.dumps(result, indent=1) + "\n")
+
+    write()
     while left and time.perf_counter() - begin < seconds:
         found, shape, backward = left.pop(0)
         floor = 1e3 * floor_seconds(shape, rates, backward)
         rows = measure(shape, backward, found, turns)
         problem = {**shape._asdict(), "backward": backward, "floor_milliseconds": floor}
         result["problems"].append(problem | {"arms": rows})
+        write()
         for arm, row in rows.items():
             print(describe(shape, backward, arm, floor, row), flush=True)
             if "failed" in row:
                 failed.append(f"{arm} at {shape.tokens} x {shape.dim}")
-        result["not_reached"] = [
-            {"arms": found, **shape._asdict(), "backward": backward}
-            for found, shape, backward in left
-        ]
-        output.write_text(json.dumps(result, indent=1) + "\n")
     print(f"written: {output}; problems not reached: {len(left)}")
     return failed
 

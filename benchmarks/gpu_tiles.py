@@ -191,7 +191,7 @@ def run(turns: int, seconds: float, jobs: int, output: Path) -> list[str]:
     begin = time.perf_counter()
     trials = plan()
     failed = compile_all(trials, jobs, seconds / 2)
-    result: dict[str, Any] = {"environment": environment(), "trials": []}
+    result: dict[str, Any] = {"environment": environment(), "trials": [], "not_reached": []}
     result["failed"] = [[*trial[:2], list(trial.tiles), why] for trial, why in failed.items()]
     output.parent.mkdir(parents=True, exist_ok=True)
     own = {(trial.kernel, trial.dim): trial for trial in reversed(trials)}
@@ -204,7 +204,10 @@ def run(turns: int, seconds: float, jobs: int, output: Path) -> list[str]:
                 chosen = [t for t in trials if t[:2] == (kernel, dim) and t not in failed]
                 if own["forward", dim] in failed:  # it is what prepares the others
                     continue
-                if not chosen or time.perf_counter() - begin > seconds:
+                if not chosen:
+                    continue
+                if time.perf_counter() - begin > seconds:
+                    result["not_reached"].append([kernel, dim, workload._asdict()])
                     continue
                 rows = measure(chosen, workload, turns)
                 result["trials"] += rows
@@ -214,6 +217,7 @@ def run(turns: int, seconds: float, jobs: int, output: Path) -> list[str]:
                     if "milliseconds_median" not in row:
                         wrong.append(f"{kernel} {dim} {row['tiles']}: off by {row['difference']}")
                 output.write_text(json.dumps(result, indent=1) + "\n")
+    output.write_text(json.dumps(result, indent=1) + "\n")
     print(f"written: {output}", flush=True)
     return wrong
 

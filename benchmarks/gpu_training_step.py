@@ -180,6 +180,7 @@ def measure(chosen: argparse.Namespace, result: dict[str, Any]) -> Iterator[dict
             limit = min(chosen.seconds, left())
             if limit < 1:
                 arms[arm] = {"skipped": "not reached in time"}
+                yield arms[arm]
                 continue
             arms[arm] = run_worker(["step", name, arm, str(tokens), str(chosen.turns)], limit)
             print(f"{name:10s} {tokens:6d} {arm:9s} {arms[arm]}", flush=True)
@@ -190,6 +191,7 @@ def measure(chosen: argparse.Namespace, result: dict[str, Any]) -> Iterator[dict
             limit = min(chosen.seconds, left())
             if limit < 30:
                 found[arm] = {"skipped": "not reached in time"}
+                yield found[arm]
                 continue
             found[arm] = run_worker(["largest", name, arm, "0", str(limit - 20)], limit)
             print(f"{name:10s} largest context {arm:9s} {found[arm]}", flush=True)

@@ -483,6 +483,17 @@ def test_auto_takes_it_on_a_cpu_where_it_can(monkeypatch: pytest.MonkeyPatch) ->
     assert taken == ["attention_forward"]
 
 
+@pytest.mark.parametrize("left", [None, 100])
+def test_blocks_begin_and_end_at_multiples(left: int | None) -> None:
+    """Products are fastest there; but no key is read that no row sees."""
+    plan = cutting.cut(Structure(left, 0), 300, 1000, 1)
+    lowest, highest = plan.of_blocks
+    assert lowest.min() == (0 if left is None else 600)
+    assert highest.max() == 1000
+    for limits, end in ((lowest, lowest.min()), (highest, highest.max())):
+        assert ((limits % cutting.MULTIPLE == 0) | (limits == end)).all()
+
+
 @here
 def test_python_and_the_kernel_agree() -> None:
     kernel = build.kernel()

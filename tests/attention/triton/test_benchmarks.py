@@ -143,6 +143,22 @@ def test_largest_context_stops_where_memory_or_time_ends(
     assert bench.largest_context(name, "ours", -1.0) == {"tokens": 0, "stopped_by": "time"}
 
 
+def test_what_training_did_not_reach_is_written(
+    load: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    bench = load("gpu_training_step")
+    output = tmp_path / "steps.json"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(bench, "environment", dict)
+    arguments = ["gpu_training_step.py", "--total-seconds", "0", "--largest"]
+    monkeypatch.setattr(sys, "argv", [*arguments, "--output", str(output)])
+    bench.main()
+    written = json.loads(output.read_text())
+    skipped = {arm: {"skipped": "not reached in time"} for arm in bench.ARMS}
+    assert [problem["arms"] for problem in written["problems"]] == [skipped] * 3
+    assert written["largest"] == {"gpt2-small": skipped, "llama-1b": skipped}
+
+
 def test_a_worker_that_fails_is_a_result(load: Any) -> None:
     bench = load("gpu_training_step")
     command = ["step", "gpt2-small", "ours", "many", "1"]
@@ -190,6 +206,10 @@ def test_tile_configurations_are_timed_and_written(
     assert [row["tiles"] for row in written["trials"]] == [[128, 128, 8, 3], [16, 32, 4, 1]]
     assert [row["milliseconds_median"] for row in written["trials"]] == [1.0, 1.0]
     assert written["failed"] == [["forward", 16, [32, 16, 4, 1], "too large"]]
+    assert bench.run(2, 0.0, 1, tmp_path / "tiles.json") == []
+    written = json.loads((tmp_path / "tiles.json").read_text())
+    assert written["trials"] == []
+    assert written["not_reached"] == [["forward", 16, small._asdict()]]
 
 
 def test_attention_is_written_after_every_problem(
@@ -217,6 +237,7 @@ def test_attention_is_written_after_every_problem(
     assert written["not_reached"] == []
     assert written["problems"][0]["arms"]["ours"]["ratio_to_sdpa_flash"] == 1.5
     assert bench.run(shapes, list(bench.QUICK), 3, 0.0, output) == []
+    assert len(json.loads(output.read_text())["not_reached"]) == 4
 
 
 def run_script(*arguments: str, out: Path) -> subprocess.CompletedProcess[str]:
@@ -272,7 +293,7 @@ def test_a_part_that_fails_does_not_end_the_others(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_the_call_ends_in_time(tmp_path: Path) -> None:
     python = tmp_path / "python"
-    python.write_text('#!/bin/sh\ncase "$2" in *import*) exit 0 ;; esac\nexec sleep 60\n')
+    python.write_text('#!/bin/sh\ncase "$2" in *is_available*) exit 0 ;; esac\nexec sleep 60\n')
     python.chmod(0o755)
     done = subprocess.run(
         [str(ROOT / "scripts" / "gpu"), "tests", "tiles"],

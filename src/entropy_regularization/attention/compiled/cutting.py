@@ -55,8 +55,7 @@ _cut_band = functools.lru_cache(maxsize=8)(_cut)  # no tensor there that could c
 def _hulls(first: Tensor, stop: Tensor, rows: int, n_keys: int) -> tuple[Tensor, Tensor]:
     """Return limits of blocks outside which none of their rows sees a key.
 
-    They are multiples, but not before the first or after the last key that any row sees: what is
-    there may be anything.
+    They are multiples, but not outside the limits of all rows: what is there may be anything.
     """
     blind = first >= stop
     short = -first.shape[1] % rows

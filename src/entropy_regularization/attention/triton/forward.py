@@ -168,9 +168,10 @@ def forward_kernel(
         b_query = (b_query.to(WIDE) * -1.0).to(b_query.dtype)
     p_key = head_pointer(key, batch, head // group)
     p_value = head_pointer(value, batch, head // group)
-    full_start, full_stop, start, stop, gap, jump = key_range(
+    start, full_start, full_stop, stop = key_range(
         row_start, n_queries, n_keys, left, right, p_range, ROWS, KEYS
     )
+    jump = full_stop - full_start
     state = (
         tl.full([ROWS], MASKED_SCORE, WIDE),
         tl.zeros([ROWS], WIDE),
@@ -186,8 +187,8 @@ def forward_kernel(
         DIM, VALUE_DIM, PADDED, VALUE_PADDED, KEYS, False,
     )  # fmt: skip
     state = forward_tiles(
-        state, b_query, start, stop, gap, jump, row, place, key, value, p_key, p_value,
-        allowed, padding, document, bias,
+        state, b_query, start, stop - jump, full_start, jump, row, place, key, value,
+        p_key, p_value, allowed, padding, document, bias,
         dropout, factor, cap_log2, left, right, sizes,
         DIM, VALUE_DIM, PADDED, VALUE_PADDED, KEYS, True,
     )  # fmt: skip

@@ -175,9 +175,10 @@ def key_gradient_kernel(
         value, head_pointer(value, batch, kv_head), key_start, n_keys,
         KEYS, VALUE_PADDED, VALUE_DIM, True,
     )  # fmt: skip
-    full_start, full_stop, start, stop, gap, jump = row_range(
+    start, full_start, full_stop, stop = row_range(
         key_start, n_queries, n_keys, left, right, p_range, ROWS, KEYS
     )
+    jump = full_stop - full_start
     sizes = (n_queries, n_keys)
     b_d_key = tl.zeros([KEYS, PADDED], WIDE)
     b_d_value = tl.zeros([KEYS, VALUE_PADDED], WIDE)
@@ -192,8 +193,8 @@ def key_gradient_kernel(
             DIM, VALUE_DIM, PADDED, VALUE_PADDED, ROWS, False,
         )  # fmt: skip
         state = key_gradient_tiles(
-            state, b_key, b_value, start, stop, gap, jump, o_key, place, query, d_output,
-            constants,
+            state, b_key, b_value, start, stop - jump, full_start, jump, o_key, place, query,
+            d_output, constants,
             allowed, padding, document, bias, dropout, factor, cap_log2, left, right, sizes,
             DIM, VALUE_DIM, PADDED, VALUE_PADDED, ROWS, True,
         )  # fmt: skip

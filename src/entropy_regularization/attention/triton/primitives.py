@@ -165,8 +165,8 @@ def tile_range(start, full_start, full_stop, stop, p_range, STEP: tl.constexpr):
     """Narrow ranges by what padding and documents leave, and round them to tiles.
 
     ``p_range`` points to the four numbers of skipping.visible_keys or _rows, or is None. Returns
-    (full_start, full_stop, start, stop, gap, jump): the full tiles, and those at both of their
-    ends in one range, for one loop: a position from ``gap`` on stands for one ``jump`` further.
+    (start, full_start, full_stop, stop). A kernel walks over the full tiles, then over both ends
+    in one loop, which jumps over them.
     """
     if p_range is not None:
         start = tl.maximum(start, tl.load(p_range))
@@ -179,8 +179,7 @@ def tile_range(start, full_start, full_stop, stop, p_range, STEP: tl.constexpr):
     full_start = tl.minimum(full_start, stop)
     full_stop = tl.maximum(tl.minimum(full_stop, stop), 0) // STEP * STEP
     full_stop = tl.maximum(full_stop, full_start)
-    gap = start + (full_start - start + STEP - 1) // STEP * STEP
-    return full_start, full_stop, start, gap + (stop - full_stop), gap, full_stop - gap
+    return start, full_start, full_stop, stop
 
 
 @triton.jit

@@ -158,9 +158,10 @@ def query_gradient_kernel(
         )
     p_key = head_pointer(key, batch, head // group)
     p_value = head_pointer(value, batch, head // group)
-    full_start, full_stop, start, stop, gap, jump = key_range(
+    start, full_start, full_stop, stop = key_range(
         row_start, n_queries, n_keys, left, right, p_range, ROWS, KEYS
     )
+    jump = full_stop - full_start
     place = (batch, head, unit)
     sizes = (n_queries, n_keys)
     b_d_query = tl.zeros([ROWS, PADDED], WIDE)
@@ -172,7 +173,7 @@ def query_gradient_kernel(
     )  # fmt: skip
     b_d_query = query_gradient_tiles(
         b_d_query, b_query, b_d_output, delta, log2_normalizer, entropy_slope,
-        start, stop, gap, jump, row, place, key, value, p_key, p_value,
+        start, stop - jump, full_start, jump, row, place, key, value, p_key, p_value,
         allowed, padding, document, bias, dropout, factor, cap_log2, left, right, sizes,
         DIM, VALUE_DIM, PADDED, VALUE_PADDED, KEYS, True,
     )  # fmt: skip
