@@ -176,7 +176,8 @@ def tile_range(start, full_start, full_stop, stop, p_range, STEP: tl.constexpr):
     start = start // STEP * STEP
     stop = tl.maximum(stop, start)
     full_start = (tl.maximum(full_start, start) + STEP - 1) // STEP * STEP
-    full_start = tl.minimum(full_start, stop)
+    # All multiples, also where nothing is full: so the compiler knows how rows are aligned.
+    full_start = tl.minimum(full_start, (stop + STEP - 1) // STEP * STEP)
     full_stop = tl.maximum(tl.minimum(full_stop, stop), 0) // STEP * STEP
     full_stop = tl.maximum(full_stop, full_start)
     return start, full_start, full_stop, stop
