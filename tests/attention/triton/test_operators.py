@@ -367,6 +367,17 @@ def test_a_width_of_72_is_loaded_as_fast_as_one_of_80(tmp_path: Path) -> None:
         assert next(by_dim) <= 1.1 * next(by_dim)
 
 
+@pytest.mark.slow
+def test_documents_cost_nothing_in_whole_tiles(tmp_path: Path) -> None:
+    plain, packed = (
+        compile_for_hopper(tmp_path, "--dims", "64", "--options", options)
+        for options in ("causal", "documents")
+    )
+    for kernel in ("forward_kernel", "query_gradient_kernel", "key_gradient_kernel"):
+        of_both = (used[kernel, 64]["instructions_a_score"] for used in (packed, plain))
+        assert next(of_both) <= 1.1 * next(of_both)
+
+
 def compile_for_hopper(folder: Path, *chosen: str) -> dict[tuple[str, int], dict[str, Any]]:
     """Run benchmarks/kernel_resources.py in bfloat16; return what (kernel, dim) uses."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}

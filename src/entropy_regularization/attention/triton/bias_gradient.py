@@ -110,12 +110,18 @@ def bias_gradient_kernel(
                 KEYS, VALUE_PADDED, VALUE_DIM, True,
             )  # fmt: skip
             delta, log2_normalizer = load_constants(
-                constants, unit.to(tl.int64) * n_queries, row_start, n_queries, ROWS, 1, True
+                constants, unit.to(tl.int64) * constants[3], row_start, n_queries, ROWS, 1, True
             )
             entropy_slope = constants[2]
             if constants[2] is not None:
                 entropy_slope = load_constant(
-                    constants[2], unit.to(tl.int64) * n_queries, row_start, n_queries, ROWS, 1, True
+                    constants[2],
+                    unit.to(tl.int64) * constants[3],
+                    row_start,
+                    n_queries,
+                    ROWS,
+                    1,
+                    True,
                 )
             # [ROWS, KEYS], all of them
             b_log2_probability, _ = log2_probability_tile(

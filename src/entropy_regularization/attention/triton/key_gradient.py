@@ -63,7 +63,7 @@ def key_gradient_tiles(
     n_queries = sizes[0]
     p_query = head_pointer(query, batch, head)
     p_d_output = head_pointer(d_output, batch, head)
-    o_unit = unit.to(tl.int64) * n_queries
+    o_unit = unit.to(tl.int64) * constants[3]
     for place_in_range in range(start, stop, ROWS):
         row_start = place_in_range
         if EDGE:

@@ -209,11 +209,15 @@ def forward(problem: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
 
 
 class RowConstants(NamedTuple):
-    """What dS needs of its row, each ``[batch, heads, queries]``."""
+    """What dS needs of its row, each ``[batch, heads, queries]``, and the distance between heads.
+
+    That is a multiple of 16, so that the kernels load several rows at once whatever the length.
+    """
 
     delta: Tensor
     log2_normalizer: Tensor
     entropy_slope: Tensor | None
+    stride: int
 
 
 def row_constants(
@@ -221,10 +225,15 @@ def row_constants(
 ) -> RowConstants:
     """Collect the terms of dS that belong to a row (see recomputation.row_constants_kernel)."""
     output, entropy, saved_normalizer = saved
-    delta, log2_normalizer = torch.empty_like(entropy), torch.empty_like(entropy)
-    slope = None if upstream.entropy is None else torch.empty_like(entropy)
     tiles = tiles_for("row_constants", output, output)
     batch, heads, n_queries, value_dim = output.shape
+    stride = triton.cdiv(n_queries, 16) * 16
+
+    def allocate() -> Tensor:
+        return entropy.new_empty(batch, heads, stride)[..., :n_queries]
+
+    slope = None if upstream.entropy is None else allocate()
+    constants = RowConstants(allocate(), allocate(), slope, stride)
     blocks = triton.cdiv(n_queries, tiles.rows)
     arguments = {
         "output": view(output),
@@ -236,9 +245,7 @@ def row_constants(
             None if upstream.log_normalizer is None else upstream.log_normalizer.contiguous()
         ),
         "p_sinks": None if problem.sinks is None else problem.sinks.contiguous(),
-        "p_delta": delta,
-        "p_log2_normalizer": log2_normalizer,
-        "p_entropy_slope": slope,
+        "constants": tuple(constants),
         "heads": heads,
         "n_queries": n_queries,
         "n_blocks": blocks,
@@ -249,7 +256,7 @@ def row_constants(
         "EIGHTS": upstream.output is not None and in_eights(output, upstream.output),
     }
     start_kernel(row_constants_kernel, blocks * batch * heads, tiles, arguments)
-    return RowConstants(delta, log2_normalizer, slope)
+    return constants
 
 
 def backward(

@@ -30,9 +30,7 @@ def row_constants_kernel(
     p_d_entropy,
     p_d_normalizer,
     p_sinks,
-    p_delta,
-    p_log2_normalizer,
-    p_entropy_slope,
+    constants,
     heads,
     n_queries,
     n_blocks,
@@ -47,7 +45,9 @@ def row_constants_kernel(
     ``delta_i = dO_i . O_i + g_i (H_i + share of the sink) - (gradient of lse_i)``, the
     log-normalizer in base 2 (finite) and ``g_i ln 2``. The saved log-normalizer is in base 2, -inf
     for a row without a key: no gradient flows through it; that of its sink is added by itself.
+    ``constants`` are what is filled and the distance from head to head, a multiple of 16.
     """
+    p_delta, p_log2_normalizer, p_entropy_slope, stride = constants
     block = tl.program_id(0) % n_blocks
     unit = tl.program_id(0) // n_blocks
     batch = unit // heads
@@ -55,6 +55,7 @@ def row_constants_kernel(
     row = block * ROWS + tl.arange(0, ROWS)
     m_row = row < n_queries
     o_row = unit.to(tl.int64) * n_queries + row
+    o_constant = unit.to(tl.int64) * stride + row
     # [ROWS]
     normalizer = tl.load(p_saved_normalizer + o_row, mask=m_row, other=0.0)
     empty = normalizer == float("-inf")
@@ -79,13 +80,13 @@ def row_constants_kernel(
             log2_share = tl.load(p_sinks + head).to(WIDE) * LOG2_E - normalizer
             bracket += tl.where(empty, 1.0, tl.exp2(log2_share))
         delta += slope * bracket
-        tl.store(p_entropy_slope + o_row, slope * LN_2, mask=m_row)
+        tl.store(p_entropy_slope + o_constant, slope * LN_2, mask=m_row)
     if p_d_normalizer is not None:
         d_normalizer = tl.load(p_d_normalizer + o_row, mask=m_row, other=0.0)
         delta -= tl.where(empty, 0.0, d_normalizer)
-    tl.store(p_delta + o_row, delta, mask=m_row)
+    tl.store(p_delta + o_constant, delta, mask=m_row)
     # An empty row: all its scores are masked later, so any finite number will do.
-    tl.store(p_log2_normalizer + o_row, tl.where(empty, 0.0, normalizer), mask=m_row)
+    tl.store(p_log2_normalizer + o_constant, tl.where(empty, 0.0, normalizer), mask=m_row)
 
 
 @triton.jit
@@ -144,7 +145,7 @@ def load_constants(
     return None. They are read as vectors and then given a dimension at ``AXIS``: read in the shape
     of a tile, every thread would copy what it needs by itself.
     """
-    p_delta, p_log2_normalizer, _ = constants
+    p_delta, p_log2_normalizer, _, _ = constants
     delta = load_constant(p_delta, o_unit, start, n_queries, ROWS, AXIS, CHECK)
     log2_normalizer = load_constant(p_log2_normalizer, o_unit, start, n_queries, ROWS, AXIS, CHECK)
     return delta, log2_normalizer
