@@ -38,8 +38,8 @@ OPTIONS = (
 SHARED_LIMIT = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024}
 
 
-def build_problem(options: str, dim: int, dtype: torch.dtype) -> launch.Problem:
-    """Make a problem without storage: grouped heads, 4096 tokens, causal, and one option or all."""
+def build_problem(options: str, dim: int, dtype: torch.dtype, n: int = 4096) -> launch.Problem:
+    """Make a problem without storage: grouped heads, ``n`` tokens, causal, one option or all."""
 
     def empty(*size: int, of: torch.dtype = dtype) -> torch.Tensor:
         return torch.empty(size, dtype=of, device="meta")
@@ -47,7 +47,6 @@ def build_problem(options: str, dim: int, dtype: torch.dtype) -> launch.Problem:
     def given(option: str) -> bool:
         return options in (option, "everything")
 
-    n = 4096
     structure = Structure(
         300 if given("window") else None,
         0,
@@ -173,13 +172,18 @@ def compile_kernel(
 
 
 def compile_all(
-    dtypes: list[str], dims: list[int], options: str, through: list[str], capability: int
+    dtypes: list[str],
+    dims: list[int],
+    options: str,
+    tokens: int,
+    through: list[str],
+    capability: int,
 ) -> list[dict[str, Any]]:
     """Compile every kernel for every dtype and head dimension."""
     rows = []
     for dtype in dtypes:
         for dim in dims:
-            problem = build_problem(options, dim, getattr(torch, dtype))
+            problem = build_problem(options, dim, getattr(torch, dtype), tokens)
             for kernel, tiles, arguments in record_launches(problem, through, capability):
                 used = compile_kernel(kernel, tiles, arguments, capability)
                 if used["shared_bytes"] > SHARED_LIMIT[capability]:
@@ -195,6 +199,7 @@ def main() -> None:
     parser.add_argument("--dims", type=int, nargs="+", default=[64, 128, 256])
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"])
     parser.add_argument("--options", choices=OPTIONS, default="causal")
+    parser.add_argument("--tokens", type=int, default=4096)
     parser.add_argument(
         "--through", nargs="+", choices=launch.Upstream._fields, default=["output", "entropy"],
         help="what is differentiated",
@@ -207,13 +212,15 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as cache:  # so that nothing was compiled before
         os.environ["TRITON_CACHE_DIR"] = cache
         rows = compile_all(
-            chosen.dtypes, chosen.dims, chosen.options, chosen.through, chosen.capability
-        )
+            chosen.dtypes, chosen.dims, chosen.options, chosen.tokens,
+            chosen.through, chosen.capability,
+        )  # fmt: skip
     chosen.output.parent.mkdir(parents=True, exist_ok=True)
     versions = {"triton": triton.__version__, "torch": torch.__version__}
     result = {
         "capability": chosen.capability,
         "options": chosen.options,
+        "tokens": chosen.tokens,
         "through": chosen.through,
         "versions": versions,
         "kernels": rows,

@@ -143,20 +143,22 @@ def test_largest_context_stops_where_memory_or_time_ends(
     assert bench.largest_context(name, "ours", -1.0) == {"tokens": 0, "stopped_by": "time"}
 
 
+@pytest.mark.parametrize("largest", [False, True])
 def test_what_training_did_not_reach_is_written(
-    load: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    largest: bool, load: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     bench = load("gpu_training_step")
     output = tmp_path / "steps.json"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(bench, "environment", dict)
-    arguments = ["gpu_training_step.py", "--total-seconds", "0", "--largest"]
-    monkeypatch.setattr(sys, "argv", [*arguments, "--output", str(output)])
+    arguments = ["gpu_training_step.py", "--total-seconds", "0", "--output", str(output)]
+    monkeypatch.setattr(sys, "argv", arguments + ["--largest"] * largest)
     bench.main()
     written = json.loads(output.read_text())
     skipped = {arm: {"skipped": "not reached in time"} for arm in bench.ARMS}
     assert [problem["arms"] for problem in written["problems"]] == [skipped] * 3
-    assert written["largest"] == {"gpt2-small": skipped, "llama-1b": skipped}
+    expected = {"gpt2-small": skipped, "llama-1b": skipped} if largest else {}
+    assert written["largest"] == expected
 
 
 def test_a_worker_that_fails_is_a_result(load: Any) -> None:

@@ -76,10 +76,7 @@ def test_any_launch_configuration(
     got = LARGE[-1].run(inputs, options, "triton")
     budget = 1e-4 if dtype == torch.float32 else 0.1
     assert worst_error([got.entropy], [expected.entropy]) <= 1e-4
-    pairs = zip(gradients(got, inputs), gradients(expected, inputs), strict=True)
-    for mine, true in pairs:
-        rounding = torch.finfo(dtype).eps / 2 * true.abs().max().item()
-        assert worst_error([mine], [true]) <= budget + rounding
+    assert worst_error(gradients(got, inputs), gradients(expected, inputs)) <= budget
 
 
 @pytest.mark.parametrize("case", LARGE, ids=lambda case: case.name)

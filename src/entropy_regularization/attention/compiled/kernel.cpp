@@ -379,7 +379,7 @@ void begin_rows(const Block& block, Matrix sum) {
 void finish_rows(const Block& block, Matrix sum) {
   const Call& call = block.call;
   for (int64_t r = 0; r < block.all; ++r) {
-    const float factor = 1.0f / call.total[block.row(r)];  // a row without keys: see _finish
+    const float factor = 1.0f / call.total[block.row(r)];  // inf without keys, see passes.py
     store(call.output.data, block.place_of(call.output, r), sum.row(r), factor, sum.stride,
           call.precision);
   }

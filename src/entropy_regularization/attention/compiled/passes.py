@@ -114,7 +114,10 @@ class Pass:
 
 
 def fill_at_once(problem: Problem, output: Tensor, statistics: tuple[Tensor, ...]) -> None:
-    """Do what blockwise.forward.fill_in_chunks does."""
+    """Do what blockwise.forward.fill_in_chunks does, but leave a row without keys undefined.
+
+    blockwise.forward sets it by the largest score.
+    """
     this = Pass(problem)
     this.target("output", output)
     largest, total, weighted = statistics

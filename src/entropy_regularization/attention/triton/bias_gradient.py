@@ -13,7 +13,7 @@ from entropy_regularization.attention.triton.primitives import (
     head_pointer,
     load_rows,
     score_gradient,
-    with_strides,
+    with_known_strides,
 )
 from entropy_regularization.attention.triton.recomputation import (
     load_constant,
@@ -63,7 +63,7 @@ def bias_gradient_kernel(
     VALUE_PADDED: tl.constexpr,
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
-    EIGHTS: tl.constexpr,
+    STRIDES_BY_8: tl.constexpr,
     WIDE: tl.constexpr,
     SUM_ROWS: tl.constexpr,
     SUM_KEYS: tl.constexpr,
@@ -73,10 +73,10 @@ def bias_gradient_kernel(
     ``owned`` = (heads, row tiles, key tiles) that the bias has of its own; ``visited`` = (batches,
     heads, row tiles, key tiles) over which it was broadcast. In each dimension one of the two is 1.
     """
-    query = with_strides(query, EIGHTS)
-    key = with_strides(key, EIGHTS)
-    value = with_strides(value, EIGHTS)
-    d_output = with_strides(d_output, EIGHTS)
+    query = with_known_strides(query, STRIDES_BY_8)
+    key = with_known_strides(key, STRIDES_BY_8)
+    value = with_known_strides(value, STRIDES_BY_8)
+    d_output = with_known_strides(d_output, STRIDES_BY_8)
     program = tl.program_id(0)
     own_key = program % owned[2]
     own_row = program // owned[2] % owned[1]
@@ -109,19 +109,14 @@ def bias_gradient_kernel(
                 value, head_pointer(value, batch, head // group), key_start, n_keys,
                 KEYS, VALUE_PADDED, VALUE_DIM, True,
             )  # fmt: skip
+            o_unit = unit.to(tl.int64) * constants[3]
             delta, log2_normalizer = load_constants(
-                constants, unit.to(tl.int64) * constants[3], row_start, n_queries, ROWS, 1, True
+                constants, o_unit, row_start, n_queries, ROWS, 1, True
             )
             entropy_slope = constants[2]
             if constants[2] is not None:
                 entropy_slope = load_constant(
-                    constants[2],
-                    unit.to(tl.int64) * constants[3],
-                    row_start,
-                    n_queries,
-                    ROWS,
-                    1,
-                    True,
+                    constants[2], o_unit, row_start, n_queries, ROWS, 1, True
                 )
             # [ROWS, KEYS], all of them
             b_log2_probability, _ = log2_probability_tile(

@@ -24,7 +24,7 @@ from entropy_regularization.attention.triton.primitives import (
     online_update,
     store_rows,
     tanh,
-    with_strides,
+    with_known_strides,
 )
 
 
@@ -59,7 +59,10 @@ def forward_tiles(
     KEYS: tl.constexpr,
     EDGE: tl.constexpr,
 ):
-    """Take the key tiles of ``[start, stop)`` into (m, l, t, accumulator)."""
+    """Take the key tiles of ``[start, stop)`` into (m, l, t, accumulator).
+
+    ``gap`` and ``jump``: see tile_range.
+    """
     largest, total, weighted, b_sum = state
     batch, head, unit = place
     n_queries, n_keys = sizes
@@ -137,17 +140,17 @@ def forward_kernel(
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
     WIDE: tl.constexpr,
-    EIGHTS: tl.constexpr,
+    STRIDES_BY_8: tl.constexpr,
     NEGATIVE: tl.constexpr,
 ):
     """Compute one block of rows of one head; the grid is ``blocks * batch * heads``.
 
     ``factor`` is not negative; ``NEGATIVE`` says that the sign belongs to the query.
     """
-    query = with_strides(query, EIGHTS)
-    key = with_strides(key, EIGHTS)
-    value = with_strides(value, EIGHTS)
-    output = with_strides(output, EIGHTS)
+    query = with_known_strides(query, STRIDES_BY_8)
+    key = with_known_strides(key, STRIDES_BY_8)
+    value = with_known_strides(value, STRIDES_BY_8)
+    output = with_known_strides(output, STRIDES_BY_8)
     program = tl.program_id(0)
     # The last rows of a causal problem see most keys; they start first.
     block = n_blocks - 1 - program % n_blocks

@@ -14,7 +14,7 @@ from entropy_regularization.attention.triton.primitives import (
     row_range,
     score_gradient,
     store_rows,
-    with_strides,
+    with_known_strides,
 )
 from entropy_regularization.attention.triton.recomputation import (
     load_constant,
@@ -56,7 +56,8 @@ def key_gradient_tiles(
 ):
     """Add the row tiles of ``[start, stop)`` of one query head to dK and dV.
 
-    Tiles are transposed, ``[KEYS, ROWS]``, so that they feed both products from registers.
+    Tiles are transposed, ``[KEYS, ROWS]``, so that they feed both products from registers. ``gap``
+    and ``jump``: see tile_range.
     """
     b_d_key, b_d_value = state
     batch, head, unit = place
@@ -142,7 +143,7 @@ def key_gradient_kernel(
     VALUE_PADDED: tl.constexpr,
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
-    EIGHTS: tl.constexpr,
+    STRIDES_BY_8: tl.constexpr,
     WIDE: tl.constexpr,
 ):
     """Compute dK and dV of one block of keys, over all heads that share it.
@@ -150,12 +151,12 @@ def key_gradient_kernel(
     The grid is ``blocks * batch * kv_heads``; the first keys of a causal problem, which most rows
     see, start first.
     """
-    query = with_strides(query, EIGHTS)
-    key = with_strides(key, EIGHTS)
-    value = with_strides(value, EIGHTS)
-    d_output = with_strides(d_output, EIGHTS)
-    d_key = with_strides(d_key, EIGHTS)
-    d_value = with_strides(d_value, EIGHTS)
+    query = with_known_strides(query, STRIDES_BY_8)
+    key = with_known_strides(key, STRIDES_BY_8)
+    value = with_known_strides(value, STRIDES_BY_8)
+    d_output = with_known_strides(d_output, STRIDES_BY_8)
+    d_key = with_known_strides(d_key, STRIDES_BY_8)
+    d_value = with_known_strides(d_value, STRIDES_BY_8)
     program = tl.program_id(0)
     block = program % n_blocks
     unit = program // n_blocks

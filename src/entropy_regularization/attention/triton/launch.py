@@ -61,7 +61,7 @@ def view(tensor: Tensor) -> View:
     return (tensor, *tensor.stride())
 
 
-def in_eights(*tensors: Tensor) -> bool:
+def strides_by_8(*tensors: Tensor) -> bool:
     """Tell whether the strides between rows are multiples of 8, but not all of them of 16.
 
     A head dimension of 72 makes them so. That of a dimension of size 1 does not matter.
@@ -202,7 +202,7 @@ def forward(problem: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         "n_blocks": blocks,
         "ROWS": tiles.rows,
         "KEYS": tiles.keys,
-        "EIGHTS": in_eights(query, key, value, output),
+        "STRIDES_BY_8": strides_by_8(query, key, value, output),
     }
     start_kernel(forward_kernel, blocks * batch * heads, tiles, arguments)
     return output, entropy, log_normalizer, max_score, log2_normalizer
@@ -253,7 +253,7 @@ def row_constants(
         "VALUE_PADDED": padded(value_dim),
         "ROWS": tiles.rows,
         "WIDE": tl.float64 if problem.wide == torch.float64 else tl.float32,
-        "EIGHTS": upstream.output is not None and in_eights(output, upstream.output),
+        "STRIDES_BY_8": upstream.output is not None and strides_by_8(output, upstream.output),
     }
     start_kernel(row_constants_kernel, blocks * batch * heads, tiles, arguments)
     return constants
@@ -315,7 +315,7 @@ def query_gradient(problem: Problem, arguments: dict[str, Any]) -> Tensor:
         "n_blocks": blocks,
         "ROWS": tiles.rows,
         "KEYS": tiles.keys,
-        "EIGHTS": in_eights(query, key, value, arguments["d_output"][0], d_query),
+        "STRIDES_BY_8": strides_by_8(query, key, value, arguments["d_output"][0], d_query),
     }
     start_kernel(query_gradient_kernel, blocks * batch * heads, tiles, arguments | own)
     return d_query
@@ -338,7 +338,7 @@ def key_gradients(problem: Problem, arguments: dict[str, Any]) -> tuple[Tensor, 
         "n_blocks": blocks,
         "ROWS": tiles.rows,
         "KEYS": tiles.keys,
-        "EIGHTS": in_eights(query, key, value, arguments["d_output"][0], d_key, d_value),
+        "STRIDES_BY_8": strides_by_8(query, key, value, arguments["d_output"][0], d_key, d_value),
     }
     start_kernel(key_gradient_kernel, blocks * batch * kv_heads, tiles, arguments | own)
     return d_key, d_value
@@ -361,7 +361,7 @@ def bias_gradient(problem: Problem, bias: Tensor, arguments: dict[str, Any]) -> 
         "visited": tuple(visited),
         "ROWS": tiles.rows,
         "KEYS": tiles.keys,
-        "EIGHTS": in_eights(query, problem.key, value, arguments["d_output"][0]),
+        "STRIDES_BY_8": strides_by_8(query, problem.key, value, arguments["d_output"][0]),
         "SUM_ROWS": bias.shape[2] == 1,
         "SUM_KEYS": bias.shape[3] == 1,
     }

@@ -31,13 +31,13 @@ def head_pointer(view, batch, head):
 
 
 @triton.jit
-def with_strides(view, EIGHTS: tl.constexpr):
+def with_known_strides(view, STRIDES_BY_8: tl.constexpr):
     """Tell the compiler that the strides of a view are multiples of 8, if they are.
 
     It sees by itself only that one is 1 or a multiple of 16. Without, rows of a width like 72 are
     loaded an element at a time, and not ahead.
     """
-    if EIGHTS:
+    if STRIDES_BY_8:
         view = (view[0], view[1] // 8 * 8, view[2] // 8 * 8, view[3] // 8 * 8, view[4])
     return view
 
@@ -166,7 +166,7 @@ def tile_range(start, full_start, full_stop, stop, p_range, STEP: tl.constexpr):
 
     ``p_range`` points to the four numbers of skipping.visible_keys or _rows, or is None. Returns
     (start, full_start, full_stop, stop). A kernel walks over the full tiles, then over both ends
-    in one loop, which jumps over them.
+    in one loop: its positions from the ``gap`` at full_start on stand for one ``jump`` further.
     """
     if p_range is not None:
         start = tl.maximum(start, tl.load(p_range))

@@ -15,7 +15,7 @@ from entropy_regularization.attention.triton.primitives import (
     load_rows,
     score_gradient,
     store_rows,
-    with_strides,
+    with_known_strides,
 )
 from entropy_regularization.attention.triton.recomputation import (
     load_constant,
@@ -59,7 +59,7 @@ def query_gradient_tiles(
     KEYS: tl.constexpr,
     EDGE: tl.constexpr,
 ):
-    """Add the key tiles of ``[start, stop)`` to dQ."""
+    """Add the key tiles of ``[start, stop)`` to dQ; ``gap`` and ``jump``: see tile_range."""
     n_keys = sizes[1]
     for place_in_range in range(start, stop, KEYS):
         key_start = place_in_range
@@ -120,15 +120,15 @@ def query_gradient_kernel(
     VALUE_PADDED: tl.constexpr,
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
-    EIGHTS: tl.constexpr,
+    STRIDES_BY_8: tl.constexpr,
     WIDE: tl.constexpr,
 ):
     """Compute dQ of one block of rows; the grid is ``blocks * batch * heads``."""
-    query = with_strides(query, EIGHTS)
-    key = with_strides(key, EIGHTS)
-    value = with_strides(value, EIGHTS)
-    d_output = with_strides(d_output, EIGHTS)
-    d_query = with_strides(d_query, EIGHTS)
+    query = with_known_strides(query, STRIDES_BY_8)
+    key = with_known_strides(key, STRIDES_BY_8)
+    value = with_known_strides(value, STRIDES_BY_8)
+    d_output = with_known_strides(d_output, STRIDES_BY_8)
+    d_query = with_known_strides(d_query, STRIDES_BY_8)
     program = tl.program_id(0)
     block = n_blocks - 1 - program % n_blocks
     unit = program // n_blocks
@@ -148,14 +148,11 @@ def query_gradient_kernel(
         d_output, head_pointer(d_output, batch, head), row_start, n_queries,
         ROWS, VALUE_PADDED, VALUE_DIM, True,
     )  # fmt: skip
-    delta, log2_normalizer = load_constants(
-        constants, unit.to(tl.int64) * constants[3], row_start, n_queries, ROWS, 1, True
-    )
+    o_unit = unit.to(tl.int64) * constants[3]
+    delta, log2_normalizer = load_constants(constants, o_unit, row_start, n_queries, ROWS, 1, True)
     entropy_slope = constants[2]
     if constants[2] is not None:
-        entropy_slope = load_constant(
-            constants[2], unit.to(tl.int64) * constants[3], row_start, n_queries, ROWS, 1, True
-        )
+        entropy_slope = load_constant(constants[2], o_unit, row_start, n_queries, ROWS, 1, True)
     p_key = head_pointer(key, batch, head // group)
     p_value = head_pointer(value, batch, head // group)
     start, full_start, full_stop, stop = key_range(

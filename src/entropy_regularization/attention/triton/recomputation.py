@@ -17,7 +17,7 @@ from entropy_regularization.attention.triton.primitives import (
     head_pointer,
     load_rows,
     tanh,
-    with_strides,
+    with_known_strides,
 )
 
 
@@ -38,7 +38,7 @@ def row_constants_kernel(
     VALUE_PADDED: tl.constexpr,
     ROWS: tl.constexpr,
     WIDE: tl.constexpr,
-    EIGHTS: tl.constexpr,
+    STRIDES_BY_8: tl.constexpr,
 ):
     """Collect the terms of dS that belong to a row.
 
@@ -61,8 +61,8 @@ def row_constants_kernel(
     empty = normalizer == float("-inf")
     delta = tl.zeros([ROWS], WIDE)
     if d_output is not None:
-        output = with_strides(output, EIGHTS)
-        d_output = with_strides(d_output, EIGHTS)
+        output = with_known_strides(output, STRIDES_BY_8)
+        d_output = with_known_strides(d_output, STRIDES_BY_8)
         # [ROWS, VALUE_PADDED], both
         b_output = load_rows(
             output, head_pointer(output, batch, head), block * ROWS, n_queries,
@@ -141,6 +141,7 @@ def load_constants(
 ):
     """Load (delta, log-normalizer in base 2) of ``ROWS`` rows.
 
+    ``constants`` are launch.RowConstants; ``o_unit`` is where the rows of a head begin in them.
     The slope of the entropy is loaded by itself, if there is one: no function of a kernel can
     return None. They are read as vectors and then given a dimension at ``AXIS``: read in the shape
     of a tile, every thread would copy what it needs by itself.
