@@ -34,6 +34,14 @@ def _runs(function: str, file: str) -> bool:
     )
 
 
+def runs_forward(module: nn.Module) -> bool:
+    """Tell whether the forward of a module is running."""
+    return any(
+        frame.f_code.co_name == "forward" and frame.f_locals.get("self") is module
+        for frame in _frames()
+    )
+
+
 def runs_compiled() -> bool:
     """Tell whether this runs inside a compiled function, perhaps at a break of its graph."""
     return torch.compiler.is_compiling() or _runs("compile_wrapper", "eval_frame.py")

@@ -6,6 +6,7 @@ import inspect
 import logging
 from pathlib import Path
 
+import peft
 import pytest
 import torch
 from torch import nn
@@ -297,6 +298,72 @@ def test_copies_are_apart() -> None:
     assert names == ["transformer.h.0.attn", "transformer.h.1.attn"]
     assert clone.entropy_thresholds.fraction_bias.grad.abs().sum() > 0
     assert model.entropy_thresholds.fraction_bias.grad is None
+
+
+def hooks_of(model: nn.Module) -> int:
+    return sum(len(p._forward_hooks) + len(p._forward_pre_hooks) for p in model.modules())
+
+
+def adapter(kind: str) -> peft.PeftConfig:
+    general = {"target_modules": ["q_proj"], "task_type": "CAUSAL_LM"}
+    if kind == "lora":
+        return peft.LoraConfig(**general, init_lora_weights=False)
+    return peft.AdaLoraConfig(**general, total_step=9, orth_reg_weight=0.1)
+
+
+def adapted(kind: str) -> peft.PeftModel:
+    return peft.get_peft_model(build("llama"), adapter(kind))
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(("kind", "direct"), [("lora", False), ("lora", True), ("adalora", True)])
+def test_adapters(
+    kind: str, direct: bool, checkpointing: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where PEFT calls the model's forward instead of the model: AdaLora, all before 0.21."""
+
+    def forward(self: nn.Module, *args: object, **kwargs: object) -> object:
+        return self.model.forward(*args, **kwargs) if direct else self.model(*args, **kwargs)
+
+    monkeypatch.setattr(peft.tuners.tuners_utils.BaseTuner, "forward", forward)
+    settings, batch = EntropyRegularization(**SETTINGS), batch_of()
+    model = adapted(kind)
+    plain = copy.deepcopy(model)
+    if checkpointing:
+        for each in (model, plain):
+            each.gradient_checkpointing_enable({"use_reentrant": False})
+    hooks = hooks_of(model)
+    handle = regularize(model, settings, thresholds=0.5)
+    loss = model(**batch).loss
+    loss.backward()
+    with record_entropy(plain) as recording:
+        expected = plain(**batch).loss
+    penalty = settings(recording, 0.5)
+    assert penalty > 0
+    torch.testing.assert_close(handle.penalty, penalty.detach())
+    torch.testing.assert_close(loss, expected + penalty)
+    (expected + penalty).backward()
+    assert_near(gradients(model), gradients(plain))
+    handle.remove()
+    model(**batch)  # ends what waited for backward to compute something again
+    assert hooks_of(model) == hooks
+
+
+def test_a_forward_around_the_hooks_is_refused() -> None:
+    model = build("llama")
+    handle = regularize(model, EntropyRegularization(**SETTINGS))
+    message = "the forward of LlamaForCausalLM was called directly, around the hooks that add"
+    with pytest.raises(ValueError, match=message):
+        model.forward(**batch_of())
+    around = peft.get_peft_model(model, adapter("adalora"))
+    with pytest.raises(ValueError, match=message):
+        around(**batch_of())
+    with torch.no_grad():
+        around(**batch_of())
+    around.eval()(**batch_of())
+    model.train().model(batch_of()["input_ids"])  # a part alone is no pass of the model
+    assert handle.penalty is None
+    assert model(**batch_of()).loss > handle.loss
 
 
 def test_an_exception_inside_forward_leaves_the_model_usable() -> None:

@@ -1,6 +1,7 @@
 """TransformersRecorder: listens to the attention modules of a transformers model."""
 
 import threading
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -62,6 +63,7 @@ class TransformersRecorder(CallRecorder):
         layers: which layers to keep, see record_entropy.
         gradient: False detaches what is recorded.
         allow_partial: accept modules that attend unheard; they are in ``missing``.
+        around: modules around the model that may call its forward, and so none of its hooks.
 
     Raises:
         ValueError: if there is no transformers model in the model.
@@ -74,12 +76,14 @@ class TransformersRecorder(CallRecorder):
         layers: Layers = None,
         gradient: bool = True,
         allow_partial: bool = False,
+        around: Iterable[nn.Module] = (),
     ) -> None:
         if find_pretrained(model) is None:
             raise ValueError(f"{type(model).__name__} holds no transformers model.")
         super().__init__(model, layers, gradient=gradient, allow_partial=allow_partial)
         self.layers.check(self.model, names_of(self.model).values())
         self._parts = list(outermost(self.model).values())
+        self._around = list(around)
         self._switches: list[AttentionSwitch] = []
         self._padding = PaddingTracker()
         self._depth = 0  # of transformers models that run
@@ -158,7 +162,7 @@ class TransformersRecorder(CallRecorder):
         self._padding.clear()
         self._depth = 0
         if lingers:
-            self._next_forward.wait({self.model, *self._parts})
+            self._next_forward.wait({self.model, *self._parts, *self._around})
         else:
             self._stop_lingering()
 

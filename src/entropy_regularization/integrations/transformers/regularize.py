@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from entropy_regularization.integrations.checkpointing import refuse_lost_gradient
 from entropy_regularization.integrations.layers import Wanted
-from entropy_regularization.integrations.stack import backward_enters_checkpoint
+from entropy_regularization.integrations.stack import backward_enters_checkpoint, runs_forward
 from entropy_regularization.integrations.transformers.accumulation import share_of_step
 from entropy_regularization.integrations.transformers.padding import arguments_of
 from entropy_regularization.integrations.transformers.recorder import (
@@ -56,8 +56,9 @@ def regularize(
         model = AutoModelForCausalLM.from_pretrained(folder)
         regularize(model, regularization, thresholds=load_thresholds(folder))
 
-    Call it before the optimizer is made and before DistributedDataParallel or FSDP wraps the model.
-    PEFT saves its adapters alone: keep ``model.entropy_thresholds.state_dict()`` beside them.
+    Call it before the optimizer is made and before DistributedDataParallel or FSDP wraps the model,
+    but after PEFT does, which freezes whatever the model has. PEFT saves its adapters alone: keep
+    ``model.entropy_thresholds.state_dict()`` beside them.
 
     When Trainer normalises the loss over the tokens of all accumulated micro-batches and ranks
     (``num_items_in_batch``), the penalty of a micro-batch is weighted with its share of these
@@ -115,7 +116,23 @@ def regularize(
             "thresholds is a tensor that requires a gradient, which no optimizer of the model "
             "would find; pass HeadThresholds(layers, heads, initial=tensor)."
         )
-    return Regularized(found, regularization, chosen, layers=layers, allow_partial=allow_partial)
+    return Regularized(
+        found,
+        regularization,
+        chosen,
+        around=_tuners_of(model, found),
+        layers=layers,
+        allow_partial=allow_partial,
+    )
+
+
+def _tuners_of(model: nn.Module, found: PreTrainedModel) -> list[nn.Module]:
+    """Return the module of PEFT right around a model: some call its forward and so no hooks."""
+    return [
+        part
+        for part in model.modules()
+        if type(part).__module__.startswith("peft.") and found in part.children()
+    ]
 
 
 def handle_of(model: nn.Module) -> "Regularized | None":
@@ -150,6 +167,7 @@ class Regularized:
         regularization: EntropyRegularization,
         thresholds: object,
         *,
+        around: list[nn.Module],
         layers: Layers,
         allow_partial: bool,
     ) -> None:
@@ -163,14 +181,19 @@ class Regularized:
         self.unadded: Tensor | None = None
         self._listening = False
         self._warned: set[str] = set()
-        self._recorder = TransformersRecorder(model, layers=layers, allow_partial=allow_partial)
+        self._recorder = TransformersRecorder(
+            model, layers=layers, allow_partial=allow_partial, around=around
+        )
+        # Before the thresholds, which are called within a pass and without one.
+        self._hooks = [part.register_forward_pre_hook(self._check) for part in model.children()]
         if isinstance(thresholds, HeadThresholds):
             parameter = next(model.parameters())
             model.add_module(THRESHOLDS, thresholds.to(parameter.device))
-        self._hooks = [
-            model.register_forward_pre_hook(self._before, with_kwargs=True),
-            model.register_forward_hook(self._after, with_kwargs=True, always_call=True),
-        ]
+        for part in (model, *around):  # the innermost that is called begins the pass and ends it
+            self._hooks += [
+                part.register_forward_pre_hook(self._before, with_kwargs=True),
+                part.register_forward_hook(self._after, with_kwargs=True, always_call=True),
+            ]
 
     def remove(self) -> None:
         """Give the model back as it was, without hooks and thresholds."""
@@ -183,7 +206,8 @@ class Regularized:
     # Not compiled with the model: they switch its attention, which a graph cannot hold.
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _before(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        model = self.model
         self.unadded = None
         if self._listening:  # KeyboardInterrupt runs no hooks
             self._recorder.abort()
@@ -203,10 +227,11 @@ class Regularized:
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _after(
-        self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+        self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> Any:
         if not self._listening:
             return None
+        model = self.model
         self._listening = False
         if output is None:  # always_call: forward has raised
             self._recorder.abort()
@@ -226,6 +251,20 @@ class Regularized:
         added = penalty.to(loss.device) * share_of_step(model, given)
         self.loss, self.added = loss.detach(), added.detach()
         return _with_loss(output, loss + added.to(loss.dtype))
+
+    def _check(self, part: nn.Module, args: tuple[Any, ...]) -> None:
+        """Refuse a training pass of the model whose hooks were not called."""
+        if not self._listening and self.model.training and torch.is_grad_enabled():
+            self._refuse_direct_forward()
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _refuse_direct_forward(self) -> None:
+        if runs_forward(self.model):  # else a part of the model is used alone
+            raise ValueError(
+                f"the forward of {type(self.model).__name__} was called directly, around the hooks "
+                "that add the entropy penalty; call the model itself, and if PEFT wraps it, call "
+                "regularize after that."
+            )
 
     def _penalty(self, recording: EntropyRecording) -> Tensor:
         if isinstance(self.thresholds, HeadThresholds):
