@@ -4,7 +4,7 @@ BIN := .venv/bin
 RUN ?= runs/demo
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test families check format clean
+.PHONY: help install demo test oldest families check format clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -22,6 +22,11 @@ demo: .venv/installed ## train a small GPT-2 with and without the penalty; write
 test: .venv/installed ## run the tests
 	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 
+oldest: ## run the tests on the oldest versions that pyproject.toml admits (about 3 GB into .venv-oldest)
+	test -x .venv-oldest/bin/python || $(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-oldest.txt -e '.[tests]'
+	.venv-oldest/bin/python -m pytest --numprocesses 2 --dist worksteal
+
 families: .venv/installed ## check the recording of every transformers family; write docs/families.md
 	$(BIN)/python scripts/families
 
@@ -36,4 +41,4 @@ format: .venv/installed ## rewrite the code in the project's format
 	$(BIN)/ruff check --fix .
 
 clean: ## remove what the other targets made, except runs/
-	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-oldest build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,42 @@
+"""What the package asks for is what `make oldest` and `make` install."""
+
+import itertools
+import tomllib
+from pathlib import Path
+
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
+
+ROOT = Path(__file__).parents[1]
+LINT = {"import-linter", "mypy", "ruff"}  # run on the exact versions alone
+
+
+def lower_bounds() -> dict[str, Version]:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    lines = itertools.chain(project["dependencies"], *project["optional-dependencies"].values())
+    asked = [Requirement(line) for line in lines]
+    bounds = {}
+    for each in asked:
+        if each.name != project["name"]:
+            (limit,) = each.specifier
+            assert limit.operator == ">=", f"{each}: lower bounds only"
+            bounds[canonicalize_name(each.name)] = Version(limit.version)
+    return bounds
+
+
+def exact_versions(file: str) -> dict[str, Version]:
+    lines = (ROOT / file).read_text().splitlines()
+    pairs = [line.split("==") for line in lines if not line.startswith("#")]
+    return {canonicalize_name(name): Version(version) for name, version in pairs}
+
+
+def test_oldest_versions_are_the_lower_bounds() -> None:
+    bounds = {name: bound for name, bound in lower_bounds().items() if name not in LINT}
+    assert exact_versions("constraints-oldest.txt") == bounds
+
+
+def test_exact_versions_are_within_the_bounds() -> None:
+    exact = exact_versions("constraints.txt")
+    for name, bound in lower_bounds().items():
+        assert exact[name] >= bound, name
