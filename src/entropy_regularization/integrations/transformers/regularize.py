@@ -1,5 +1,6 @@
 """regularize: add the penalty to the loss that a transformers model returns."""
 
+import inspect
 import json
 import logging
 from pathlib import Path
@@ -127,11 +128,16 @@ def regularize(
 
 
 def _tuners_of(model: nn.Module, found: PreTrainedModel) -> list[nn.Module]:
-    """Return the module of PEFT right around a model: some call its forward and so no hooks."""
+    """Return the module of PEFT right around a model if it calls its forward, and so no hooks.
+
+    What this misses is refused in training, see ``_check``.
+    """
     return [
         part
         for part in model.modules()
-        if type(part).__module__.startswith("peft.") and found in part.children()
+        if type(part).__module__.startswith("peft.")
+        and found in part.children()
+        and "forward" in inspect.unwrap(type(part).forward).__code__.co_names
     ]
 
 
@@ -254,12 +260,9 @@ class Regularized:
 
     def _check(self, part: nn.Module, args: tuple[Any, ...]) -> None:
         """Refuse a training pass of the model whose hooks were not called."""
-        if not self._listening and self.model.training and torch.is_grad_enabled():
-            self._refuse_direct_forward()
-
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _refuse_direct_forward(self) -> None:
-        if runs_forward(self.model):  # else a part of the model is used alone
+        if self._listening or not self.model.training or torch.compiler.is_compiling():
+            return
+        if torch.is_grad_enabled() and runs_forward(self.model):  # not a part used alone
             raise ValueError(
                 f"the forward of {type(self.model).__name__} was called directly, around the hooks "
                 "that add the entropy penalty; call the model itself, and if PEFT wraps it, call "
