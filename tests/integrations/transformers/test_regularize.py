@@ -338,6 +338,7 @@ def test_adapters(
             each.gradient_checkpointing_enable({"use_reentrant": False})
     hooks = hooks_of(model)
     handle = regularize(model, settings, thresholds=0.5)
+    assert bool(model.base_model._forward_hooks) == direct  # a pass is not begun twice
     loss = model(**batch).loss
     loss.backward()
     with record_entropy(plain) as recording:
