@@ -642,6 +642,7 @@ def test_checkpointing_is_exact_wherever_backward_runs(inside: bool, x: Tensor) 
 
 def test_a_recorder_that_is_kept_leaves_nothing_at_every_step(x: Tensor) -> None:
     model, counts = Checkpointed(), []
+    drop = weakref.finalize(model, int)
     recorder = make_recorder(model)
     for _ in range(3):
         recorder.start()
@@ -652,7 +653,42 @@ def test_a_recorder_that_is_kept_leaves_nothing_at_every_step(x: Tensor) -> None
     assert counts[0] == counts[2]
     assert not is_restored()
     del recorder, model, output
+    gc.collect()
+    assert not drop.alive
+    Stack()(x)
     assert is_restored()
+
+
+@pytest.mark.parametrize("multi_head", [False, True])
+def test_a_model_that_is_dropped_while_another_is_compiled(multi_head: bool, x: Tensor) -> None:
+    """Garbage is collected at any time: Dynamo must find what it has guarded on."""
+    dropped = Checkpointed()
+    with record_entropy(dropped):
+        dropped(x)
+    cycle = [dropped]
+    cycle.append(cycle)  # type: ignore[arg-type]
+    drop = weakref.finalize(dropped, int)
+    del dropped, cycle
+
+    def backend(graph: torch.fx.GraphModule, _: object) -> torch.fx.GraphModule:
+        gc.collect()
+        return graph
+
+    gc.disable()
+    try:
+        attention = nn.MultiheadAttention(16, 4, batch_first=True)
+        other = (lambda x: attention(x, x, x)[0]) if multi_head else Stack()
+        torch._dynamo.reset()
+        compiled = torch.compile(other, backend=backend, fullgraph=True)
+        assert drop.alive
+        assert functional.scaled_dot_product_attention is not ORIGINAL
+        output = compiled(x)
+    finally:
+        gc.enable()
+    assert not drop.alive
+    torch.testing.assert_close(output, other(x))
+    assert is_restored()
+    torch.testing.assert_close(compiled(x), output)
 
 
 def test_reentrant_checkpointing_is_refused(x: Tensor) -> None:

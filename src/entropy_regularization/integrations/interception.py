@@ -3,7 +3,8 @@
 ``scaled_dot_product_attention`` and ``multi_head_attention_forward`` are looked up as attributes of
 ``torch.nn.functional`` at every call (by user code, nn.MultiheadAttention and nn.Transformer
 alike), so while a recorder listens those attributes hold wrappers, and only then. Calls from other
-modules, and from other threads, go straight to the originals.
+modules, and from other threads, go straight to the originals. A model that was checkpointed and is
+dropped leaves the wrappers to the next call, which takes them away.
 """
 
 import threading
@@ -40,7 +41,6 @@ class Listener(Protocol):
 _listeners: list[tuple[Listener, int]] = []  # each with the thread that it was started in
 # Stopped; backward, after the context, computes their checkpointed calls again.
 _lingering: "weakref.WeakSet[Listener]" = weakref.WeakSet()
-_finalized: "weakref.WeakSet[Listener]" = weakref.WeakSet()  # to restore when they are dropped
 _lock = threading.RLock()  # the functions and the fast path are those of all threads
 _fast_path: list[bool] = []  # as it was found, while anyone listens
 _thread = threading.local()  # places: (listener, module name or None), the innermost last
@@ -83,15 +83,18 @@ def stop_listening(listener: Listener, *, lingers: bool = False) -> None:
         _lingering.discard(listener)
         if lingers:
             _lingering.add(listener)
-            if listener not in _finalized:
-                _finalized.add(listener)
-                weakref.finalize(listener, _restore).atexit = False  # or its model is dropped
         _restore()
     places()[:] = [place for place in places() if place[0] is not listener]
 
 
 def _restore() -> None:
-    """Take the wrappers away, if nobody needs them."""
+    """Take the wrappers away, if nobody needs them.
+
+    They call it themselves, for a lingering listener may be dropped. Its finalizer must not: it
+    could run while Dynamo compiles another model, which guards on the function that it found.
+    """
+    if torch.compiler.is_compiling():
+        return
     with _lock:
         if not _listeners and not list(_lingering):
             functional.scaled_dot_product_attention = original_attention
@@ -138,6 +141,7 @@ def _attention(
     """Attend as scaled_dot_product_attention does, and deposit the entropies."""
     where = dict(places())
     if not where and not _is_computed_again():
+        _restore()
         return original_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
@@ -174,7 +178,9 @@ def _multi_head(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
     weights = args[NEED_WEIGHTS] if len(args) > NEED_WEIGHTS else kwargs.get("need_weights", True)
     # A mode that watches torch's functions calls this once more from inside the original.
     inside = getattr(_thread, "in_multi_head", False)
-    if weights and not inside and (places() or _is_computed_again()):
+    if not places() and not _is_computed_again():
+        _restore()
+    elif weights and not inside:
         given = list(args)
         again = {**kwargs}
         for position, name, value in (
