@@ -354,6 +354,22 @@ def test_adapters(
     assert hooks_of(model) == hooks
 
 
+def test_thresholds_that_are_frozen_later_are_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    model = build("llama")
+    regularize(model)
+    wrapped = peft.get_peft_model(model, adapter("lora"))
+    wrapped(**batch_of())
+    wrapped(**batch_of())
+    (record,) = caplog.records
+    assert record.getMessage().startswith("the entropy thresholds of LlamaForCausalLM are frozen")
+    other, fixed = adapted("lora"), build("llama")
+    regularize(other)
+    other(**batch_of())
+    regularize(fixed, thresholds=HeadThresholds(2, 4, learnable=False))
+    fixed(**batch_of())
+    assert len(caplog.records) == 1
+
+
 def test_a_forward_around_the_hooks_is_refused() -> None:
     model = build("llama")
     handle = regularize(model, EntropyRegularization(**SETTINGS))

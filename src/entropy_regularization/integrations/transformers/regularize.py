@@ -58,8 +58,8 @@ def regularize(
         regularize(model, regularization, thresholds=load_thresholds(folder))
 
     Call it before the optimizer is made and before DistributedDataParallel or FSDP wraps the model,
-    but after PEFT does, which freezes whatever the model has. PEFT saves its adapters alone: keep
-    ``model.entropy_thresholds.state_dict()`` beside them.
+    but after PEFT does, which freezes whatever the model has (the log warns of frozen thresholds).
+    PEFT saves its adapters alone: keep ``model.entropy_thresholds.state_dict()`` beside them.
 
     When Trainer normalises the loss over the tokens of all accumulated micro-batches and ranks
     (``num_items_in_batch``), the penalty of a micro-batch is weighted with its share of these
@@ -195,6 +195,7 @@ class Regularized:
         if isinstance(thresholds, HeadThresholds):
             parameter = next(model.parameters())
             model.add_module(THRESHOLDS, thresholds.to(parameter.device))
+        self._learnable = self._learns()
         for part in (model, *around):  # the innermost that is called begins the pass and ends it
             self._hooks += [
                 part.register_forward_pre_hook(self._before, with_kwargs=True),
@@ -269,7 +270,17 @@ class Regularized:
                 "regularize after that."
             )
 
+    def _learns(self) -> bool:
+        held = self.thresholds
+        return isinstance(held, HeadThresholds) and held.fraction_bias.requires_grad
+
     def _penalty(self, recording: EntropyRecording) -> Tensor:
+        if self._learnable and not self._learns():
+            self._warn_once(
+                "the entropy thresholds of %s are frozen since regularize was called; PEFT freezes "
+                "whatever a model has, so call regularize after it, or "
+                "entropy_thresholds.requires_grad_() on the model."
+            )
         if isinstance(self.thresholds, HeadThresholds):
             calls, heads = len(recording), max((layer.heads for layer in recording), default=0)
             if (calls, heads) != (self.thresholds.layers, self.thresholds.heads):
