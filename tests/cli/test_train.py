@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from entropy_regularization.integrations.transformers.regularize import load_thresholds
+from entropy_regularization.integrations.transformers import load_thresholds
 from entropy_regularization.monitoring.records import read_records
 
 TINY = [

@@ -3,11 +3,8 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from entropy_regularization.integrations.transformers.regularize import (
-    Regularized,
-    load_thresholds,
-    regularize,
-)
+from entropy_regularization.integrations.transformers.loading import load_thresholds
+from entropy_regularization.integrations.transformers.regularize import Regularized, regularize
 
 if TYPE_CHECKING:
     from entropy_regularization.integrations.transformers.callback import EntropyCallback

@@ -1,15 +1,10 @@
 """regularize: add the penalty to the loss that a transformers model returns."""
 
 import inspect
-import json
 import logging
-from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError
-from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -17,6 +12,7 @@ from entropy_regularization.integrations.checkpointing import refuse_lost_gradie
 from entropy_regularization.integrations.layers import Wanted
 from entropy_regularization.integrations.stack import backward_enters_checkpoint, runs_forward
 from entropy_regularization.integrations.transformers.accumulation import share_of_step
+from entropy_regularization.integrations.transformers.loading import THRESHOLDS
 from entropy_regularization.integrations.transformers.padding import arguments_of
 from entropy_regularization.integrations.transformers.recorder import (
     TransformersRecorder,
@@ -27,8 +23,6 @@ from entropy_regularization.recording.recorder import Layers
 from entropy_regularization.recording.recording import EntropyRecording
 from entropy_regularization.regularization import EntropyRegularization
 from entropy_regularization.thresholds import HeadThresholds, as_tensor
-
-THRESHOLDS = "entropy_thresholds"  # the submodule of the model that holds learnable thresholds
 
 logger = logging.getLogger("entropy_regularization.integrations.transformers")
 
@@ -296,57 +290,6 @@ class Regularized:
         if sentence not in self._warned:
             self._warned.add(sentence)
             logger.warning(sentence, type(self.model).__name__)
-
-
-def load_thresholds(name_or_path: str | Path, **hub_options: Any) -> HeadThresholds:
-    """Read the thresholds that were saved with a model.
-
-    Args:
-        name_or_path: a folder that ``save_pretrained`` or Trainer wrote, or a name on the hub.
-        **hub_options: ``revision``, ``token``, ``cache_dir`` and so on, for the hub.
-
-    Returns:
-        The thresholds, learnable; pass them to regularize.
-
-    Raises:
-        ValueError: if there are none.
-    """
-    place = str(name_or_path)
-    index = _find_file(place, "model.safetensors.index.json", hub_options)
-    names = ["model.safetensors"]
-    if index is not None:
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    for name in names:
-        path = _find_file(place, name, hub_options)
-        values = None if path is None else _read_thresholds(path)
-        if values is not None:
-            thresholds = HeadThresholds(*values.shape)
-            with torch.no_grad():  # what was learned may lie outside [0, 1]
-                thresholds.fraction_bias.copy_(values)
-            return thresholds
-    raise ValueError(
-        f"{place} holds no entropy thresholds in model.safetensors; pass a folder that a "
-        "regularized model was saved to."
-    )
-
-
-def _find_file(place: str, name: str, hub_options: dict[str, Any]) -> Path | None:
-    if Path(place).is_dir():
-        path = Path(place, name)
-        return path if path.is_file() else None
-    try:
-        return Path(hf_hub_download(place, name, **hub_options))
-    except EntryNotFoundError:
-        return None
-
-
-def _read_thresholds(path: Path) -> Tensor | None:
-    with safe_open(path, framework="pt") as weights:
-        for key in weights.keys():  # noqa: SIM118 - not a dict
-            if f".{key}".endswith(f".{THRESHOLDS}.fraction_bias"):
-                values: Tensor = weights.get_tensor(key)
-                return values
-    return None
 
 
 def _layers_and_heads(model: PreTrainedModel, layers: Wanted) -> tuple[int, int]:
