@@ -54,6 +54,18 @@ def sum_rows(
     return SumAndCount(total, counted.sum((0, 2)).to(total.dtype))
 
 
+def mean_over_ranks(value: Tensor) -> Tensor:
+    """Return the mean of a tensor over the ranks of the default process group, without a gradient.
+
+    Without a process group it is returned as it is. Every rank must call it.
+    """
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return value
+    total = value.detach().clone()
+    distributed.all_reduce(total)
+    return total / distributed.get_world_size()
+
+
 def mean_count_over_ranks(pairs: Sequence[SumAndCount]) -> list[SumAndCount]:
     """Replace every count by its mean over the ranks of the default process group.
 
@@ -61,11 +73,10 @@ def mean_count_over_ranks(pairs: Sequence[SumAndCount]) -> list[SumAndCount]:
     the gradient of (sum over all ranks) / (count over all ranks), whatever each rank's share is.
     Without a process group the pairs are returned as they are. Every rank must call it.
     """
-    if not pairs or not (distributed.is_available() and distributed.is_initialized()):
-        return list(pairs)
-    counts = torch.cat([pair.count.flatten() for pair in pairs])  # one message for all layers
-    distributed.all_reduce(counts)
-    counts = counts / distributed.get_world_size()
+    if not pairs:
+        return []
+    # one message for all layers
+    counts = mean_over_ranks(torch.cat([pair.count.flatten() for pair in pairs]))
     parts = torch.split(counts, [pair.count.numel() for pair in pairs])
     return [
         SumAndCount(pair.total, part.view_as(pair.count))

@@ -120,7 +120,8 @@ def as_tensor(thresholds: object, name: str) -> Tensor:
         ValueError: if it is ragged or has more than two dimensions.
     """
     if isinstance(thresholds, HeadThresholds):
-        return thresholds.fraction_bias
+        values: Tensor = thresholds()  # by a call, whose hooks gather what is sharded or offloaded
+        return values
     expected = "pass a number, a list, or a floating tensor [heads] or [layers, heads]"
     if isinstance(thresholds, Tensor):
         values = thresholds

@@ -6,6 +6,7 @@ import inspect
 import logging
 from pathlib import Path
 
+import accelerate
 import peft
 import pytest
 import torch
@@ -352,6 +353,42 @@ def test_adapters(
     handle.remove()
     model(**batch)  # ends what waited for backward to compute something again
     assert hooks_of(model) == hooks
+
+
+def test_a_loss_that_is_not_used_is_refused_at_the_next_pass() -> None:
+    model = build("llama")
+    handle = regularize(model)
+    model(**batch_of()).logits.logsumexp(-1).mean().backward()
+    assert model.entropy_thresholds.fraction_bias.grad is None
+    with pytest.raises(ValueError, match="LlamaForCausalLM was trained through its outputs, not"):
+        model(**batch_of())
+    output = model(**batch_of())  # said once
+    assert handle.penalty > 0
+    output.logits.square().mean().backward(retain_graph=True)
+    output.loss.backward()  # in another order: it was used
+    output = model(**batch_of())
+    (output.loss + output.logits.square().mean()).backward()
+    model(**batch_of())  # no backward
+    for _ in range(2):  # through an outer checkpoint, and a penalty that one adds oneself
+        checkpoint(lambda: model(**batch_of()).loss, use_reentrant=False).backward()
+        output = model(batch_of()["input_ids"])
+        with torch.no_grad():
+            model(**batch_of())
+        assert handle.unadded is not None
+        (output.logits.square().mean() + handle.unadded).backward()
+
+
+def test_thresholds_that_an_offloading_hook_loads() -> None:
+    batch, found = batch_of(), []
+    for offloads in ("no", "after", "before"):
+        model = build("llama")
+        if offloads == "before":
+            model = accelerate.cpu_offload(model, torch.device("cpu"))
+        regularize(model, EntropyRegularization(**SETTINGS))
+        if offloads == "after":
+            model = accelerate.cpu_offload(model, torch.device("cpu"))
+        found.append(model(**batch).loss.detach())
+    assert found[0] == found[1] == found[2]
 
 
 def test_thresholds_that_are_frozen_later_are_warned_of(caplog: pytest.LogCaptureFixture) -> None:

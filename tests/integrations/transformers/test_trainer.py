@@ -21,7 +21,13 @@ from entropy_regularization.integrations.transformers import (
 )
 
 N = 12
-CALIBRATED = EntropyRegularization.calibrated(0.5, 0.02)
+
+
+def calibrated(across_ranks: bool = False) -> EntropyRegularization:
+    return EntropyRegularization.calibrated(0.5, 0.02, across_ranks=across_ranks)
+
+
+CALIBRATED = calibrated()
 
 
 def build(family: str = "llama", dropout: float = 0.0):
@@ -41,9 +47,14 @@ def build(family: str = "llama", dropout: float = 0.0):
     return LlamaForCausalLM(config)
 
 
-def data(rows: int = 32) -> list[dict[str, torch.Tensor]]:
+def data(rows: int = 32, uneven: bool = False) -> list[dict[str, torch.Tensor]]:
     ids = torch.randint(0, 32, (rows, N), generator=torch.Generator().manual_seed(1))
-    return [{"input_ids": row, "labels": row} for row in ids]
+    result = [{"input_ids": row, "labels": row} for row in ids]
+    if uneven:  # three rows of four are short
+        for number, row in enumerate(result):
+            real = torch.arange(N) < (N if number % 4 == 0 else 3)
+            row |= {"attention_mask": real.long(), "labels": row["labels"].where(real, -100)}
+    return result
 
 
 def arguments(folder: Path, batch: int = 8, accumulation: int = 1, **options) -> Arguments:
@@ -75,7 +86,10 @@ def weights(model: torch.nn.Module) -> torch.Tensor:
     return torch.cat([p.detach().flatten() for p in model.parameters()])
 
 
-@pytest.mark.parametrize("road", ["trainer", "regularize", "label smoothing", "loss function"])
+ROADS = ["trainer", "regularize", "label smoothing", "loss function", "own loss"]
+
+
+@pytest.mark.parametrize("road", ROADS)
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_accumulation_changes_nothing(tmp_path: Path, road: str, family: str) -> None:
     found = []
@@ -90,7 +104,8 @@ def test_accumulation_changes_nothing(tmp_path: Path, road: str, family: str) ->
             regularize(model, CALIBRATED)
             trainer = Trainer(model=model, args=args, train_dataset=data())
         else:
-            trainer = EntropyRegularizedTrainer(
+            kind = Mixed if road == "own loss" else EntropyRegularizedTrainer
+            trainer = kind(
                 model=model, args=args, train_dataset=data(), regularization=CALIBRATED, **extra
             )
         trainer.train()
@@ -110,6 +125,77 @@ def mean_loss(outputs, labels, num_items_in_batch):
     logits, targets = outputs.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
     total = torch.nn.functional.cross_entropy(logits, targets, reduction="sum")
     return total / num_items_in_batch
+
+
+class LogitsTrainer(Trainer):
+    """Makes the loss of something else than the model's, as the trainers of TRL do."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        assert not return_outputs  # as TRL's GRPOTrainer has it
+        outputs = model(**inputs)
+        if num_items_in_batch is None:
+            num_items_in_batch = inputs["labels"][:, 1:].numel()
+        return mean_loss(outputs, inputs["labels"], num_items_in_batch)
+
+
+class Mixed(EntropyRegularizedTrainer, LogitsTrainer):
+    pass
+
+
+def test_own_losses_hold_the_penalty_once(tmp_path: Path) -> None:
+    """Whether they are made of the model's loss or not, and logs say how much of them it is."""
+
+    class Extended(EntropyRegularizedTrainer):
+        def compute_loss(self, *args, **options):
+            return super().compute_loss(*args, **options) + 3.0
+
+    class Inner(Trainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            return model(**inputs).loss + 3.0
+
+    found = {}
+    kinds = (EntropyRegularizedTrainer, Mixed, Extended)
+    for kind in (*kinds, type("Around", (EntropyRegularizedTrainer, Inner), {})):
+        args = arguments(tmp_path, max_steps=2)
+        trainer = kind(model=build(), args=args, train_dataset=data(), regularization=CALIBRATED)
+        trainer.train()
+        found[kind.__name__] = [lines(trainer, key) for key in ("loss", "penalty", "model_loss")]
+    loss, penalty, own = found["EntropyRegularizedTrainer"]
+    assert min(penalty) > 0.02
+    for name, extra in {"Mixed": 0, "Extended": 3, "Around": 3}.items():
+        assert found[name][0] == pytest.approx([each + extra for each in loss], rel=1e-5)
+        assert found[name][1] == pytest.approx(penalty, rel=1e-4)
+        assert found[name][2] == pytest.approx([each + extra for each in own], rel=1e-5)
+
+
+def test_a_trainer_with_a_loss_of_its_own_is_refused(tmp_path: Path) -> None:
+    """Or every step would silently be one without the penalty."""
+    model = build()
+    regularize(model, CALIBRATED)
+    args = arguments(tmp_path, 2, 4)
+    trainer = LogitsTrainer(model=model, args=args, train_dataset=data())
+    with pytest.raises(ValueError, match="was trained through its outputs, not through the loss"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
+def test_every_model_of_model_init_is_regularized(tmp_path: Path) -> None:
+    for thresholds in (None, HeadThresholds(2, 4, 0.3)):
+        trainer = EntropyRegularizedTrainer(
+            model_init=lambda: build(),
+            args=arguments(tmp_path),
+            train_dataset=data(),
+            regularization=CALIBRATED,
+            thresholds=thresholds,
+        )
+        losses = []
+        for _ in range(2):  # each begins anew
+            trainer.state.log_history.clear()
+            trainer.train()
+            losses.append(lines(trainer, "penalty"))
+            assert trainer.model.entropy_thresholds is not thresholds  # which stays as it is
+        assert losses[0] == losses[1]
+        assert min(losses[0]) > 0.02
 
 
 def test_logs_and_evaluation(tmp_path: Path) -> None:
@@ -235,13 +321,13 @@ def test_adapters(tmp_path: Path, adapter: str) -> None:
 RANKS = """
 import gc, json, sys, torch
 sys.path.insert(0, sys.argv[1])
-from test_trainer import CALIBRATED, arguments, build, data, lines, weights
+from test_trainer import arguments, build, calibrated, data, lines, weights
 from entropy_regularization.integrations.transformers.trainer import EntropyRegularizedTrainer
 def train():
     model = build()
     args = arguments(sys.argv[2], 4, 2, ddp_backend="gloo", **json.loads(sys.argv[3]))
     trainer = EntropyRegularizedTrainer(
-        model=model, args=args, train_dataset=data(), regularization=CALIBRATED)
+        model=model, args=args, train_dataset=data(64, UNEVEN), regularization=calibrated(ACROSS))
     trainer.train()
     if trainer.is_world_process_zero():
         result = {key: lines(trainer, key) for key in ("loss", "penalty")}
@@ -253,20 +339,27 @@ torch.distributed.destroy_process_group()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options", [{}, {"average_tokens_across_devices": False}])
-def test_two_ranks_equal_one(tmp_path: Path, options: dict) -> None:
+@pytest.mark.parametrize(
+    ("uneven", "across", "options"),
+    [
+        (True, False, {}),
+        (True, True, {}),
+        (False, False, {"average_tokens_across_devices": False}),
+    ],
+)
+def test_two_ranks_equal_one(tmp_path: Path, uneven: bool, across: bool, options: dict) -> None:
     model = build()
     trainer = EntropyRegularizedTrainer(
         model=model,
         args=arguments(tmp_path, 16),
-        train_dataset=data(64),
+        train_dataset=data(64, uneven),
         regularization=CALIBRATED,
     )
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     script, result = tmp_path / "rank.py", tmp_path / "result.pt"
-    script.write_text(RANKS.replace("data()", "data(64)"))
+    script.write_text(RANKS.replace("UNEVEN", str(uneven)).replace("ACROSS", str(across)))
     here = str(Path(__file__).parent)
     command = [sys.executable, str(script), here, str(tmp_path), json.dumps(options), str(result)]
     base = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}

@@ -2,6 +2,8 @@
 
 import inspect
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -13,6 +15,7 @@ from entropy_regularization.integrations.layers import Wanted
 from entropy_regularization.integrations.stack import backward_enters_checkpoint, runs_forward
 from entropy_regularization.integrations.transformers.accumulation import share_of_step
 from entropy_regularization.integrations.transformers.loading import THRESHOLDS
+from entropy_regularization.integrations.transformers.losses import LossUse, TrainingPass
 from entropy_regularization.integrations.transformers.padding import arguments_of
 from entropy_regularization.integrations.transformers.recorder import (
     TransformersRecorder,
@@ -21,6 +24,7 @@ from entropy_regularization.integrations.transformers.recorder import (
 )
 from entropy_regularization.recording.recorder import Layers
 from entropy_regularization.recording.recording import EntropyRecording
+from entropy_regularization.reduction import mean_over_ranks
 from entropy_regularization.regularization import EntropyRegularization
 from entropy_regularization.thresholds import HeadThresholds, as_tensor
 
@@ -38,9 +42,13 @@ def regularize(
     """Make the loss that a model returns in training include the entropy penalty.
 
     Any training loop that calls ``backward`` on the model's loss then trains with the penalty:
-    transformers.Trainer, TRL, Accelerate, one's own. Only documented hooks are used; the model's
-    class, forward and configuration stay as they are. In evaluation mode, and when the model is
-    given no labels, nothing is added and the model runs its own attention.
+    transformers.Trainer, Accelerate, Lightning, one's own. Only documented hooks are used; the
+    model's class, forward and configuration stay as they are. In evaluation mode nothing is added
+    and the model runs its own attention.
+
+    A loop that makes its loss from other outputs (TRL's trainers do) does not see what was added to
+    the model's loss; the next training pass refuses that. Give the model no labels there and add
+    the handle's ``unadded``, or derive from EntropyRegularizedTrainer.
 
     Learnable thresholds become a submodule ``entropy_thresholds`` of the model, so that they are
     optimised (without weight decay by Trainer, see HeadThresholds), moved, sharded, saved by
@@ -157,8 +165,8 @@ class Regularized:
         added: what was added to the loss: the penalty times the weight of the micro-batch,
             detached.
         recording: the entropies of that pass, detached.
-        unadded: the penalty with its gradient, if the model returned no loss to add it to (loss
-            functions outside the model); add it yourself. None otherwise.
+        unadded: the penalty with its gradient, if the model returned no loss to add it to in the
+            last training pass (loss functions outside the model); add it yourself. None otherwise.
     """
 
     def __init__(
@@ -180,6 +188,8 @@ class Regularized:
         self.recording: EntropyRecording | None = None
         self.unadded: Tensor | None = None
         self._listening = False
+        self._use = LossUse()
+        self._collected: list[TrainingPass] | None = None
         self._warned: set[str] = set()
         self._recorder = TransformersRecorder(
             model, layers=layers, allow_partial=allow_partial, around=around
@@ -187,8 +197,10 @@ class Regularized:
         # Before the thresholds, which are called within a pass and without one.
         self._hooks = [part.register_forward_pre_hook(self._check) for part in model.children()]
         if isinstance(thresholds, HeadThresholds):
-            parameter = next(model.parameters())
-            model.add_module(THRESHOLDS, thresholds.to(parameter.device))
+            device = next(model.parameters()).device
+            if device.type != "meta":  # where accelerate leaves what it offloads
+                thresholds.to(device)
+            model.add_module(THRESHOLDS, thresholds)
         self._learnable = self._learns()
         for part in (model, *around):  # the innermost that is called begins the pass and ends it
             self._hooks += [
@@ -204,12 +216,20 @@ class Regularized:
         if isinstance(self.thresholds, HeadThresholds) and hasattr(self.model, THRESHOLDS):
             delattr(self.model, THRESHOLDS)
 
+    @contextmanager
+    def collecting(self) -> Iterator[list[TrainingPass]]:
+        """Give the training passes to a caller who adds whatever of them his loss does not hold."""
+        self._collected = []
+        try:
+            yield self._collected
+        finally:
+            self._collected = self.unadded = None
+
     # Not compiled with the model: they switch its attention, which a graph cannot hold.
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _before(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         model = self.model
-        self.unadded = None
         if self._listening:  # KeyboardInterrupt runs no hooks
             self._recorder.abort()
             self._listening = False
@@ -223,6 +243,8 @@ class Regularized:
                 "model.train() to train with it."
             )
         if model.training:
+            self.unadded = None
+            self._use = self._use.checked(type(model).__name__)
             self._recorder.start((model, args, kwargs))
             self._listening = True
 
@@ -244,14 +266,30 @@ class Regularized:
         loss = _loss_of(output, given)
         if loss is None:
             self.loss, self.added, self.unadded = None, None, penalty
-            self._warn_once(
-                "%s returned no loss in a training pass, so the entropy penalty was not added; add "
-                "the handle's `unadded` to your loss, or use EntropyRegularizedTrainer."
-            )
+            if self._collected is None:
+                self._warn_once(
+                    "%s returned no loss in a training pass, so the entropy penalty was not added; "
+                    "add the handle's `unadded` to your loss, or use EntropyRegularizedTrainer."
+                )
+            else:
+                self._collected.append(TrainingPass(penalty, self.recording))
             return None
-        added = penalty.to(loss.device) * share_of_step(model, given)
+        added = penalty.to(loss.device) * self._share(given)
+        total = loss + added.to(loss.dtype)
         self.loss, self.added = loss.detach(), added.detach()
-        return _with_loss(output, loss + added.to(loss.dtype))
+        if self._collected is None:
+            self._use.watch(total, output)
+        else:
+            found = TrainingPass(penalty, self.recording, total.grad_fn, self.loss, self.added)
+            self._collected.append(found)
+        return _with_loss(output, total)
+
+    def _share(self, given: dict[str, Any]) -> Tensor | float:
+        """Return the weight of this micro-batch's penalty in its step."""
+        share = share_of_step(self.model, given)
+        if isinstance(share, Tensor) and self.regularization.across_ranks:
+            return mean_over_ranks(share)  # the penalty knows how large this rank's part is
+        return share
 
     def _check(self, part: nn.Module, args: tuple[Any, ...]) -> None:
         """Refuse a training pass of the model whose hooks were not called."""

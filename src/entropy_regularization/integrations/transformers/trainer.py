@@ -1,12 +1,18 @@
 """EntropyRegularizedTrainer: transformers' Trainer with the penalty in the loss and in the logs."""
 
+import copy
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import Trainer
 
-from entropy_regularization.integrations.transformers.regularize import handle_of, regularize
+from entropy_regularization.integrations.transformers.losses import TrainingPass
+from entropy_regularization.integrations.transformers.regularize import (
+    Regularized,
+    handle_of,
+    regularize,
+)
 from entropy_regularization.monitoring.monitor import EntropyMonitor
 from entropy_regularization.regularization import EntropyRegularization
 
@@ -65,23 +71,40 @@ class EntropyRegularizedTrainer(Trainer):
                 f"{', '.join(given)} and regularization were given; set "
                 f"{', '.join(given)} in regularization."
             )
+        self._regularization = regularization
+        self._settings = given
+        self._thresholds = thresholds
+        self.regularized: Regularized | None = None
         super().__init__(*args, **kwargs)
-        inner = cast(nn.Module, self.model)  # Trainer itself refuses to have none
-        found = handle_of(inner)
-        if found is not None and (regularization is not None or given or thresholds is not None):
+        self.regularized = self._regularize(cast(nn.Module, self.model))  # Trainer refuses none
+        self._monitor = EntropyMonitor()
+        self._penalty_sum: Tensor | None = None  # since the last log
+        self._first_step = 0  # optimizer steps done when penalty_sum began
+
+    def _regularize(self, model: nn.Module) -> Regularized:
+        found = handle_of(model)
+        if found is None:
+            settings = self._regularization or EntropyRegularization(**self._settings)  # type: ignore[arg-type]
+            again = self.model_init is not None
+            thresholds = copy.deepcopy(self._thresholds) if again else self._thresholds
+            return regularize(model, settings, thresholds=thresholds)
+        if self._regularization is not None or self._settings or self._thresholds is not None:
             raise ValueError(
                 "the model is regularized already; leave the settings to that, or call remove() on "
                 "what regularize returned."
             )
-        self.regularized = found or regularize(
-            inner,
-            regularization or EntropyRegularization(**given),  # type: ignore[arg-type]
-            thresholds=thresholds,
-        )
-        self._monitor = EntropyMonitor()
-        self._penalty_share: Tensor | None = None  # of the loss of this micro-batch
-        self._penalty_sum: Tensor | None = None  # since the last log
-        self._first_step = 0  # optimizer steps done when penalty_sum began
+        return found
+
+    def call_model_init(self, trial: Any = None) -> nn.Module:
+        """Return a fresh model of ``model_init``, regularized, with thresholds of its own.
+
+        Args:
+            trial: of a hyperparameter search.
+        """
+        model = super().call_model_init(trial)
+        if self.regularized is not None:  # train() makes a new one, and so does every trial
+            self.regularized = self._regularize(model)
+        return model
 
     def compute_loss(
         self,
@@ -92,9 +115,9 @@ class EntropyRegularizedTrainer(Trainer):
     ) -> Any:
         """Return Trainer's loss; in training it includes the penalty.
 
-        The model adds the penalty to the loss that it returns. If the loss is made outside it
-        (label smoothing, compute_loss_func), the penalty is added here, divided by the number of
-        accumulated micro-batches where Trainer does not divide any more.
+        The model adds the penalty to the loss that it returns. If the loss is made of something
+        else (label smoothing, compute_loss_func, the trainers of TRL), the penalty is added here,
+        divided by the number of accumulated micro-batches where Trainer does not divide any more.
 
         Args:
             model: the model, wrapped.
@@ -105,32 +128,47 @@ class EntropyRegularizedTrainer(Trainer):
         Returns:
             The loss, or the loss and the outputs.
         """
-        self.regularized.unadded = None
-        loss, outputs = super().compute_loss(
-            model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch
-        )
-        if model.training:
-            loss = self._account(loss, num_items_in_batch)
-        return (loss, outputs) if return_outputs else loss
+        seen = cast(Regularized, self.regularized)
+        with seen.collecting() as passes:
+            found: Any = super().compute_loss(
+                model, inputs, return_outputs, num_items_in_batch=num_items_in_batch
+            )
+        if not passes:
+            return found
+        loss, *outputs = found if return_outputs else (found,)
+        loss = self._account(loss, passes, num_items_in_batch)
+        return (loss, *outputs) if return_outputs else loss
 
-    def _account(self, loss: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor:
-        """Add the penalty if the model could not, and remember which share of the loss it is."""
-        seen = self.regularized
-        if seen.unadded is not None:
-            steps = self.current_gradient_accumulation_steps
-            added = seen.unadded / (steps if self._is_scaled(num_items_in_batch) else 1)
-            loss = loss + added.to(loss)
-            seen.unadded, whole, part = None, loss.detach(), added.detach()
-        elif seen.loss is not None and seen.added is not None:
-            whole, part = seen.loss + seen.added, seen.added
+    def _account(
+        self, loss: Tensor, passes: list[TrainingPass], num_items_in_batch: Tensor | int | None
+    ) -> Tensor:
+        """Add the penalties that the loss does not hold; note how much of it they are."""
+        is_scaled = self._is_scaled(num_items_in_batch)
+        steps = self.current_gradient_accumulation_steps
+        held = [each for each in passes if each.enters(loss)]
+        part = self._part(loss, held)
+        for each in passes:
+            if not any(each is other for other in held):
+                added = each.penalty.to(loss) / (steps if is_scaled else 1)
+                loss, part = loss + added, part + added.detach()
+            self._monitor.update(each.recording)
+        part = part if is_scaled else part / steps  # as Trainer will divide the loss
+        if self._penalty_sum is None:
+            self._first_step = self.state.global_step  # after a resume, not 0
+            self._penalty_sum = part
         else:
-            return loss
-        # A share survives whatever factors Trainer puts on the loss afterwards.
-        self._penalty_share = torch.where(whole != 0, part / whole, torch.zeros_like(whole))
-        if seen.recording is not None:
-            self._monitor.update(seen.recording)
-            seen.recording = None
+            self._penalty_sum = self._penalty_sum + part
         return loss
+
+    def _part(self, loss: Tensor, held: list[TrainingPass]) -> Tensor:
+        """Return how much of a loss are the penalties that the model added to its own."""
+        nothing = loss.detach() * 0
+        added = sum((each.added.to(loss) for each in held if each.added is not None), nothing)
+        if getattr(super().compute_loss, "__func__", None) is not Trainer.compute_loss:
+            return added
+        whole = added + sum((each.loss.to(loss) for each in held if each.loss is not None), nothing)
+        # Trainer's loss is the model's, perhaps times the number of ranks
+        return torch.where(whole != 0, loss.detach() * added / whole, nothing)
 
     def _is_scaled(self, num_items_in_batch: Tensor | int | None) -> bool:
         """Tell whether Trainer takes the loss as normalised over the accumulated batch."""
@@ -139,19 +177,6 @@ class EntropyRegularizedTrainer(Trainer):
             return bool(scaled)
         accepts = self.model_accepts_loss_kwargs and num_items_in_batch is not None
         return bool(accepts or self.compute_loss_func is not None)
-
-    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Run one micro-batch and add up the penalty's part of its loss."""
-        self._penalty_share = None
-        loss: Tensor = super().training_step(*args, **kwargs)
-        if self._penalty_share is not None:
-            part = loss.detach() * self._penalty_share.to(loss.device)
-            if self._penalty_sum is None:
-                self._first_step = self.state.global_step  # after a resume, not 0
-                self._penalty_sum = part
-            else:
-                self._penalty_sum = self._penalty_sum + part
-        return loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Log, with the penalty and the entropies beside the training loss."""

@@ -1,0 +1,86 @@
+"""Whether the loss that a model returned, which holds the penalty, is what is trained."""
+
+from collections import deque
+from typing import Any, NamedTuple
+
+from torch import Tensor
+from torch.autograd.graph import Node
+from torch.utils._pytree import tree_leaves
+
+from entropy_regularization.recording.recording import EntropyRecording
+
+
+class TrainingPass(NamedTuple):
+    """One training pass of a regularized model.
+
+    Attributes:
+        penalty: with its gradient, before any weight.
+        recording: the entropies, detached.
+        node: of autograd, that of the loss with the penalty; None if the model returned no loss or
+            nothing has a gradient.
+        loss: the model's own, detached; None if it returned none.
+        added: what was added to it, detached.
+    """
+
+    penalty: Tensor
+    recording: EntropyRecording
+    node: Node | None = None
+    loss: Tensor | None = None
+    added: Tensor | None = None
+
+    def enters(self, loss: Tensor) -> bool:
+        """Tell whether the loss with the penalty is a part of a loss."""
+        if self.loss is None:
+            return False
+        return self.node is None or depends_on(loss, self.node)
+
+
+def depends_on(tensor: Tensor, node: Node) -> bool:
+    """Tell whether a tensor was computed from what a node of autograd returned."""
+    waiting = deque([tensor.grad_fn])
+    seen = set()
+    while waiting:  # the nearest first: a loss is a few operations from what it is made of
+        each = waiting.popleft()
+        if each is node:
+            return True
+        if each is not None and each not in seen:
+            seen.add(each)
+            waiting.extend(before for before, _ in each.next_functions)
+    return False
+
+
+class LossUse:
+    """Finds out in backward whether a loss was used, or only what else the model returned."""
+
+    def __init__(self) -> None:
+        self._reached: set[str] = set()
+
+    def watch(self, loss: Tensor, output: Any) -> None:
+        """Note where gradients come: to the loss, or to the other outputs.
+
+        Args:
+            loss: with the penalty.
+            output: what the model returns, the loss without the penalty among it.
+        """
+        reached = self._reached
+        if loss.requires_grad:
+            loss.register_hook(lambda _: reached.add("loss"))
+        for tensor in tree_leaves(output if isinstance(output, tuple) else dict(output)):
+            if isinstance(tensor, Tensor) and tensor.grad_fn is not None and tensor.dim() > 0:
+                tensor.register_hook(lambda _: reached.add("outputs"))
+
+    def checked(self, name: str) -> "LossUse":
+        """Return a new one for the next pass of the model with this name.
+
+        Raises:
+            ValueError: if backward came through the outputs alone.
+        """
+        if self._reached == {"outputs"}:
+            self._reached.clear()
+            raise ValueError(
+                f"{name} was trained through its outputs, not through the loss that it returned, "
+                "to which the entropy penalty was added; leave out the labels and add the handle's "
+                "`unadded` to your loss, or mix the trainer: class MyTrainer("
+                "EntropyRegularizedTrainer, SFTTrainer)."
+            )
+        return LossUse()
