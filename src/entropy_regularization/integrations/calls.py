@@ -52,7 +52,7 @@ class CallRecorder:
         self._keeps_hooks = any(map(is_compiled, model.modules()))
         self._checkpointed = False
         self._started_in = -1  # the backward pass
-        self._next_forward = AtNextForward(self._stop_lingering)
+        self._next_forward = AtNextForward(self._stop_lingering, self._pause, self._resume)
 
     def __getstate__(self) -> dict[str, Any]:
         """A copied model takes a recorder along; entropies stay here."""
@@ -92,6 +92,12 @@ class CallRecorder:
     def _stop_lingering(self) -> None:
         """The next pass begins: nothing is computed again in backward any more."""
         interception.stop_listening(self)
+
+    def _pause(self) -> None:
+        """A pass without a gradient begins: it runs the model's own attention."""
+
+    def _resume(self) -> None:
+        """It has ended: backward of the pass before may still compute something again."""
 
     def is_running(self) -> bool:
         """Tell whether a module of the model is running in this thread."""

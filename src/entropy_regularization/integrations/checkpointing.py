@@ -13,28 +13,52 @@ from entropy_regularization.integrations.stack import in_reentrant_checkpoint, r
 class AtNextForward:
     """Calls a function when one of some modules begins its next forward pass, once.
 
-    A pass that backward computes again is no next one.
+    A pass that backward computes again is no next one. Neither is one without a gradient (text that
+    is generated, a reference model): backward of the pass before it may still come.
+
+    Args:
+        function: to call.
+        pause: called as a pass without a gradient begins.
+        resume: called as it ends.
     """
 
-    def __init__(self, function: Callable[[], None]) -> None:
-        self._function = function
+    def __init__(
+        self, function: Callable[[], None], pause: Callable[[], None], resume: Callable[[], None]
+    ) -> None:
+        self._function, self._pause, self._resume = function, pause, resume
         self._hooks: list[RemovableHandle] = []
+        self._paused_in: nn.Module | None = None
 
     def wait(self, modules: Iterable[nn.Module]) -> None:
         """Wait for one of the modules, and no longer for those before."""
         self.cancel()
-        self._hooks = [part.register_forward_pre_hook(self._call) for part in modules]
+        for part in modules:
+            self._hooks += [
+                part.register_forward_pre_hook(self._begin),
+                part.register_forward_hook(self._end, always_call=True),
+            ]
 
     def cancel(self) -> None:
         """Wait no longer."""
+        self._paused_in = None
         while self._hooks:
             self._hooks.pop().remove()
 
-    def _call(self, *_: Any) -> None:
+    def _begin(self, part: nn.Module, *_: Any) -> None:
         # a hook before this one may have cancelled it
-        if self._hooks and not runs_in_backward():
+        if not self._hooks or runs_in_backward():
+            return
+        if torch.is_grad_enabled():
             self.cancel()
             self._function()
+        elif self._paused_in is None:
+            self._paused_in = part
+            self._pause()
+
+    def _end(self, part: nn.Module, *_: Any) -> None:
+        if part is self._paused_in:
+            self._paused_in = None
+            self._resume()
 
 
 def refuse_lost_gradient(model: nn.Module, name: str) -> None:

@@ -242,6 +242,41 @@ def test_checkpointing_gives_the_same_gradients(layers: bool, whole: bool) -> No
     assert_near(found[1], found[0])
 
 
+@pytest.mark.parametrize("recording", [False, True])
+def test_passes_without_a_gradient_before_backward_computes_again(recording: bool) -> None:
+    """Text that is generated, or a reference model that is the same without its adapter."""
+    found = []
+    for checkpointing in (False, True):
+        model = build("llama")
+        regularize(model, EntropyRegularization.calibrated(thresholds=0.2))
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        loss = model(**batch_of()).loss
+        seen = []
+        hook = model.register_forward_pre_hook(
+            lambda model, *_, seen=seen: seen.append(model.config._attn_implementation)
+        )
+        with torch.no_grad():
+            model.generate(batch_of()["input_ids"], max_new_tokens=3, do_sample=False)
+            with pytest.raises(IndexError):
+                model(torch.full((1, 3), 999))
+            if recording:
+                with record_entropy(model) as inside:
+                    model(**batch_of(7))
+                assert len(inside) == 2
+        hook.remove()
+        assert set(seen[:3]) == {"sdpa"}  # its own attention
+        loss.backward()
+        found.append(gradients(model))
+        model(**batch_of()).loss.backward()
+        with torch.no_grad():
+            model(**batch_of())
+        model(**batch_of(5))
+        model.eval()(**batch_of(5))
+        assert model.config._attn_implementation == "sdpa"
+    assert_near(found[1], found[0])
+
+
 def test_a_reentrant_checkpoint_around_the_whole_model_is_refused() -> None:
     model = build("gpt2")
     regularize(model, EntropyRegularization.calibrated())

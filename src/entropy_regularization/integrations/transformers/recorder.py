@@ -183,6 +183,13 @@ class TransformersRecorder(CallRecorder):
         while self._switches:
             self._switches.pop().off(self)
 
+    def _pause(self) -> None:
+        for switch in self._switches:
+            switch.pause(self)
+
+    def _resume(self) -> None:
+        self._switches = [switch.resumed(self) for switch in self._switches]
+
     def deposit(
         self, module: nn.Module, found: AttentionOutput, n_keys: int, key_padding: Tensor | None
     ) -> None:

@@ -23,6 +23,7 @@ class AttentionSwitch:
     def __init__(self, config: Any) -> None:
         self._config = config
         self._implementation: str | None = config._attn_implementation
+        self._switched_to = self._implementation
         self._holders: list[object] = []
         _switches[id(config)] = self
 
@@ -49,6 +50,19 @@ class AttentionSwitch:
             if was_last:
                 self._config._attn_implementation_internal = self._implementation
                 _switches.pop(id(self._config), None)
+
+    def pause(self, holder: object) -> None:
+        """Let go of the config for a while."""
+        with _lock:
+            self._switched_to = self._config._attn_implementation
+            self.off(holder)
+
+    def resumed(self, holder: object) -> "AttentionSwitch":
+        """Return the switch of the config, which is again as it was before the pause."""
+        with _lock:
+            switch = AttentionSwitch.of(self._config, holder)
+            self._config._attn_implementation_internal = self._switched_to
+        return switch
 
 
 # By the id of the config, which the switch keeps alive; whoever holds a switch keeps that.
