@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.attention import flex_attention
+from torch.nn.attention.bias import causal_lower_right, causal_upper_left
 from torch.utils.checkpoint import checkpoint
 
 from entropy_regularization import EntropyRegularization, record_entropy
@@ -657,6 +658,55 @@ def test_a_recorder_that_is_kept_leaves_nothing_at_every_step(x: Tensor) -> None
     assert not drop.alive
     Stack()(x)
     assert is_restored()
+
+
+class CausalByBias(nn.Module):
+    def __init__(self, upper_left: bool) -> None:
+        super().__init__()
+        self.upper_left = upper_left
+
+    def forward(self, q: Tensor, k: Tensor) -> Tensor:
+        make = causal_upper_left if self.upper_left else causal_lower_right
+        return functional.scaled_dot_product_attention(q, k, k, make(q.shape[2], k.shape[2]))
+
+
+@pytest.mark.parametrize(("rows", "keys"), [(5, 5), (3, 5), (5, 3)])
+@pytest.mark.parametrize("upper_left", [False, True])
+def test_causal_biases(rows: int, keys: int, upper_left: bool) -> None:
+    """Tensors of torch.nn.attention.bias, whose numbers mean nothing."""
+    model, (q, k) = CausalByBias(upper_left), (torch.randn(2, 2, n, 8) for n in (rows, keys))
+    wanted = model(q, k)
+    allowed = torch.ones(rows, keys, dtype=torch.bool).tril(0 if upper_left else keys - rows)
+    other = CausalByBias(upper_left)
+    with record_entropy(model) as recording:
+        found = model(q, k)
+        torch.testing.assert_close(other(q, k), wanted)  # not recorded, but computed as ever
+    torch.testing.assert_close(found, wanted)
+    seen = allowed.any(-1)
+    torch.testing.assert_close(recording[0].entropy[..., seen], by_hand(q, k, allowed)[..., seen])
+    assert recording[0].allowed_keys.flatten().tolist() == allowed.sum(-1).tolist()
+
+
+def test_a_function_that_a_user_put_in_place_of_torchs_stays(
+    x: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls, other = [], Stack()
+
+    def mine(*args: object, **options: object) -> Tensor:
+        calls.append(args)
+        return ORIGINAL(*args, **options)
+
+    monkeypatch.setattr(functional, "scaled_dot_product_attention", mine)
+    for each in (Stack(), Checkpointed()):
+        with record_entropy(each) as recording:
+            each(x)
+            assert not calls
+            other(x)
+        assert len(recording) == len(calls) == 2
+        each(x)
+        assert len(calls) == 4
+        assert functional.scaled_dot_product_attention is mine
+        calls.clear()
 
 
 @pytest.mark.parametrize("multi_head", [False, True])

@@ -3,24 +3,27 @@
 ``scaled_dot_product_attention`` and ``multi_head_attention_forward`` are looked up as attributes of
 ``torch.nn.functional`` at every call (by user code, nn.MultiheadAttention and nn.Transformer
 alike), so while a recorder listens those attributes hold wrappers, and only then. Calls from other
-modules, and from other threads, go straight to the originals. A model that was checkpointed and is
-dropped leaves the wrappers to the next call, which takes them away.
+modules, and from other threads, go straight to what the attributes held before. A model that was
+checkpointed and is dropped leaves the wrappers to the next call, which takes them away.
 """
 
 import threading
 import weakref
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.attention.bias import CausalBias, CausalVariant
 
 from entropy_regularization.attention.api import AttentionOutput, attend
 from entropy_regularization.attention.masking import Structure, split_mask
 from entropy_regularization.integrations.stack import runs_in_backward
 
 original_attention = functional.scaled_dot_product_attention
-original_multi_head = functional.multi_head_attention_forward
+# What the attributes held when somebody began to listen: torch's own, or what a user put there.
+_found: dict[str, Callable[..., Any]] = {}
 
 # Positions of arguments of multi_head_attention_forward.
 DROPOUT, NEED_WEIGHTS, IS_CAUSAL = 10, 15, 24
@@ -62,8 +65,10 @@ def listen(listener: Listener) -> None:
         if not _listeners:
             _fast_path.append(torch.backends.mha.get_fastpath_enabled())
             torch.backends.mha.set_fastpath_enabled(False)  # it calls no attention function
-            functional.scaled_dot_product_attention = _attention
-            functional.multi_head_attention_forward = _multi_head
+            for name, wrapper in _WRAPPERS.items():
+                if getattr(functional, name) is not wrapper:
+                    _found[name] = getattr(functional, name)
+                    setattr(functional, name, wrapper)
         _listeners.append((listener, thread))
         _lingering.discard(listener)
 
@@ -97,8 +102,9 @@ def _restore() -> None:
         return
     with _lock:
         if not _listeners and not list(_lingering):
-            functional.scaled_dot_product_attention = original_attention
-            functional.multi_head_attention_forward = original_multi_head
+            for name, wrapper in _WRAPPERS.items():
+                if getattr(functional, name) is wrapper:
+                    setattr(functional, name, _found[name])
 
 
 def _is_computed_again() -> bool:
@@ -142,9 +148,12 @@ def _attention(
     where = dict(places())
     if not where and not _is_computed_again():
         _restore()
-        return original_attention(
+        if isinstance(attn_mask, CausalBias):  # it knows torch's function by its name alone
+            attn_mask = _causal_mask(attn_mask, query, key)
+        output: Tensor = _found["scaled_dot_product_attention"](
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
+        return output
     refuse_nested("query, key or value", query, key, value)
     query, key, value, attn_mask = _as_autocast(query, key, value, attn_mask)
     query, key, value = _broadcast(query, key, value, enable_gqa)
@@ -152,7 +161,10 @@ def _attention(
     shift = q.shape[2] - k.shape[2]
     structure = Structure(right=shift) if is_causal else Structure()  # aligned upper left
     bias = None
-    if attn_mask is not None:
+    if isinstance(attn_mask, CausalBias):  # a tensor whose numbers mean nothing
+        upper_left = attn_mask.variant is CausalVariant.UPPER_LEFT
+        structure = Structure(right=shift if upper_left else 0)
+    elif attn_mask is not None:
         allowed, bias = split_mask(_mask_of_four(attn_mask, query, key, enable_gqa))
         structure = structure._replace(allowed=allowed)
     found = attend(
@@ -193,13 +205,27 @@ def _multi_head(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
                 given[position] = value
             else:
                 again[name] = value
-        original_multi_head(*given, **again)
+        _found["multi_head_attention_forward"](*given, **again)
         _thread.in_multi_head = True
     try:
-        result: tuple[Tensor, Tensor | None] = original_multi_head(*args, **kwargs)
+        result: tuple[Tensor, Tensor | None] = _found["multi_head_attention_forward"](
+            *args, **kwargs
+        )
     finally:
         _thread.in_multi_head = False
     return result
+
+
+_WRAPPERS: dict[str, Callable[..., Any]] = {
+    "scaled_dot_product_attention": _attention,
+    "multi_head_attention_forward": _multi_head,
+}
+
+
+def _causal_mask(bias: CausalBias, query: Tensor, key: Tensor) -> Tensor:
+    rows, keys = query.shape[-2], key.shape[-2]
+    shift = 0 if bias.variant is CausalVariant.UPPER_LEFT else keys - rows
+    return torch.ones(rows, keys, dtype=torch.bool, device=query.device).tril(shift)
 
 
 def refuse_nested(what: str, *tensors: object) -> None:
@@ -221,7 +247,12 @@ def _as_autocast(*tensors: Tensor | None) -> list[Any]:
     if not _knows_autocast(device) or not torch.is_autocast_enabled(device):
         return list(tensors)
     dtype, kept = torch.get_autocast_dtype(device), (None, torch.bool, torch.float64)
-    return [t if getattr(t, "dtype", None) in kept else t.to(dtype) for t in tensors]  # type: ignore[union-attr]
+    return [
+        tensor
+        if tensor is None or tensor.dtype in kept or isinstance(tensor, CausalBias)
+        else tensor.to(dtype)
+        for tensor in tensors
+    ]
 
 
 # Torch 2.11 would break the graph at it.
