@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.nn import functional
 from torch.nn.attention import flex_attention
 from torch.nn.attention.bias import causal_lower_right, causal_upper_left
@@ -749,6 +750,49 @@ def test_reentrant_checkpointing_is_refused(x: Tensor) -> None:
     with record_entropy(model, gradient=False) as recording:
         model(x).sum().backward()
     assert len(recording) == 2
+
+
+class ComputesAgain(torch.autograd.Function):
+    """As checkpoints of other libraries and reversible layers are written."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, module: nn.Module, *_: Tensor) -> Tensor:
+        ctx.module = module
+        ctx.save_for_backward(x)
+        return module(x)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x = ctx.saved_tensors[0].detach().requires_grad_()
+        wanted = (x, *ctx.module.parameters())
+        with torch.enable_grad():
+            output = ctx.module(x)
+        found = torch.autograd.grad(output, wanted, gradient)
+        return found[0], None, *found[1:]
+
+
+def test_checkpoints_of_other_libraries_are_refused(x: Tensor) -> None:
+    class Foreign(Stack):
+        def forward(self, x: Tensor) -> Tensor:
+            for block in self.blocks:
+                x = ComputesAgain.apply(x, block, *block.parameters())
+            return x
+
+    model = Foreign()
+    with pytest.raises(RuntimeError, match=r"blocks.0 runs without a gradient .*any library"):
+        penalised(model, x)
+    with record_entropy(model, gradient=False) as recording:
+        model(x).sum().backward()
+    assert len(recording) == 2
+
+
+def test_names_are_those_without_wrappers(x: Tensor) -> None:
+    model = Stack()
+    for index, block in enumerate(model.blocks):
+        model.blocks[index] = checkpoint_wrapper(block)
+    with record_entropy(model, layers="blocks.1") as recording:
+        model(x)
+    assert [layer.name for layer in recording] == ["blocks.1"]
 
 
 @pytest.mark.parametrize("reentrant", [False, True])

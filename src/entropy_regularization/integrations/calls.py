@@ -30,15 +30,23 @@ class CallRecorder:
         layers: which layers to keep, see record_entropy.
         gradient: False detaches what is recorded.
         allow_partial: accept modules that attend unheard; they are in ``missing``.
+        training_only: leave out passes without a gradient.
     """
 
     def __init__(
-        self, model: nn.Module, layers: Layers, *, gradient: bool, allow_partial: bool
+        self,
+        model: nn.Module,
+        layers: Layers,
+        *,
+        gradient: bool,
+        allow_partial: bool,
+        training_only: bool,
     ) -> None:
         self.model = unwrapped(model)
         self.layers = Wanted(layers)
         self.gradient = gradient
         self.allow_partial = allow_partial
+        self._training_only = training_only
         self._names: dict[nn.Module, str] = {}
         self._recording = EntropyRecording()
         self._watch = Watch(self.model)
@@ -107,6 +115,9 @@ class CallRecorder:
         """Take the rows of one call of torch's own attention function."""
         raise NotImplementedError
 
+    def _module_of(self, name: str) -> nn.Module:
+        return next((part for part, each in self._names.items() if each == name), self.model)
+
     def _is_computed_again(self) -> bool:
         """Tell whether backward computes again what is recorded already.
 
@@ -144,7 +155,7 @@ class CallRecorder:
     def _take(
         self,
         name: str,
-        module: nn.Module | None,
+        module: nn.Module,
         found: AttentionOutput,
         n_keys: int,
         key_padding: Tensor | None = None,
@@ -159,6 +170,8 @@ class CallRecorder:
         index = self._index
         self._index += 1
         self._attended = True
+        if self._training_only and not self._grad_at_entry:
+            return
         if not torch.compiler.is_compiling():
             self._heard.append(name)
             if self.gradient and self._grad_at_entry:

@@ -72,7 +72,7 @@ def refuse_lost_gradient(model: nn.Module, name: str) -> None:
     if any(parameter.requires_grad for parameter in model.parameters()):
         raise RuntimeError(
             f"{name} runs without a gradient inside a forward pass that has one, as reentrant "
-            "checkpointing does, which would lose the penalty silently; use "
+            "checkpointing does (in any library), which would lose the penalty silently; use "
             "checkpoint(..., use_reentrant=False), or of transformers "
             "gradient_checkpointing_enable(gradient_checkpointing_kwargs="
             "{'use_reentrant': False})."

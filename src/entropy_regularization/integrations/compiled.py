@@ -5,6 +5,8 @@ from typing import Any, Protocol, TypeVar
 
 from torch import nn
 
+# Where torch.compile, its checkpoint wrapper and FSDP keep the module that they wrap.
+WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 KEPT = "_entropy_recorders"  # attribute of a compiled model that holds its recorders
 
 
@@ -48,8 +50,8 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def name_of(qualified: str) -> str:
-    """Return a module's name without what torch.compile put into it."""
-    return ".".join(part for part in qualified.split(".") if part != "_orig_mod")
+    """Return a module's name without what torch's wrappers put into it."""
+    return ".".join(part for part in qualified.split(".") if part not in WRAPPED)
 
 
 def is_compiled(module: nn.Module) -> bool:

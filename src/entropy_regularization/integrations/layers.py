@@ -84,5 +84,5 @@ def kind_of(name: str, module: nn.Module | None = None) -> Literal["self", "cros
     """Tell self from cross attention: the module may say so, else its name does."""
     if getattr(module, "is_cross_attention", False):
         return "cross"
-    last = name.lower().split(".")[-2:]
+    last = [part for part in name.lower().split(".") if not part.isdigit()][-2:]
     return "cross" if any(word in part for word in CROSS_NAMES for part in last) else "self"

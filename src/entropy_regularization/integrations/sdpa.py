@@ -24,6 +24,7 @@ class SdpaRecorder(CallRecorder):
         layers: which layers to keep, see record_entropy.
         gradient: False detaches what is recorded.
         allow_partial: accept modules that compute a softmax of their own; they are in ``missing``.
+        training_only: leave out passes without a gradient.
 
     Raises:
         ValueError: if the model is compiled and holds nn.MultiheadAttention, which then records
@@ -37,8 +38,15 @@ class SdpaRecorder(CallRecorder):
         layers: Layers = None,
         gradient: bool = True,
         allow_partial: bool = False,
+        training_only: bool = False,
     ) -> None:
-        super().__init__(model, layers, gradient=gradient, allow_partial=allow_partial)
+        super().__init__(
+            model,
+            layers,
+            gradient=gradient,
+            allow_partial=allow_partial,
+            training_only=training_only,
+        )
         self._names = {
             part: name_of(name) or type(part).__name__ for name, part in self.model.named_modules()
         }
@@ -166,4 +174,4 @@ class SdpaRecorder(CallRecorder):
         """
         name = place or type(self.model).__name__
         if self._is_own(name):
-            self._take(name, None, found, n_keys)
+            self._take(name, self._module_of(name), found, n_keys)

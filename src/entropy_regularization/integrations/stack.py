@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.autograd.function import FunctionCtx
 
 
 def _frames() -> Iterator[FrameType]:
@@ -48,12 +49,17 @@ def runs_compiled() -> bool:
 
 
 def _reentrant_checkpoints() -> Iterator[Any]:
-    """Walk over the nodes of autograd of the reentrant checkpoints that are running."""
+    """Walk over the nodes of autograd of the reentrant checkpoints that are running.
+
+    Of torch or another library (fairscale, DeepSpeed, Megatron, reversible layers): a module that
+    runs inside the forward of an autograd.Function is computed again in its backward.
+    """
     for frame in _frames():
         code = frame.f_code
-        torchs = code.co_filename.endswith("utils/checkpoint.py")
-        if torchs and code.co_qualname == "CheckpointFunction.forward":
-            yield frame.f_locals["ctx"]
+        if code.co_name == "forward" and code.co_argcount > 0:
+            node = frame.f_locals.get(code.co_varnames[0])
+            if isinstance(node, FunctionCtx):
+                yield node
 
 
 def in_reentrant_checkpoint() -> bool:

@@ -37,9 +37,16 @@ class Recorder(Protocol):
 
 
 def make_recorder(
-    model: nn.Module, *, layers: Layers = None, gradient: bool = True, allow_partial: bool = False
+    model: nn.Module,
+    *,
+    layers: Layers = None,
+    gradient: bool = True,
+    allow_partial: bool = False,
+    training_only: bool = False,
 ) -> Recorder:
     """Return a recorder for a model; see record_entropy for the arguments.
+
+    With ``training_only`` it leaves out passes without a gradient, such as generated text.
 
     Raises:
         TypeError: if the model is not a torch module.
@@ -56,7 +63,12 @@ def make_recorder(
         if transformers_host.find_pretrained(model) is not None:
             host = transformers_host.TransformersRecorder
     recorder: Recorder = keeping.kept_or_new(
-        host, model, layers=layers, gradient=gradient, allow_partial=allow_partial
+        host,
+        model,
+        layers=layers,
+        gradient=gradient,
+        allow_partial=allow_partial,
+        training_only=training_only,
     )
     return recorder
 

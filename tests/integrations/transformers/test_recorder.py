@@ -17,6 +17,8 @@ from transformers import (
     AutoModelForCausalLM,
     BartConfig,
     BartForConditionalGeneration,
+    BertConfig,
+    BertModel,
     BloomConfig,
     BloomForCausalLM,
     CLIPConfig,
@@ -124,6 +126,30 @@ def test_padding_queries_are_no_rows(build: Callable[[], PreTrainedModel], side:
         assert torch.equal(layer.allowed_keys[:, 0][layer.rows], places[layer.rows])
         real = layer.rows[:, None].expand_as(wanted)
         torch.testing.assert_close(layer.entropy[real], wanted[real], rtol=0, atol=1e-5)
+
+
+def test_padding_of_a_model_whose_forward_is_called() -> None:
+    """As sentence-transformers does, around the hooks of the model."""
+
+    class Around(nn.Module):
+        def __init__(self, model: nn.Module) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, **inputs: Tensor) -> object:
+            return self.model.forward(**inputs)
+
+    torch.manual_seed(0)
+    model = BertModel(BertConfig(**TEXT)).eval()
+    mask = padding("right")
+    with record_entropy(model) as expected:
+        model(input_ids=tokens(), attention_mask=mask)
+    around = Around(model)
+    with record_entropy(around) as recording:
+        around(input_ids=tokens(), attention_mask=mask)
+    for found, wanted in zip(recording, expected, strict=True):
+        assert torch.equal(found.rows, mask.bool())
+        torch.testing.assert_close(found.mean_per_head(), wanted.mean_per_head())
 
 
 @pytest.mark.parametrize("kind", ["positional", "boolean", "float", "4-D", "4-D, boolean"])

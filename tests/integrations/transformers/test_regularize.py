@@ -426,6 +426,22 @@ def test_thresholds_that_an_offloading_hook_loads() -> None:
     assert found[0] == found[1] == found[2]
 
 
+def test_a_model_that_data_parallelism_has_wrapped_is_refused() -> None:
+    class DistributedDataParallel(nn.Module):  # the real one needs a process group
+        def __init__(self, module: nn.Module) -> None:
+            super().__init__()
+            self.module = module
+
+        def forward(self, **inputs: torch.Tensor) -> object:
+            return self.module(**inputs)
+
+    model = DistributedDataParallel(build("llama"))
+    with pytest.raises(ValueError, match="wrapped by DistributedDataParallel, which learns of no"):
+        regularize(model)
+    assert regularize(model, thresholds=0.5).penalty is None
+    assert torch.isfinite(model(**batch_of()).loss)
+
+
 def test_thresholds_that_are_frozen_later_are_warned_of(caplog: pytest.LogCaptureFixture) -> None:
     model = build("llama")
     regularize(model)

@@ -394,6 +394,26 @@ def test_callback_watches_without_changing_anything(tmp_path: Path) -> None:
     assert model.config._attn_implementation == "sdpa"
 
 
+def test_callback_leaves_out_what_is_generated_within_a_step(tmp_path: Path) -> None:
+    class Generating(Trainer):
+        generates = True
+
+        def compute_loss(self, model, inputs, *args, **options):
+            if self.generates:
+                with torch.no_grad():
+                    model.generate(inputs["input_ids"], max_new_tokens=3)
+            return super().compute_loss(model, inputs, *args, **options)
+
+    found = []
+    for generates in (True, False):
+        args, callback = arguments(tmp_path), EntropyCallback()
+        trainer = Generating(model=build(), args=args, train_dataset=data(), callbacks=[callback])
+        trainer.generates = generates
+        trainer.train()
+        found.append(lines(trainer, "entropy/mean"))
+    assert found[0] == found[1]
+
+
 def test_refusals(tmp_path: Path) -> None:
     common = {"args": arguments(tmp_path), "train_dataset": data()}
     with pytest.raises(

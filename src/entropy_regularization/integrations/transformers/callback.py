@@ -52,7 +52,11 @@ class EntropyCallback(TrainerCallback):
         if model is None:
             raise ValueError("EntropyCallback was called without a model; use it with Trainer.")
         self._recorder = make_recorder(
-            model, layers=self.layers, gradient=False, allow_partial=self.allow_partial
+            model,
+            layers=self.layers,
+            gradient=False,
+            allow_partial=self.allow_partial,
+            training_only=True,  # trainers of TRL generate text within a step
         )
 
     def on_step_begin(

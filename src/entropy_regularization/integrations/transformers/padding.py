@@ -72,15 +72,18 @@ class PaddingTracker:
             entropy: of one call.
             key_padding: ``[batch, keys]``, which keys of the call are real, if its mask says so.
                 It tells of the rows where the model's own mask is that of something longer (of
-                samples of a sound, of which the rows are frames).
+                samples of a sound, of which the rows are frames), or unknown: sentence-transformers
+                calls the forward of a model, and so none of its hooks.
         """
         batch, _, n_queries = entropy.shape
         mask, reads = self._given[-1] if self._given else _Given(None, "")
         if mask is not None and mask.shape[0] == batch:
             if mask.shape[1] == n_queries or (reads in TOKENS and mask.shape[1] > n_queries):
                 return mask[:, mask.shape[1] - n_queries :].bool().to(entropy.device)
-            if key_padding is not None and key_padding.shape == (batch, n_queries):
-                return key_padding
+        elif self._given:  # a model that was given none
+            key_padding = None
+        if key_padding is not None and key_padding.shape == (batch, n_queries):
+            return key_padding
         return torch.ones(batch, n_queries, dtype=torch.bool, device=entropy.device)
 
 

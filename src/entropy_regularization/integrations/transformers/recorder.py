@@ -13,6 +13,7 @@ from entropy_regularization.attention.api import AttentionOutput
 from entropy_regularization.integrations import interception
 from entropy_regularization.integrations.calls import CallRecorder
 from entropy_regularization.integrations.compiled import name_of
+from entropy_regularization.integrations.layers import kind_of
 from entropy_regularization.integrations.stack import calling_module, runs_compiled
 from entropy_regularization.integrations.transformers.attention import RECORDERS
 from entropy_regularization.integrations.transformers.padding import PaddingTracker, arguments_of
@@ -63,6 +64,7 @@ class TransformersRecorder(CallRecorder):
         layers: which layers to keep, see record_entropy.
         gradient: False detaches what is recorded.
         allow_partial: accept modules that attend unheard; they are in ``missing``.
+        training_only: leave out passes without a gradient.
         around: modules around the model that may call its forward, and so none of its hooks.
 
     Raises:
@@ -76,11 +78,18 @@ class TransformersRecorder(CallRecorder):
         layers: Layers = None,
         gradient: bool = True,
         allow_partial: bool = False,
+        training_only: bool = False,
         around: Iterable[nn.Module] = (),
     ) -> None:
         if find_pretrained(model) is None:
             raise ValueError(f"{type(model).__name__} holds no transformers model.")
-        super().__init__(model, layers, gradient=gradient, allow_partial=allow_partial)
+        super().__init__(
+            model,
+            layers,
+            gradient=gradient,
+            allow_partial=allow_partial,
+            training_only=training_only,
+        )
         self.layers.check(self.model, names_of(self.model).values())
         self._parts = list(outermost(self.model).values())
         self._around = list(around)
@@ -200,7 +209,8 @@ class TransformersRecorder(CallRecorder):
         """
         if self.listens:  # not a copy
             name = self._names.get(module, type(module).__name__)
-            self._take(name, module, found, n_keys, key_padding)
+            own = key_padding if kind_of(name, module) == "self" else None  # of its rows too
+            self._take(name, module, found, n_keys, own)
 
     def deposit_call(self, place: str | None, found: AttentionOutput, n_keys: int) -> None:
         """Take the rows of one call of torch's own attention function.
@@ -209,9 +219,8 @@ class TransformersRecorder(CallRecorder):
             RuntimeError: as deposit, or if a module that is no part of the model called.
         """
         name = place or calling_module(self._names) or type(self.model).__name__
-        module = next((part for part, each in self._names.items() if each == name), self.model)
         if self._is_own(name):
-            self._take(name, module, found, n_keys)
+            self._take(name, self._module_of(name), found, n_keys)
 
     def _real_rows(self, entropy: Tensor, key_padding: Tensor | None) -> Tensor:
         return self._padding.rows(entropy, key_padding)

@@ -68,7 +68,7 @@ def regularize(
     tokens, so that the weights of a step add up to 1.
 
     Args:
-        model: a transformers model, wrapped (PEFT, DistributedDataParallel) or not.
+        model: a transformers model, wrapped (PEFT) or not.
         regularization: settings; EntropyRegularization() unless given.
         thresholds: HeadThresholds to learn; or a number, ``[heads]`` or ``[layers, heads]``, which
             stay fixed. None takes those of the regularization, and if it has none, learnable
@@ -82,8 +82,9 @@ def regularize(
 
     Raises:
         TypeError: if the model holds no transformers model, or regularization is something else.
-        ValueError: if the model is regularized already or holds several, its attention cannot be
-            recorded, its configuration does not tell its heads, or thresholds do not fit.
+        ValueError: if the model is regularized already, wrapped by data parallelism or holds
+            several, its attention cannot be recorded, its configuration does not tell its heads, or
+            thresholds do not fit.
     """
     inside = outermost(model) if isinstance(model, nn.Module) else {}
     if not inside:
@@ -119,6 +120,13 @@ def regularize(
             "thresholds is a tensor that requires a gradient, which no optimizer of the model "
             "would find; pass HeadThresholds(layers, heads, initial=tensor)."
         )
+    wrapper = next((part for part in model.modules() if _shards(part)), None)
+    if wrapper is not None and isinstance(chosen, HeadThresholds):
+        raise ValueError(
+            f"the model is wrapped by {type(wrapper).__name__}, which learns of no thresholds that "
+            "are added now, so that every rank would learn its own; call regularize before it "
+            "wraps, or pass fixed thresholds."
+        )
     return Regularized(
         found,
         regularization,
@@ -127,6 +135,12 @@ def regularize(
         layers=layers,
         allow_partial=allow_partial,
     )
+
+
+def _shards(module: nn.Module) -> bool:
+    """Tell whether torch's data parallelism has wrapped a module, by name: it need not be there."""
+    wrappers = ("DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule")
+    return any(kind.__name__ in wrappers for kind in type(module).__mro__)
 
 
 def _tuners_of(model: nn.Module, found: PreTrainedModel) -> list[nn.Module]:
