@@ -55,8 +55,14 @@ class Stack(nn.Module):
         return x
 
 
-def is_restored() -> bool:
+@pytest.fixture(autouse=True)
+def nothing_is_left_of_other_tests() -> None:
     gc.collect()  # a dropped model may still wait for its backward
+    functional.scaled_dot_product_attention(*torch.zeros(3, 1, 1, 1))
+    assert is_restored()
+
+
+def is_restored() -> bool:
     return functional.scaled_dot_product_attention is ORIGINAL
 
 
@@ -372,6 +378,22 @@ def test_models_that_cannot_be_seen_are_refused_by_name(x: Tensor) -> None:
     assert len(recording) == 1
 
 
+class Processor:
+    """Runs a module's code, as in diffusers; no module itself."""
+
+    def __init__(self) -> None:
+        self.fuse = True
+
+    def __call__(self, model: nn.Module, x: Tensor, fuse: bool) -> Tensor:
+        y: Tensor = x if fuse and self.fuse else model.own(x)
+        return y
+
+
+class OwnProcessor(Processor):
+    def __call__(self, model: nn.Module, x: Tensor, fuse: bool) -> Tensor:
+        return super().__call__(model, x, False)
+
+
 class Chooses(nn.Module):
     """Attends by torch's function, and sometimes by a softmax of its own."""
 
@@ -379,26 +401,48 @@ class Chooses(nn.Module):
         super().__init__()
         self.fused, self.own = SelfAttention(16, 4, True), OwnSoftmax()
         self.part, self.fuse = nn.Identity(), True
+        self.processor = Processor()
 
-    def forward(self, x: Tensor, fuse: bool = True, fails: bool = False) -> Tensor:
+    def forward(
+        self, x: Tensor, fuse: bool = True, fails: bool = False, how: str = "fused"
+    ) -> Tensor:
         x = self.fused(x)
         if fails:
             raise ValueError("before the rest has run")
-        y: Tensor = x if fuse and self.fuse and not self.part.training else self.own(x)
-        return y
+        fuse = fuse and self.fuse and not self.part.training and how == "fused"
+        return self.processor(self, x, fuse)
 
 
-@pytest.mark.parametrize("change", ["an exception", "a flag", "an argument", "a part's mode"])
-def test_a_pass_of_another_kind_is_watched_again(change: str, x: Tensor) -> None:
+CHANGES = ["an exception", "a flag", "an argument", "a part's mode", "a processor", "its flag"]
+CHANGES += ["a word", "a function", "a function of the class"]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_pass_of_another_kind_is_watched_again(
+    change: str, x: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, stops = Chooses().eval(), contextlib.nullcontext()
     if change == "an exception":
         model.fuse, stops = False, contextlib.suppress(ValueError)
     with record_entropy(model), stops:
-        model(x, fuse=True, fails=change == "an exception")
+        model(x, fuse=True, fails=change == "an exception", how="fused")
     model.fuse = change not in ("a flag", "an exception")
     model.part.training = change == "a part's mode"
+    if change == "a processor":
+        model.processor = OwnProcessor()
+    elif change == "its flag":
+        model.processor.fuse = False
+    elif change == "a function":
+        model.forward = lambda x, **_: model.own(model.fused(x))
+    elif change == "a function of the class":
+        monkeypatch.setattr(Chooses, "forward", lambda self, x, **_: self.own(self.fused(x)))
     with pytest.raises(ValueError, match="attention computes a softmax"), record_entropy(model):
-        model(x, fuse=change != "an argument", fails=False)
+        model(
+            x,
+            fuse=change != "an argument",
+            fails=False,
+            how="own" if change == "a word" else "fused",
+        )
 
 
 def test_a_recorder_that_is_kept_forgets_what_it_refused(x: Tensor) -> None:
@@ -930,6 +974,97 @@ def test_attention_whose_weights_are_taken_apart_is_refused(x: Tensor) -> None:
     message = "1 computes a softmax of its own"
     with pytest.raises(ValueError, match=message), record_entropy(model):
         model(x)
+
+
+class Spelled(nn.Module):
+    """Attends by hand, in one of many ways."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.way, self.talk, self.mix = way, nn.Linear(4, 4), nn.Conv2d(4, 8, 1)
+        self.gain = nn.Parameter(torch.randn(4, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = x.unflatten(-1, (4, 4)).transpose(1, 2)
+        y: Tensor = getattr(self, self.way)(q, q @ q.mT)
+        return y.mean() + x
+
+    def talking_heads(self, v: Tensor, scores: Tensor) -> Tensor:
+        return self.talk(scores.softmax(-1).permute(0, 2, 3, 1)).permute(0, 3, 1, 2) @ v
+
+    def talking_einsum(self, v: Tensor, scores: Tensor) -> Tensor:
+        return torch.einsum("bhij,hg->bgij", scores.softmax(-1), self.gain) @ v
+
+    def more_heads(self, v: Tensor, scores: Tensor) -> Tensor:
+        return self.mix(scores.softmax(-1))[:, :4] @ v
+
+    def one_head(self, v: Tensor, scores: Tensor) -> Tensor:
+        return scores.softmax(-1).select(1, 0) @ v[:, 0]
+
+    def stacked(self, v: Tensor, scores: Tensor) -> Tensor:
+        return torch.stack([head.softmax(-1) for head in scores.unbind(1)], 1) @ v
+
+    def blocks_of_rows(self, v: Tensor, scores: Tensor) -> Tensor:
+        weights = torch.empty_like(scores)
+        for start in range(0, 7, 3):
+            weights[:, :, start : start + 3] = scores[:, :, start : start + 3].softmax(-1)
+        return weights @ v
+
+    def linalg(self, v: Tensor, scores: Tensor) -> Tensor:
+        return torch.linalg.matmul(scores.softmax(-1), v)
+
+    def gumbel(self, v: Tensor, scores: Tensor) -> Tensor:
+        return functional.gumbel_softmax(scores, dim=-1) @ v
+
+    def powers_of_two(self, v: Tensor, scores: Tensor) -> Tensor:
+        powers = torch.exp2(scores)
+        return powers / powers.sum(-1, keepdim=True) @ v
+
+    def compiled(self, v: Tensor, scores: Tensor) -> Tensor:
+        attends = torch.compile(lambda scores, v: scores.softmax(-1) @ v, backend="eager")
+        y: Tensor = attends(scores, v)
+        return y
+
+    def compiled_flex(self, v: Tensor, scores: Tensor) -> Tensor:
+        y: Tensor = torch.compile(flex_attention.flex_attention, backend="eager")(v, v, v)
+        return y
+
+
+WAYS = [name for name in vars(Spelled) if not name.startswith("_") and name != "forward"]
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_attention_by_hand_is_refused_however_it_is_written(way: str, x: Tensor) -> None:
+    how = "calls flex_attention" if "flex" in way else "computes a softmax of its own"
+    model = nn.Sequential(Stack(), Spelled(way))
+    with torch.no_grad(), pytest.raises(ValueError, match=f"1 {how}"), record_entropy(model):
+        model(x)
+
+
+def test_what_is_compiled_is_compiled_again_after_watches_that_overlap(x: Tensor) -> None:
+    calls = []
+
+    def backend(graph: torch.fx.GraphModule, _: object) -> torch.fx.GraphModule:
+        calls.append(graph)
+        return graph
+
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda x: x + 1, backend=backend)
+    outer, inner = nn.Sequential(Stack()), Stack()
+    with record_entropy(outer), record_entropy(outer[0]):
+        outer(x)
+        compiled(x)
+    assert len(calls) == 1
+    inner.register_forward_hook(stops)
+    with pytest.raises(ValueError, match="stops"), record_entropy(inner):
+        inner(x)
+    compiled(torch.cat([x, x]))
+    assert len(calls) == 2
+
+
+def stops(*_: object) -> None:
+    raise ValueError("stops")
 
 
 class Commented(nn.Module):

@@ -11,9 +11,16 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from entropy_regularization.integrations.mixing import DIVISIONS, SUMS, tensors_of
 
-SOFTMAX = {functional.softmax, torch.softmax, Tensor.softmax, torch.special.softmax}
+SOFTMAX = {
+    functional.softmax,
+    torch.softmax,
+    Tensor.softmax,
+    torch.special.softmax,
+    functional.softmin,
+    functional.gumbel_softmax,
+}
 LOG_SOFTMAX = {functional.log_softmax, torch.log_softmax, Tensor.log_softmax}
-EXPONENTIALS = {torch.exp, Tensor.exp, Tensor.exp_}
+EXPONENTIALS = {torch.exp, Tensor.exp, Tensor.exp_, torch.exp2, Tensor.exp2, Tensor.exp2_}
 LOG_SUMS = {torch.logsumexp, Tensor.logsumexp, torch.special.logsumexp}
 DIFFERENCES = {torch.sub, Tensor.sub, Tensor.sub_, Tensor.__sub__, Tensor.__isub__, torch.subtract}
 # Names of the functions that leave exponentials, or a sum of them, what they are.

@@ -11,8 +11,11 @@ import functools
 import inspect
 import sys
 import textwrap
+import threading
 import weakref
-from collections.abc import Callable, Mapping
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -22,7 +25,6 @@ from torch.nn.attention import flex_attention
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
-from entropy_regularization.integrations.compiled import is_compiled
 from entropy_regularization.integrations.interception import original_attention
 from entropy_regularization.integrations.mixing import SPLITS, Mixtures, tensors_of
 from entropy_regularization.integrations.softmaxes import Softmaxes
@@ -39,17 +41,47 @@ PRODUCTS = {
     torch.baddbmm,
     Tensor.baddbmm,
     torch.einsum,
+    torch.linalg.matmul,
+    torch.linalg.multi_dot,
+    torch.tensordot,
+    torch.inner,
+    torch.addmm,
+    Tensor.addmm,
+    torch.addbmm,
+    Tensor.addbmm,
+    torch.sparse.mm,
     functional.linear,
 }
 MATRIX_PRODUCTS = ("matmul", "bmm", "einsum")  # as source and graphs of torch.jit name them
 FLEX = flex_attention.flex_attention.__code__  # computes everything where no watch sees it
 SWITCHES = (bool, str)  # types of attributes that may choose the code that runs
+# Those of attributes that every module has, or that change from pass to pass.
+NUMBERS_AND_STATE = (int, float, type(None), dict, OrderedDict, list, tuple, set, Tensor)
 OWN_SOFTMAX = "computes a softmax of its own"
 CALLS_TORCH = "calls torch's own attention, which cannot be heard in a compiled model"
 
 SCALINGS = {torch.mul, Tensor.mul, Tensor.__mul__}
 # What may lie between the softmax and the product, where the number of elements may change.
-CUTS = {Tensor.__getitem__, Tensor.expand, Tensor.repeat, torch.cat, Tensor.narrow, functional.pad}
+CUTS = {
+    Tensor.__getitem__,
+    Tensor.expand,
+    Tensor.repeat,
+    torch.cat,
+    torch.concat,
+    torch.concatenate,
+    torch.stack,
+    torch.narrow,
+    Tensor.narrow,
+    torch.select,
+    Tensor.select,
+    torch.index_select,
+    Tensor.index_select,
+    torch.repeat_interleave,
+    Tensor.repeat_interleave,
+    torch.tile,
+    Tensor.tile,
+    functional.pad,
+}
 
 
 class UnseenAttention(TorchFunctionMode):
@@ -78,8 +110,6 @@ class UnseenAttention(TorchFunctionMode):
         """Run a function of torch; note where softmaxes come from and go to."""
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        if torch.compiler.is_compiling():  # a compiled function inside; nothing can be followed
-            return result
         if sys._getframe(1).f_code is FLEX:
             self._note(calling_module(self._names), "calls flex_attention")
         if self._softmaxes.made(func, args, kwargs, result):
@@ -100,6 +130,8 @@ class UnseenAttention(TorchFunctionMode):
         source = next((each for each in tensors if each in self._weights), None)
         if source is None:
             return
+        if func is Tensor.__setitem__ and tensors[0].dim() == 4:  # block by block
+            self._weights[tensors[0]] = self._weights[source]
         if func in SPLITS:
             for part in tensors_of([result], {}):
                 self._weights[part] = self._weights[source]
@@ -112,7 +144,12 @@ class UnseenAttention(TorchFunctionMode):
             name = self._weights[source]
             if any(word in self._kinds.get(name, "") for word in ("attention", "attn")):
                 self._note(name, "weighs sampled values by a softmax of its own")
-        elif func in CUTS or result.numel() == source.numel():
+        elif (
+            func in CUTS
+            or result.numel() == source.numel()
+            # heads that a convolution mixes into more or fewer
+            or (source.dim() == result.dim() == 4 and source.shape[2:] == result.shape[2:])
+        ):
             self._weights[result] = self._weights[source]
 
     def _multiply(
@@ -123,13 +160,16 @@ class UnseenAttention(TorchFunctionMode):
             each in self._weights and self._mixtures.is_without_scores(each) for each in tensors
         ):
             self._weights[result] = self._weights[source]  # a kernel made of two
+        elif source in self._mixtures:
+            return
         elif not (
-            source in self._mixtures
-            or any(isinstance(each, nn.Parameter) for each in tensors)
+            any(isinstance(each, nn.Parameter) for each in tensors)
             # The weight of a layer that is sharded, cast, or stood in for is no parameter.
             or (func is functional.linear and calling_module(self._names) in self._linears)
         ):
             self._note(self._weights[source], OWN_SOFTMAX)
+        elif source.dim() == 4 and result.shape == source.shape:
+            self._weights[result] = self._weights[source]  # heads that talk to each other
 
     def _note(self, name: str | None, how: str) -> None:
         if name is not None:
@@ -140,11 +180,30 @@ class UnseenAttention(TorchFunctionMode):
 _sound: "weakref.WeakKeyDictionary[nn.Module, set[object]]" = weakref.WeakKeyDictionary()
 
 
+_watching: list[Any] = []  # the stance of the compiler, once for every watch that runs
+_lock = threading.Lock()
+
+
+@contextmanager
+def _as_written() -> Iterator[None]:
+    """Run compiled functions as they were written, until the last watch ends, in any order."""
+    with _lock:
+        stance = _watching[0] if _watching else torch.compiler.set_stance("force_eager")
+        _watching.append(stance)
+    try:
+        yield
+    finally:
+        with _lock:
+            _watching.pop()
+            if not _watching:
+                stance.__exit__(None, None, None)
+
+
 class Watch:
     """Watches the first forward pass of each kind that a model makes, see _kind_of.
 
-    A compiled model is not watched, because a compiler that meets a watch compiles everything anew;
-    its source is read.
+    In that pass compiled parts run as they were written. A model that is compiled as a whole is not
+    watched, because a compiler that meets a watch compiles everything anew; its source is read.
 
     Attributes:
         found: the modules that attend unheard, each with how.
@@ -153,12 +212,13 @@ class Watch:
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         self._mode: UnseenAttention | None = None
+        self._until_end = ExitStack()
         self._kind: object = None
         self.found: dict[str, str] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         """A copied model is not being watched."""
-        return {**self.__dict__, "_mode": None}
+        return {**self.__dict__, "_mode": None, "_until_end": ExitStack()}
 
     def begin(self) -> None:
         """A recording begins; what an earlier one found is not its own."""
@@ -177,11 +237,14 @@ class Watch:
         if self._mode is not None or runs_compiled():
             return
         self._kind = _kind_of(names, part, given)
-        if self._kind in _sound.get(self._model, ()) or any(map(is_compiled, names)):
+        if self._kind in _sound.get(self._model, ()):
             return
-        self._mode = UnseenAttention(names)
-        self._mode.found.update(_scripted(names))
-        self._mode.__enter__()  # type: ignore[no-untyped-call]
+        mode = UnseenAttention(names)
+        mode.found.update(_scripted(names))
+        # Nothing could be seen of compiled functions and parts, which would be compiled anew.
+        self._until_end.enter_context(_as_written())
+        self._until_end.enter_context(mode)
+        self._mode = mode
 
     def read(self, names: Mapping[nn.Module, str], *, torch_is_heard: bool) -> None:
         """Read the source of a compiled model's modules, since its pass cannot be watched.
@@ -204,7 +267,7 @@ class Watch:
         if self._mode is None:
             return
         mode, self._mode = self._mode, None
-        mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+        self._until_end.close()
         self.found.update(mode.found)
         if finished and not mode.found:
             _sound.setdefault(self._model, set()).add(self._kind)
@@ -214,16 +277,25 @@ def _kind_of(names: Mapping[nn.Module, str], part: nn.Module, given: Mapping[str
     """Return what tells passes apart that may run different code.
 
     Which arguments are given (an image beside the text), and the switches: those among the
-    arguments, and those of every module (``training``, a flag for a fused function).
+    arguments, those of every module (``training``, a flag for a fused function) and of the objects
+    that it holds, and the code of functions that were put in the place of others.
     """
     switches: list[Any] = []
+    helpers: dict[int, Any] = {}
     for each in names:  # at every pass: cheap
         attributes = each.__dict__
-        switches += [value for value in attributes.values() if type(value) in SWITCHES]
-        config = attributes.get("config")
-        switches += [type(each), getattr(config, "_attn_implementation", None)]
+        for value in attributes.values():
+            if type(value) in SWITCHES:
+                switches.append(value)
+            elif type(value) not in NUMBERS_AND_STATE:
+                helpers[id(value)] = value
+                switches.append(getattr(value, "__code__", type(value)))
+        switches += [type(each), getattr(type(each), "forward", None)]
+    for helper in helpers.values():  # configs, and processors that hold a module's code
+        values = getattr(helper, "__dict__", {}).values()
+        switches += [value for value in values if isinstance(value, SWITCHES)]
     arguments = frozenset(
-        (name, value if isinstance(value, bool) else None)
+        (name, value if isinstance(value, SWITCHES) else None)
         for name, value in given.items()
         if value is not None
     )

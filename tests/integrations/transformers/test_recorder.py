@@ -678,6 +678,8 @@ def test_compiled_models_break_no_graph_and_are_compiled_once(part: str) -> None
         forward = model
         for layer in model.model.layers:
             layer.compile(backend="aot_eager")
+        penalised(forward)  # is watched, and compiles nothing
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 0
     found = penalised(forward)
     with torch._dynamo.config.patch(error_on_recompile=True):
         again = penalised(forward)
