@@ -228,6 +228,27 @@ def test_padding_rows(reduction: str) -> None:
     torch.testing.assert_close(calibrated(recording), calibrated(kept))
 
 
+@pytest.mark.parametrize("penalty", ["published", "calibrated"])
+@pytest.mark.parametrize("counts", [True, False])
+def test_nan_comes_through_where_it_counts_and_only_there(penalty: str, counts: bool) -> None:
+    layer = causal_case()[1][0]
+    layer.entropy[0, 1, 4] = math.nan
+    layer.rows[0, 4] = counts
+    entropy = layer.entropy.requires_grad_()
+    loss = EntropyRegularization(1.0, 0.1, penalty=penalty, count_padding=False)(
+        EntropyRecording([layer])
+    )
+    loss.backward()
+    assert loss.isnan() == counts
+    assert entropy.grad[:, :, :4].isfinite().all()
+    assert counts or entropy.grad[0, 1, 4] == 0
+
+
+def test_nan_in_a_stored_matrix_counts_as_0_as_published() -> None:
+    matrix = torch.full((1, 1, 2, 3), math.nan)
+    assert EntropyRegularization.compute_entropy(matrix).abs().max() == 0
+
+
 def test_calibrated_strength_does_not_follow_batch_or_length() -> None:
     losses = []
     for batch, n in ((1, 9), (4, 9), (1, 500)):

@@ -1,8 +1,12 @@
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import nn
 
-from entropy_regularization.thresholds import HeadThresholds, without_weight_decay
+from entropy_regularization.monitoring.statistics import Band
+from entropy_regularization.regularization import EntropyRegularization
+from entropy_regularization.thresholds import HeadThresholds, as_tensor, without_weight_decay
 
 
 def test_initial_values_and_learnable() -> None:
@@ -23,8 +27,8 @@ def test_initial_values_and_learnable() -> None:
         ((0, 3), ValueError, "layers is 0; pass a positive integer"),
         ((2, 3.0), TypeError, "heads is 3.0; pass a positive integer"),
         ((2, 3, [0.5, 0.5]), ValueError, r"initial has shape \(2,\); pass a number, \(3,\) or"),
-        ((2, 3, 1.5), ValueError, "initial leaves"),
-        ((2, 3, float("nan")), ValueError, r"initial leaves \[0, 1\]; pass fractions"),
+        ((2, 3, 1.5), ValueError, r"initial has 1.5, which is not in \[0, 1\]"),
+        ((2, 3, float("nan")), ValueError, r"initial has nan, which is not"),
         ((2, 3, None), TypeError, "initial is a NoneType; pass a number"),
     ],
 )
@@ -43,3 +47,32 @@ def test_groups_without_weight_decay() -> None:
     assert [id(p) for p in kept["params"]] == [id(model[1].fraction_bias)]
     with pytest.raises(ValueError, match="Linear holds no HeadThresholds; call regularize"):
         without_weight_decay(nn.Linear(2, 2), 0.1)
+
+
+NAN, INF = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize("wrong", [NAN, INF, -0.1, 5.0, [0.5, NAN], [[0.5], [1.5]]])
+@pytest.mark.parametrize(
+    "give",
+    [
+        lambda x: as_tensor(x, "thresholds"),
+        lambda x: EntropyRegularization(thresholds=x),
+        lambda x: EntropyRegularization(thresholds=torch.tensor(x)),
+        lambda x: EntropyRegularization(thresholds=torch.tensor(x).double()),
+        lambda x: Band(x),
+        lambda x: EntropyRegularization().compute_loss([torch.ones(1, 2, 2, 2)] * 2, x, 2, 2),
+    ],
+)
+def test_numbers_that_are_no_fractions_are_refused(wrong: object, give: Callable) -> None:
+    with pytest.raises(ValueError, match=r"has \S+, which is not in \[0, 1\]; pass fractions"):
+        give(wrong)
+
+
+def test_what_was_learned_may_leave_the_unit_interval() -> None:
+    module = HeadThresholds(1, 2)
+    with torch.no_grad():
+        module.fraction_bias += 1
+    for learned in (module, module(), module() + 0):
+        assert EntropyRegularization(thresholds=learned).thresholds is learned
+    assert as_tensor(module().detach(), "thresholds").max() > 1

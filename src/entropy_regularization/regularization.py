@@ -25,7 +25,7 @@ from entropy_regularization.reduction import (
     mean_count_over_ranks,
     sum_rows,
 )
-from entropy_regularization.thresholds import as_tensor, thresholds_of_layers
+from entropy_regularization.thresholds import check_fixed, thresholds_of_layers
 
 Penalty = Literal["published", "calibrated"]
 Maximum = Literal["context", "reachable"]
@@ -122,7 +122,7 @@ class EntropyRegularization:
             "maximum", maximum or ("context" if published else "reachable"), get_args(Maximum)
         )
         if thresholds is not None:
-            as_tensor(thresholds, "thresholds")  # refuse early
+            check_fixed(thresholds, "thresholds")
         self.thresholds = thresholds
         self.count_padding = published if count_padding is None else count_padding
         self.across_ranks = across_ranks
@@ -228,7 +228,9 @@ class EntropyRegularization:
     ) -> Float[Tensor, "*batch queries"]:
         """Return the entropy of every row of a stored matrix, ``-nansum(A log(A + 1e-9))``, nats.
 
-        float16 and bfloat16 are computed in float32, where 1e-9 does not vanish.
+        float16 and bfloat16 are computed in float32, where 1e-9 does not vanish. As published, an
+        entry that is NaN counts as 0, so a matrix of NaN has entropy 0; a recording, whose entropy
+        is computed otherwise, keeps NaN.
 
         Args:
             attention_matrix: rows are probabilities over the last dimension.
@@ -305,6 +307,9 @@ class EntropyRegularization:
         self, layer: _Rows, thresholds: Tensor, context_size: int, device: torch.device
     ) -> SumAndCount:
         entropy = layer.entropy
+        counted = self._counted(layer)
+        if counted is not None:  # what does not count, be it NaN, reaches neither sum nor gradient
+            entropy = entropy.masked_fill(~counted, 0.0)
         maximum: Tensor | float = _published_log(context_size)
         if self.maximum == "reachable":
             assert layer.allowed_keys is not None
@@ -315,7 +320,7 @@ class EntropyRegularization:
             maximum,
             tolerance=self.tolerance_margin_factor,
         )
-        pair = sum_rows(penalty, self._counted(layer))
+        pair = sum_rows(penalty, counted)
         # layers of a model spread over several devices meet on the first one
         return SumAndCount(pair.total.to(device), pair.count.to(device))
 

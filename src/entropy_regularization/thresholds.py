@@ -51,8 +51,7 @@ class HeadThresholds(nn.Module):
                 f"initial has shape {tuple(values.shape)}; pass a number, ({heads},) or "
                 f"({layers}, {heads})."
             )
-        if not bool(((values >= 0) & (values <= 1)).all()):
-            raise ValueError("initial leaves [0, 1]; pass fractions of the maximum such as 0.5.")
+        _check_fractions(values, "initial")
         values = values.expand(layers, heads).to(torch.get_default_dtype(), copy=True)
         values = values.contiguous()
         self.fraction_bias = nn.Parameter(values, requires_grad=learnable)
@@ -117,7 +116,9 @@ def as_tensor(thresholds: object, name: str) -> Tensor:
 
     Raises:
         TypeError: if it is none of these, or its entries are not floating.
-        ValueError: if it is ragged or has more than two dimensions.
+        ValueError: if it is ragged or has more than two dimensions, or a number leaves [0, 1].
+            Entries of tensors are not read, which would wait for their device: they may have been
+            learned.
     """
     if isinstance(thresholds, HeadThresholds):
         values: Tensor = thresholds()  # by a call, whose hooks gather what is sharded or offloaded
@@ -144,13 +145,38 @@ def _from_numbers(numbers: object, name: str, expected: str) -> Tensor:
         return torch.stack(rows)
     try:
         # float64, so that a list loses no digits beside float64 matrices
-        return torch.tensor(numbers, dtype=torch.float64)
+        values = torch.tensor(numbers, dtype=torch.float64)
     except ValueError as error:
         if "too many dimensions" in str(error):  # what torch says of a list of strings
             raise TypeError(f"{name} has entries that are not numbers; {expected}.") from error
         raise ValueError(f"{name} has rows of different lengths; {expected}.") from error
+    except OverflowError as error:
+        raise ValueError(f"{name} has a number beyond all floats; {expected}.") from error
     except (TypeError, RuntimeError) as error:
         raise TypeError(f"{name} has entries that are not numbers; {expected}.") from error
+    _check_fractions(values, name)
+    return values
+
+
+def check_fixed(thresholds: object, name: str) -> None:
+    """Refuse thresholds that cannot be meant, once, where they come in; waits for their device.
+
+    Raises:
+        TypeError: if they are not numbers.
+        ValueError: if a number, or an entry of a tensor without a gradient, leaves [0, 1].
+    """
+    values = as_tensor(thresholds, name)
+    if not (isinstance(thresholds, HeadThresholds) or values.requires_grad or values.is_meta):
+        _check_fractions(values, name)
+
+
+def _check_fractions(values: Tensor, name: str) -> None:
+    wrong = values[~((values >= 0) & (values <= 1))]
+    if wrong.numel():
+        raise ValueError(
+            f"{name} has {wrong[0].item():g}, which is not in [0, 1]; pass fractions of the "
+            "maximum such as 0.5, or the HeadThresholds that learned them."
+        )
 
 
 def thresholds_of_layers(

@@ -13,7 +13,7 @@ from torch import Tensor
 from entropy_regularization.recording.recording import EntropyRecording, LayerEntropy
 from entropy_regularization.reduction import SumAndCount, sum_rows
 from entropy_regularization.regularization import EntropyRegularization
-from entropy_regularization.thresholds import thresholds_of_layers
+from entropy_regularization.thresholds import check_fixed, thresholds_of_layers
 
 PerHead = list[list[float]]  # [layers][heads]; layers may differ in their number of heads
 
@@ -45,6 +45,7 @@ class Band:
         Raises:
             ValueError: if the tolerance is negative or not finite, or maximum has another name.
         """
+        check_fixed(self.thresholds, "thresholds")
         if not 0 <= self.tolerance < math.inf:
             raise ValueError(
                 f"tolerance is {self.tolerance}; pass a finite fraction of at least 0."

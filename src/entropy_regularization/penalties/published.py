@@ -31,5 +31,5 @@ def published_penalty(
         Square nats.
     """
     deviation = entropy - thresholds[None, :, None] * maximum
-    outside = deviation.abs() > tolerance * maximum
-    return deviation.masked_fill(~outside, 0.0).square()
+    inside = deviation.abs() <= tolerance * maximum  # NaN is not: it comes through
+    return deviation.masked_fill(inside, 0.0).square()
