@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from entropy_regularization.recording.recording import EntropyRecording, LayerEntropy
-from entropy_regularization.regularization import EntropyRegularization
+from entropy_regularization.regularization import EntropyRegularization, _warn_of_no_gradient
 from entropy_regularization.thresholds import HeadThresholds
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "published_module.json").read_text())
@@ -270,6 +270,20 @@ def test_layers_with_different_heads_and_default_thresholds() -> None:
     assert module.fraction_bias.grad[1].tolist()[1:] == [0.0, 0.0]
     fixed = EntropyRegularization(1.0, 0.0)
     torch.testing.assert_close(fixed(recording), fixed(recording, thresholds=[0.5, 0.5, 0.5]))
+
+
+def test_a_penalty_that_cannot_train_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    _warn_of_no_gradient.cache_clear()
+    regularization, recording = EntropyRegularization(), causal_case()[1]
+    with torch.no_grad():  # watching its value
+        regularization(recording)
+    for layer in recording:
+        layer.entropy.requires_grad_()
+    regularization(recording)
+    assert caplog.text == ""
+    for _ in range(2):
+        regularization(recording.detach(), HeadThresholds(2, 3))
+    assert caplog.text.count("the recording carries no gradient, so its penalty cannot train") == 1
 
 
 def test_calls_refuse_what_is_no_recording() -> None:

@@ -1,5 +1,6 @@
 """EntropyRegularization: the published class, and the same object over a recording."""
 
+import functools
 import logging
 import math
 import struct
@@ -31,6 +32,8 @@ Penalty = Literal["published", "calibrated"]
 Maximum = Literal["context", "reachable"]
 
 _PENALTIES = {"published": published_penalty, "calibrated": calibrated_penalty}
+logger = logging.getLogger("entropy_regularization")
+
 EPSILON = 1e-9  # the published module adds it inside the logarithm of a stored matrix
 
 
@@ -161,7 +164,9 @@ class EntropyRegularization:
             thresholds: as in the constructor, for this call only.
 
         Returns:
-            A scalar, differentiable in the model's parameters and the thresholds.
+            A scalar, differentiable in the model's parameters and the thresholds. A recording
+            without a gradient cannot train the model, which the log says once, unless gradients
+            are off here too.
 
         Raises:
             TypeError: if recording is no EntropyRecording or thresholds are not numbers.
@@ -177,6 +182,9 @@ class EntropyRegularization:
                 "the recording is empty; run a forward pass inside record_entropy(model) first."
             )
         layers = [_Rows(layer.entropy, layer.allowed_keys, layer.rows) for layer in recording]
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            if not any(layer.entropy.requires_grad for layer in layers):
+                _warn_of_no_gradient()
         context_size = self.context_size or recording.layers[0].keys
         return self._reduce(layers, self._thresholds(thresholds), context_size, "thresholds")
 
@@ -356,6 +364,14 @@ class EntropyRegularization:
                 f"allowed has shape {tuple(allowed.shape)}, which does not broadcast to the "
                 f"matrices' {tuple(matrix.shape)}; pass [batch or 1, 1, queries, keys]."
             ) from error
+
+
+@functools.cache
+def _warn_of_no_gradient() -> None:
+    logger.warning(
+        "the recording carries no gradient, so its penalty cannot train the model; record with "
+        "gradient=True and outside torch.no_grad(), or compute the penalty inside it."
+    )
 
 
 def _published_log(context_size: int) -> float:
