@@ -182,9 +182,9 @@ class EntropyRegularization:
                 "the recording is empty; run a forward pass inside record_entropy(model) first."
             )
         layers = [_Rows(layer.entropy, layer.allowed_keys, layer.rows) for layer in recording]
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            if not any(layer.entropy.requires_grad for layer in layers):
-                _warn_of_no_gradient()
+        wanted = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        if wanted and not any(layer.entropy.requires_grad for layer in layers):
+            _warn_of_no_gradient()
         context_size = self.context_size or recording.layers[0].keys
         return self._reduce(layers, self._thresholds(thresholds), context_size, "thresholds")
 
