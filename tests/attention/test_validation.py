@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -43,6 +44,14 @@ WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"softcap": True}, ValueError, "softcap is True; pass a positive number"),
     ({"dropout": False}, ValueError, "dropout is False; pass a rate in [0, 1)"),
     ({"scale": True}, ValueError, "scale is True; pass a finite number"),
+    ({"scale": 10**400}, ValueError, "scale is 1000"),
+    ({"scale": 1e300}, ValueError, "scale is 1e+300; pass a finite number of float32"),
+    ({"softcap": 10**400}, ValueError, "softcap is 1000"),
+    ({"softcap": 1e300}, ValueError, "softcap is 1e+300; pass a positive number of float32"),
+    ({"softcap": 1e-300}, ValueError, "softcap is 1e-300; pass a positive number of float32"),
+    ({"query": Q.to_sparse()}, TypeError, "query is a torch.sparse_coo tensor; pass a dense one"),
+    ({"bias": torch.ones(1, 1, 5, 7).to_sparse()}, TypeError, "bias is a torch.sparse_coo tensor"),
+    ({"key": torch.nested.nested_tensor(list(K))}, TypeError, "key is a nested tensor; pass a de"),
     ({"softcap": 0.0}, ValueError, "softcap is 0.0; pass a positive number"),
     ({"dropout": 1.0}, ValueError, "dropout is 1.0; pass a rate in [0, 1)"),
     (
@@ -66,6 +75,13 @@ def test_sentence(change: dict[str, Any], error: type[Exception], sentence: str)
         attention_with_entropy(**{**arguments, **change})
     assert sentence in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    given = {"scale": np.float32(0.5), "softcap": np.int64(3), "dropout": np.float64(0.0)}
+    plain = {"scale": 0.5, "softcap": 3.0}
+    found, wanted = (attention_with_entropy(Q, K, V, **options) for options in (given, plain))
+    assert torch.equal(found.entropy, wanted.entropy)
 
 
 def test_document_needs_a_key_for_every_query() -> None:

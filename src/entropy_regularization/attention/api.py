@@ -132,9 +132,9 @@ def attention_with_entropy(
         structure,
         scale=query.shape[-1] ** -0.5 if scale is None else float(scale),
         bias=bias,
-        softcap=softcap,
+        softcap=None if softcap is None else float(softcap),
         sinks=sinks,
-        dropout=dropout,
+        dropout=float(dropout),
         implementation=implementation,
     )
 

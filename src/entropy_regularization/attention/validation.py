@@ -1,9 +1,13 @@
 """Every check on shapes, dtypes and devices, and the sentence read when it fails.
 
+And those on plain numbers and flags, which every room uses.
+
 Shapes and dtypes are always checked; values never, because reading them stops a GPU and breaks
 compilation.
 """
 
+import operator
+from numbers import Real
 from typing import NamedTuple
 
 import torch
@@ -12,9 +16,54 @@ from torch import Tensor
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
+FLOAT32 = torch.finfo(torch.float32)
+
 # Keys that a side of a window counts at most: more than a tensor can have, and a number that may
 # be added to positions in 64 bits.
 FARTHEST = 2**48
+
+
+def is_number(given: object) -> bool:
+    """Tell a number, of numpy or not, that float32 can hold; a bool is none."""
+    if isinstance(given, bool) or not isinstance(given, int | float | Real):
+        return False
+    return bool(-FLOAT32.max <= given <= FLOAT32.max)  # type: ignore[operator]
+
+
+def as_integer(given: object) -> int | None:
+    """Return an integer, of numpy or torch or not, as Python's; None for what is none."""
+    if isinstance(given, bool):
+        return None
+    try:
+        return operator.index(given)  # type: ignore[arg-type]
+    except TypeError:
+        return None
+
+
+def check_positive_integer(name: str, given: object) -> int:
+    """Return an integer of at least 1.
+
+    Raises:
+        TypeError: if it is no integer.
+        ValueError: if it is below 1.
+    """
+    number = as_integer(given)
+    if number is None:
+        raise TypeError(f"{name} is {given!r}; pass a positive integer.")
+    if number < 1:
+        raise ValueError(f"{name} is {number}; pass a positive integer.")
+    return number
+
+
+def check_flag(name: str, given: object) -> bool:
+    """Return True or False.
+
+    Raises:
+        TypeError: if it is neither.
+    """
+    if not isinstance(given, bool):
+        raise TypeError(f"{name} is {given!r}; pass True or False.")
+    return given
 
 
 class Sizes(NamedTuple):
@@ -74,10 +123,15 @@ def check_is_tensor(name: str, given: object) -> None:
     """Refuse what is no tensor.
 
     Raises:
-        TypeError: if it is not one.
+        TypeError: if it is not one, or a sparse or nested one.
     """
     if not isinstance(given, Tensor):
         raise TypeError(f"{name} is a {type(given).__name__}; pass a torch.Tensor.")
+    if given.is_nested or given.layout != torch.strided:
+        kind = "nested" if given.is_nested else str(given.layout)
+        raise TypeError(
+            f"{name} is a {kind} tensor; pass a dense one (to_dense, to_padded_tensor)."
+        )
 
 
 def _check_place(name: str, tensor: Tensor, query: Tensor) -> None:
@@ -94,8 +148,7 @@ def check_window(causal: bool, window: object) -> tuple[int | None, int | None]:
         TypeError: if ``window`` is not a pair of integers or None.
         ValueError: if a side is negative.
     """
-    if not isinstance(causal, bool):
-        raise TypeError(f"causal is {causal!r}; pass True or False.")
+    check_flag("causal", causal)
     if window is None:
         return None, 0 if causal else None
     sides = tuple(window) if isinstance(window, tuple | list) else ()
@@ -213,15 +266,13 @@ def check_scores(
                 f"sinks has shape {tuple(sinks.shape)} but query implies ({sizes.heads},); pass "
                 "one logit per query head."
             )
-    if scale is not None and not _is_finite(scale):
-        raise ValueError(f"scale is {scale!r}; pass a finite number, or None for 1/sqrt(dim).")
-    if softcap is not None and not (_is_finite(softcap) and softcap > 0):
-        raise ValueError(f"softcap is {softcap!r}; pass a positive number, or None for no cap.")
-    if not (_is_finite(dropout) and 0.0 <= dropout < 1.0):
-        raise ValueError(f"dropout is {dropout!r}; pass a rate in [0, 1).")
-
-
-def _is_finite(number: object) -> bool:
-    if isinstance(number, bool) or not isinstance(number, int | float):
-        return False
-    return -float("inf") < number < float("inf")
+    if scale is not None and not is_number(scale):
+        raise ValueError(
+            f"scale is {scale!r:.40}; pass a finite number of float32, or None for 1/sqrt(dim)."
+        )
+    if softcap is not None and not (is_number(softcap) and softcap >= FLOAT32.tiny):
+        raise ValueError(
+            f"softcap is {softcap!r:.40}; pass a positive number of float32, or None for no cap."
+        )
+    if not (is_number(dropout) and 0.0 <= dropout < 1.0):
+        raise ValueError(f"dropout is {dropout!r:.40}; pass a rate in [0, 1).")
