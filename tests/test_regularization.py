@@ -5,6 +5,7 @@ import logging
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -97,7 +98,18 @@ GOOD = [torch.rand(2, 3, 4, 4).softmax(-1) for _ in range(2)]
 @pytest.mark.parametrize(
     ("attentions", "thresholds", "heads", "layers", "error", "sentence"),
     [
-        ([], [0.5] * 3, 3, 2, ValueError, "attentions is empty; a model returns its matrices only"),
+        ([], [0.5] * 3, 3, 2, ValueError, "attentions is empty; load the model with attn_imp"),
+        (
+            None,
+            [0.5] * 3,
+            3,
+            2,
+            TypeError,
+            "attentions is None; load the model with attn_impl.* or",
+        ),
+        ((None, None), [0.5] * 3, 3, 2, TypeError, "is a NoneType; .* output_attentions=True, or"),
+        (3, [0.5] * 3, 3, 2, TypeError, "attentions is a int; pass one matrix per layer"),
+        (GOOD, 10**400, 3, 2, ValueError, "has a number beyond all floats; pass a number"),
         ((), [0.5] * 3, 3, 0, ValueError, "attentions is empty"),
         ([None], [0.5] * 3, 3, 1, TypeError, r"attentions\[0\] is a NoneType; pass a tensor"),
         ([GOOD[0], GOOD[1][:1]], [0.5] * 3, 3, 2, ValueError, "has batch 1 but the first"),
@@ -142,6 +154,14 @@ def test_wrong_input_is_one_sentence(
         ({"reduction": "max"}, ValueError, "reduction is 'max'; choose one of sum, mean"),
         ({"maximum": "n"}, ValueError, "maximum is 'n'; choose one of context, reachable"),
         ({"thresholds": "a"}, TypeError, "thresholds is a str; pass a number"),
+        ({"loss_coeff": 10**400}, ValueError, "loss_coeff is 10{38}.; pass a finite number"),
+        ({"loss_coeff": np.bool_(True)}, TypeError, "loss_coeff is .*; pass a number"),
+        ({"context_size": 10**400}, ValueError, "context_size is 10{38}.; pass at least 2"),
+        ({"reduction": ""}, ValueError, "reduction is ''; choose one of sum, mean"),
+        ({"maximum": ""}, ValueError, "maximum is ''; choose one of context, reachable"),
+        ({"penalty": np.ones(2)}, ValueError, "penalty is .*; choose one of published"),
+        ({"count_padding": "no"}, TypeError, "count_padding is 'no'; pass True or False"),
+        ({"across_ranks": "yes"}, TypeError, "across_ranks is 'yes'; pass True or False"),
     ],
 )
 def test_wrong_settings_are_one_sentence(
@@ -149,6 +169,16 @@ def test_wrong_settings_are_one_sentence(
 ) -> None:
     with pytest.raises(error, match=sentence):
         EntropyRegularization(**settings)
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    given = EntropyRegularization(np.float32(0.5), np.float64(0.25), np.int64(8))
+    given.thresholds = np.array([0.25, 0.5, 0.75])
+    plain = EntropyRegularization(0.5, 0.25, 8, thresholds=[0.25, 0.5, 0.75])
+    recording = causal_case()[1]
+    assert given(recording) == plain(recording)
+    found = given.compute_loss(GOOD, np.float32(0.25), np.int64(3), 2)
+    assert found == plain.compute_loss(GOOD, 0.25, 3, 2) > 0
 
 
 def causal_case(
@@ -297,5 +327,12 @@ def test_calls_refuse_what_is_no_recording() -> None:
         EntropyRegularization().compute_loss(GOOD, 0.5, 3, 2, allowed=torch.ones(5, 5).bool())
     with pytest.raises(TypeError, match="allowed has dtype torch"):
         EntropyRegularization().compute_loss(GOOD, 0.5, 3, 2, allowed=torch.ones(4, 4))
+    with pytest.raises(TypeError, match="allowed is a ndarray; pass a torch"):
+        EntropyRegularization().compute_loss(GOOD, 0.5, 3, 2, allowed=np.ones((4, 4), bool))
+    with pytest.raises(TypeError, match="attention_matrices is None; load the model with"):
+        EntropyRegularization.log_entropy_metrics(None, 0)
+    for extra in ([0.5] * 4, HeadThresholds(2, 4)):
+        with pytest.raises(ValueError, match="has 4 thresholds a layer but 3 heads are asked"):
+            EntropyRegularization()(causal_case()[1], thresholds=extra)
     with pytest.raises(ValueError, match="has 2 thresholds a layer but 3 heads"):
         EntropyRegularization()(causal_case()[1], thresholds=[0.5, 0.5])

@@ -1,5 +1,6 @@
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -19,6 +20,10 @@ def test_initial_values_and_learnable() -> None:
     values.zero_()
     assert module().min() > 0  # a copy
     assert "layers=2, heads=3, learnable=False" in repr(module)
+    module = HeadThresholds(np.int64(2), np.int64(3), np.array([0.25, 0.5, 0.75]))
+    assert module().tolist() == [[0.25, 0.5, 0.75]] * 2
+    with pytest.raises(TypeError, match="learnable is 'no'; pass True or False"):
+        HeadThresholds(2, 3, learnable="no")
 
 
 @pytest.mark.parametrize(
@@ -29,6 +34,7 @@ def test_initial_values_and_learnable() -> None:
         ((2, 3, [0.5, 0.5]), ValueError, r"initial has shape \(2,\); pass a number, \(3,\) or"),
         ((2, 3, 1.5), ValueError, r"initial has 1.5, which is not in \[0, 1\]"),
         ((2, 3, float("nan")), ValueError, r"initial has nan, which is not"),
+        ((2, True), TypeError, "heads is True; pass a positive integer"),
         ((2, 3, None), TypeError, "initial is a NoneType; pass a number"),
     ],
 )
@@ -47,6 +53,11 @@ def test_groups_without_weight_decay() -> None:
     assert [id(p) for p in kept["params"]] == [id(model[1].fraction_bias)]
     with pytest.raises(ValueError, match="Linear holds no HeadThresholds; call regularize"):
         without_weight_decay(nn.Linear(2, 2), 0.1)
+    with pytest.raises(TypeError, match="model is a NoneType; pass a torch"):
+        without_weight_decay(None, 0.1)
+    for decay in ("x", -1):
+        with pytest.raises(ValueError, match=f"weight_decay is {decay!r}; pass a number, 0 or"):
+            without_weight_decay(model, decay)
 
 
 NAN, INF = float("nan"), float("inf")

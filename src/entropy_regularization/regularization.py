@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from entropy_regularization.attention.validation import check_flag, check_is_tensor
 from entropy_regularization.penalties import calibrated_penalty, published_penalty
 from entropy_regularization.penalties.validation import (
     check_context_size,
@@ -87,7 +88,7 @@ class EntropyRegularization:
             each rank's own. One small all-reduce a call, which every rank must then make.
 
     Raises:
-        TypeError: if a number is not a number.
+        TypeError: if a number is not a number, or a flag not True or False.
         ValueError: if a number is out of range or an option unknown.
 
     Example:
@@ -119,16 +120,22 @@ class EntropyRegularization:
         self.context_size = check_context_size(context_size)
         self.penalty = check_option("penalty", penalty, get_args(Penalty))
         self.reduction = check_option(
-            "reduction", reduction or ("sum" if published else "mean"), get_args(Reduction)
+            "reduction",
+            ("sum" if published else "mean") if reduction is None else reduction,
+            get_args(Reduction),
         )
         self.maximum = check_option(
-            "maximum", maximum or ("context" if published else "reachable"), get_args(Maximum)
+            "maximum",
+            ("context" if published else "reachable") if maximum is None else maximum,
+            get_args(Maximum),
         )
         if thresholds is not None:
             check_fixed(thresholds, "thresholds")
         self.thresholds = thresholds
-        self.count_padding = published if count_padding is None else count_padding
-        self.across_ranks = across_ranks
+        self.count_padding = (
+            published if count_padding is None else check_flag("count_padding", count_padding)
+        )
+        self.across_ranks = check_flag("across_ranks", across_ranks)
 
     @classmethod
     def calibrated(
@@ -186,7 +193,10 @@ class EntropyRegularization:
         if wanted and not any(layer.entropy.requires_grad for layer in layers):
             _warn_of_no_gradient()
         context_size = self.context_size or recording.layers[0].keys
-        return self._reduce(layers, self._thresholds(thresholds), context_size, "thresholds")
+        heads = [layer.entropy.shape[1] for layer in layers]
+        given = self._thresholds(thresholds)
+        vectors = thresholds_of_layers(given, heads, name="thresholds", like=layers[0].entropy)
+        return self._reduce(layers, vectors, context_size)
 
     def compute_loss(
         self,
@@ -228,7 +238,14 @@ class EntropyRegularization:
             for matrix in attentions
         ]
         context_size = self.context_size or attentions[0].shape[-1]
-        return self._reduce(layers, reg_threshold_weights, context_size, "reg_threshold_weights")
+        vectors = thresholds_of_layers(
+            reg_threshold_weights,
+            [num_heads] * len(layers),
+            name="reg_threshold_weights",
+            like=layers[0].entropy,
+            or_more=True,
+        )
+        return self._reduce(layers, vectors, context_size)
 
     @staticmethod
     def compute_entropy(
@@ -277,7 +294,7 @@ class EntropyRegularization:
             TypeError: if matrices are not floating tensors, or the logger is none of these.
             ValueError: if there are no matrices, or their shapes do not fit.
         """
-        check_matrices("attention_matrices", attention_matrices, 1, len(attention_matrices))
+        check_matrices("attention_matrices", attention_matrices)
         metrics: dict[str, float] = {}
         with torch.no_grad():
             for layer, matrix in enumerate(attention_matrices):
@@ -293,15 +310,11 @@ class EntropyRegularization:
             return given
         return 0.5 if self.thresholds is None else self.thresholds
 
-    def _reduce(
-        self, layers: list[_Rows], thresholds: object, context_size: int, name: str
-    ) -> Tensor:
-        first = layers[0].entropy
-        heads = [layer.entropy.shape[1] for layer in layers]
-        vectors = thresholds_of_layers(thresholds, heads, name=name, like=first)
+    def _reduce(self, layers: list[_Rows], thresholds: list[Tensor], context_size: int) -> Tensor:
+        device = layers[0].entropy.device
         pairs = [
-            self._penalise(layer, vector, context_size, first.device)
-            for layer, vector in zip(layers, vectors, strict=True)
+            self._penalise(layer, vector, context_size, device)
+            for layer, vector in zip(layers, thresholds, strict=True)
         ]
         if self.reduction == "mean":
             if self.across_ranks:
@@ -355,6 +368,7 @@ class EntropyRegularization:
                     "maximum='context'."
                 )
             return None
+        check_is_tensor("allowed", allowed)
         if allowed.dtype != torch.bool:
             raise TypeError(f"allowed has dtype {allowed.dtype}; pass booleans, True to attend.")
         try:

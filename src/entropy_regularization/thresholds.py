@@ -6,6 +6,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from entropy_regularization.attention.validation import (
+    check_flag,
+    check_positive_integer,
+    is_number,
+)
+
 Thresholds = float | Sequence[float] | Sequence[Sequence[float]] | Tensor
 
 
@@ -27,7 +33,7 @@ class HeadThresholds(nn.Module):
         learnable: False keeps the thresholds fixed, but saved with the model.
 
     Raises:
-        TypeError: if layers or heads is not an integer.
+        TypeError: if layers or heads is not an integer, or learnable not True or False.
         ValueError: if layers or heads is not positive, or initial has another shape or leaves
             [0, 1].
 
@@ -40,11 +46,9 @@ class HeadThresholds(nn.Module):
         self, layers: int, heads: int, initial: Thresholds = 0.5, *, learnable: bool = True
     ) -> None:
         super().__init__()
-        for name, number in (("layers", layers), ("heads", heads)):
-            if not isinstance(number, int) or isinstance(number, bool):
-                raise TypeError(f"{name} is {number!r}; pass a positive integer.")
-            if number < 1:
-                raise ValueError(f"{name} is {number}; pass a positive integer.")
+        layers = check_positive_integer("layers", layers)
+        heads = check_positive_integer("heads", heads)
+        check_flag("learnable", learnable)
         values = as_tensor(initial, "initial").detach()
         if tuple(values.shape) not in ((), (heads,), (layers, heads)):
             raise ValueError(
@@ -89,8 +93,13 @@ def without_weight_decay(model: nn.Module, weight_decay: float) -> list[dict[str
         Groups as torch.optim takes them.
 
     Raises:
-        ValueError: if the model holds no HeadThresholds.
+        TypeError: if the model is no module.
+        ValueError: if the model holds no HeadThresholds, or the decay is no number of at least 0.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}; pass a torch.nn.Module.")
+    if not (is_number(weight_decay) and weight_decay >= 0):
+        raise ValueError(f"weight_decay is {weight_decay!r:.40}; pass a number, 0 or larger.")
     held = [m for m in model.modules() if isinstance(m, HeadThresholds)]
     if not held:
         raise ValueError(
@@ -111,7 +120,7 @@ def as_tensor(thresholds: object, name: str) -> Tensor:
     """Return thresholds as a floating tensor of zero, one or two dimensions, gradient kept.
 
     Args:
-        thresholds: number, list, list of lists, tensor or HeadThresholds.
+        thresholds: number, list, list of lists, array, tensor or HeadThresholds.
         name: what the argument is called where it came in.
 
     Raises:
@@ -124,6 +133,8 @@ def as_tensor(thresholds: object, name: str) -> Tensor:
         values: Tensor = thresholds()  # by a call, whose hooks gather what is sharded or offloaded
         return values
     expected = "pass a number, a list, or a floating tensor [heads] or [layers, heads]"
+    if not isinstance(thresholds, Tensor) and hasattr(thresholds, "tolist"):  # of numpy
+        thresholds = thresholds.tolist()
     if isinstance(thresholds, Tensor):
         values = thresholds
     elif isinstance(thresholds, int | float | list | tuple) and not isinstance(thresholds, bool):
@@ -180,7 +191,7 @@ def _check_fractions(values: Tensor, name: str) -> None:
 
 
 def thresholds_of_layers(
-    thresholds: object, heads: Sequence[int], *, name: str, like: Tensor
+    thresholds: object, heads: Sequence[int], *, name: str, like: Tensor, or_more: bool = False
 ) -> list[Float[Tensor, " heads"]]:
     """Return one vector of thresholds per layer.
 
@@ -189,22 +200,24 @@ def thresholds_of_layers(
         heads: how many heads each layer uses.
         name: what the argument is called where it came in.
         like: gives dtype and device.
+        or_more: take the first ones where there are more than heads.
 
     Returns:
         ``[heads]`` for every layer, gradient kept.
 
     Raises:
         TypeError: if thresholds are not numbers.
-        ValueError: if there are too few for the heads, or not one row per layer.
+        ValueError: if there are not as many as heads of the widest layer, or not one row per layer.
     """
     values = as_tensor(thresholds, name).to(like)
     widest = max(heads)
     if values.dim() == 0:
         values = values.expand(widest)
-    if values.shape[-1] < widest:
+    count = values.shape[-1]
+    if count < widest or (count > widest and not or_more):
         raise ValueError(
-            f"{name} has {values.shape[-1]} thresholds a layer but {widest} heads are asked for; "
-            "pass one threshold per head."
+            f"{name} has {count} thresholds a layer but {widest} heads are asked for; pass one "
+            "threshold per head."
         )
     if values.dim() == 2 and values.shape[0] != len(heads):
         raise ValueError(

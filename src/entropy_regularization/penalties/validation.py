@@ -1,9 +1,20 @@
 """Every check on settings and stored matrices, and the sentence read when it fails."""
 
-import math
 from collections.abc import Sequence
+from numbers import Real
 
 from torch import Tensor
+
+from entropy_regularization.attention.validation import (
+    as_integer,
+    check_positive_integer,
+    is_number,
+)
+
+UNSEEN = (
+    "load the model with attn_implementation='eager' and pass output_attentions=True, or use "
+    "record_entropy"
+)
 
 
 def check_not_negative(name: str, number: object) -> float:
@@ -13,10 +24,10 @@ def check_not_negative(name: str, number: object) -> float:
         TypeError: if it is no number.
         ValueError: if it is negative or not finite.
     """
-    if isinstance(number, bool) or not isinstance(number, int | float):
-        raise TypeError(f"{name} is {number!r}; pass a number, 0 or larger.")
-    if not math.isfinite(number) or number < 0:
-        raise ValueError(f"{name} is {number!r}; pass a finite number, 0 or larger.")
+    if isinstance(number, bool) or not isinstance(number, Real):
+        raise TypeError(f"{name} is {number!r:.40}; pass a number, 0 or larger.")
+    if not is_number(number) or number < 0:
+        raise ValueError(f"{name} is {number!r:.40}; pass a finite number, 0 or larger.")
     return float(number)
 
 
@@ -29,11 +40,12 @@ def check_context_size(context_size: object) -> int | None:
     """
     if context_size is None:
         return None
-    if isinstance(context_size, bool) or not isinstance(context_size, int):
+    size = as_integer(context_size)
+    if size is None:
         raise TypeError(f"context_size is {context_size!r}; pass an integer, or None.")
-    if context_size < 2:
-        raise ValueError(f"context_size is {context_size}; pass at least 2, or None.")
-    return context_size
+    if size < 2 or not is_number(size):
+        raise ValueError(f"context_size is {size!r:.40}; pass at least 2, or None.")
+    return size
 
 
 def check_option(name: str, option: object, options: Sequence[str]) -> str:
@@ -43,7 +55,7 @@ def check_option(name: str, option: object, options: Sequence[str]) -> str:
         ValueError: if it is not.
     """
     for known in options:
-        if option == known:
+        if isinstance(option, str) and option == known:
             return known
     raise ValueError(f"{name} is {option!r}; choose one of {', '.join(options)}.")
 
@@ -56,14 +68,15 @@ def check_matrix(name: str, matrix: object) -> None:
     """
     if not isinstance(matrix, Tensor):
         raise TypeError(
-            f"{name} is a {type(matrix).__name__}; pass a tensor (models return their matrices "
-            "only with attn_implementation='eager' and output_attentions=True)."
+            f"{name} is a {type(matrix).__name__}; pass a tensor (for a model, {UNSEEN})."
         )
     if not matrix.is_floating_point():
         raise TypeError(f"{name} has dtype {matrix.dtype}; pass a floating tensor.")
 
 
-def check_matrices(name: str, matrices: Sequence[Tensor], num_heads: int, num_layers: int) -> None:
+def check_matrices(
+    name: str, matrices: Sequence[Tensor], num_heads: int = 1, num_layers: int | None = None
+) -> None:
     """Check stored attention matrices against each other and against what is asked of them.
 
     Raises:
@@ -71,17 +84,14 @@ def check_matrices(name: str, matrices: Sequence[Tensor], num_heads: int, num_la
         ValueError: if there are none, a shape does not fit, or more heads or another number of
             layers is asked for.
     """
+    if matrices is None:  # what a model gives that has none to give
+        raise TypeError(f"{name} is None; {UNSEEN}.")
+    if not isinstance(matrices, Sequence | Tensor):
+        raise TypeError(f"{name} is a {type(matrices).__name__}; pass one matrix per layer.")
     if len(matrices) == 0:
-        raise ValueError(
-            f"{name} is empty; a model returns its matrices only with attn_implementation='eager' "
-            "and output_attentions=True."
-        )
-    for asked_name, asked in (("num_heads", num_heads), ("num_layers", num_layers)):
-        if isinstance(asked, bool) or not isinstance(asked, int):
-            raise TypeError(f"{asked_name} is {asked!r}; pass a positive integer.")
-        if asked < 1:
-            raise ValueError(f"{asked_name} is {asked}; pass a positive integer.")
-    if num_layers != len(matrices):
+        raise ValueError(f"{name} is empty; {UNSEEN}.")
+    check_positive_integer("num_heads", num_heads)
+    if num_layers is not None and check_positive_integer("num_layers", num_layers) != len(matrices):
         raise ValueError(
             f"num_layers is {num_layers} but {name} has {len(matrices)} matrices; pass as many "
             "matrices as layers."
