@@ -5,9 +5,12 @@ import math
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -187,7 +190,15 @@ def test_a_missing_file_is_named(tmp_path):
 
 @pytest.mark.parametrize(
     ("kind", "when", "step"),
-    [("train", "before", 1), ("evaluation", None, 1), ("other", None, 1), ("train", None, -1)],
+    [
+        ("train", "before", 1),
+        ("evaluation", None, 1),
+        ("evaluation", "later", 1),
+        ("other", None, 1),
+        ("train", None, -1),
+        ("train", None, 1.5),
+        ("train", None, True),
+    ],
 )
 def test_a_line_that_cannot_be_read_again_is_not_written(tmp_path, kind, when, step):
     writer = RecordWriter(tmp_path / "records.jsonl")
@@ -195,6 +206,56 @@ def test_a_line_that_cannot_be_read_again_is_not_written(tmp_path, kind, when, s
         writer.write(kind, step, PLAIN, when=when)
     writer.close()
     assert steps_of(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("statistics", "numbers", "message"),
+    [
+        (PLAIN, {"version": 2.0}, "version is a key of every record; give the number another"),
+        (PLAIN, {"entropy": 1.0}, "entropy is a key of every record"),
+        (PLAIN, {"loss": "1"}, "loss is a str; pass a number"),
+        (PLAIN, {"loss": None}, "loss is a NoneType; pass a number"),
+        (PLAIN, {"loss": True}, "loss is a bool; pass a number"),
+        (PLAIN, {"loss": torch.ones(2)}, "loss is a Tensor; pass a number"),
+        (None, {}, "statistics is a NoneType; pass the HeadStatistics of a monitor"),
+        (replace(PLAIN, layers="ab"), {}, "no list of names"),
+        (replace(PLAIN, entropy=[[1.0]]), {}, "entropy of the statistics is not one list of num"),
+        (replace(PLAIN, utilisation=None), {}, "utilisation of the statistics is not one list"),
+        (replace(PLAIN, in_band=[["x"], [1.0]]), {}, "in_band of the statistics is not one list"),
+    ],
+)
+def test_what_no_reader_would_take_is_not_written(tmp_path, statistics, numbers, message):
+    writer = RecordWriter(tmp_path / "records.jsonl")
+    with pytest.raises((TypeError, ValueError), match=message):
+        writer.write("train", 1, statistics, **numbers)
+    writer.close()
+    assert steps_of(tmp_path) == []
+
+
+def test_numbers_of_torch_and_numpy_are_written_as_numbers(tmp_path):
+    numbers = {"loss": torch.tensor(1.5), "penalty": np.float32(0.25), "tokens": np.int64(512)}
+    with RecordWriter(tmp_path / "records.jsonl") as writer:
+        writer.write("train", np.int64(3), PLAIN, **numbers, huge=10**400)
+    text = (tmp_path / "records.jsonl").read_text()
+    assert '"step":3,"loss":1.5,"penalty":0.25,"tokens":512,"huge":null' in text
+    assert read_records(tmp_path).lines[0]["loss"] == 1.5
+
+
+def test_a_file_of_later_steps_is_not_written_into(tmp_path):
+    path = tmp_path / "records.jsonl"
+    write_steps(path, 1, 2, 3)
+    with pytest.raises(ValueError, match=r"step is 1 but .* held step 3 .* write to another file"):
+        write_steps(path, 1)
+    assert steps_of(path) == [1, 2, 3]
+    with RecordWriter(path, keep_until=0) as writer:
+        writer.write("train", 1, PLAIN)
+    assert steps_of(path) == [1]
+
+
+def test_a_place_that_cannot_hold_records_is_named(tmp_path):
+    for place in (tmp_path, tmp_path / "missing" / "records.jsonl"):
+        with pytest.raises(FileNotFoundError, match="cannot be written; pass a file such as rec"):
+            RecordWriter(place)
 
 
 @pytest.mark.parametrize("text", ["# Read me\n\nText.\n", "[1]\n", "\n"])

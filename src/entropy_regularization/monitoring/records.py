@@ -3,18 +3,25 @@
 import json
 import math
 import os
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from numbers import Real
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, TypeGuard
 
+from torch import Tensor
+
+from entropy_regularization.attention.validation import as_integer
 from entropy_regularization.monitoring.statistics import HeadStatistics, PerHead
 
 VERSION = 1
 FILE_NAME = "records.jsonl"
 STATISTICS = ("entropy", "reachable_maximum", "utilisation", "in_band", "threshold")
 _KINDS = ("train", "evaluation")
+_WHENS = ("before", "during", "after")
+_NAMED = {"version", "kind", "step", "layers", "when", *STATISTICS}
 
 
 class RecordError(ValueError):
@@ -77,13 +84,18 @@ class RecordWriter:
             is an evaluation "after". None keeps every complete line.
 
     Raises:
+        FileNotFoundError: if there is no folder to write it into.
         RecordError: if the file holds something else than records.
     """
 
     def __init__(self, path: str | os.PathLike[str], *, keep_until: int | None = None) -> None:
         self.path = Path(path)
-        if self.path.exists():
-            truncate_records(self.path, keep_until)
+        if self.path.is_dir() or not self.path.parent.is_dir():
+            raise FileNotFoundError(
+                f"{self.path} cannot be written; pass a file such as {FILE_NAME} in a folder that "
+                "is there."
+            )
+        self._last = truncate_records(self.path, keep_until) if self.path.exists() else 0
         self._file = self.path.open("ab", buffering=0)  # a line is one write, whole or torn
 
     def write(
@@ -93,7 +105,7 @@ class RecordWriter:
         statistics: HeadStatistics,
         *,
         when: Literal["before", "during", "after"] | None = None,
-        **numbers: float,
+        **numbers: float | Tensor,
     ) -> None:
         """Append one line.
 
@@ -103,26 +115,40 @@ class RecordWriter:
             statistics: of every head, over the rows of this step.
             when: of an evaluation.
             **numbers: what else is known of the step, by the key of the file: ``loss``,
-                ``penalty`` and so on; not finite is written as null.
+                ``penalty`` and so on, of Python, numpy or torch; not finite is written as null.
 
         Raises:
-            ValueError: if kind and when do not go together, or the step is negative.
+            TypeError: if statistics or a number is something else.
+            ValueError: if kind and when do not go together, the step is negative or before one
+                that the file held when it was opened, or a number has the key of something else.
         """
-        if kind not in _KINDS or (kind == "evaluation") != (when is not None):
+        if (kind, when) != ("train", None) and not (kind == "evaluation" and when in _WHENS):
             raise ValueError(
                 f"kind is {kind!r} and when is {when!r}; pass 'train' without when, or "
                 "'evaluation' with 'before', 'during' or 'after'."
             )
-        if step < 0:
-            raise ValueError(f"step is {step}; pass the number of optimizer steps done.")
-        line: dict[str, Any] = {"version": VERSION, "kind": kind, "step": step}
+        line: dict[str, Any] = {"version": VERSION, "kind": kind, "step": self._checked(step)}
         if when is not None:
             line["when"] = when
-        line |= {key: _finite_or_none(number) for key, number in numbers.items()}
+        if taken := _NAMED & numbers.keys():
+            raise ValueError(f"{min(taken)} is a key of every record; give the number another.")
+        line |= {key: _plain(key, number) for key, number in numbers.items()}
+        _check_statistics(statistics)
         line["layers"] = statistics.layers
         line |= {key: _shorten(getattr(statistics, key)) for key in STATISTICS}
         text = json.dumps(line, separators=(",", ":"), allow_nan=False)
         self._file.write(text.encode() + b"\n")
+
+    def _checked(self, step: object) -> int:
+        done = as_integer(step)
+        if done is None or done < 0:
+            raise ValueError(f"step is {step!r}; pass the number of optimizer steps done.")
+        if done < self._last:
+            raise ValueError(
+                f"step is {done} but {self.path} held step {self._last} when it was opened; write "
+                f"to another file, or remove the later lines by RecordWriter(path, keep_until=...)."
+            )
+        return done
 
     def close(self) -> None:
         """Close the file."""
@@ -171,7 +197,7 @@ def read_records(path: str | os.PathLike[str]) -> Records:
     return Records(lines, torn)
 
 
-def truncate_records(path: str | os.PathLike[str], keep_until: int | None = None) -> None:
+def truncate_records(path: str | os.PathLike[str], keep_until: int | None = None) -> int:
     """Remove what a run that continues will write again, and a line cut off by a kill.
 
     Args:
@@ -179,21 +205,25 @@ def truncate_records(path: str | os.PathLike[str], keep_until: int | None = None
         keep_until: keep lines up to this step, without an evaluation "after" training; None keeps
             every complete line.
 
+    Returns:
+        The latest step that is left, 0 without one.
+
     Raises:
         FileNotFoundError: if there is no such file.
         RecordError: if a line is broken or of an unknown version.
     """
     path = Path(path)
     kept = [
-        raw
+        (raw, record.step)
         for raw, record in _complete_lines(path)
         if keep_until is None or (record.step <= keep_until and record.when != "after")
     ]
-    text = b"".join(kept)
+    text = b"".join(raw for raw, _ in kept)
     if len(text) != path.stat().st_size:
         beside = path.with_name(path.name + ".new")
         beside.write_bytes(text)
         beside.replace(path)
+    return max((step for _, step in kept), default=0)
 
 
 def _complete_lines(path: Path) -> Iterator[tuple[bytes, Record]]:
@@ -225,8 +255,7 @@ def _parse(raw: bytes, where: str) -> Record:
         raise RecordError(
             f"{where} lacks kind, step or layers; remove that line, or write the records again."
         )
-    known = {"version", "kind", "step", "layers", "when", *STATISTICS}
-    numbers = {key: _number(v) for key, v in line.items() if key not in known and _is_number(v)}
+    numbers = {key: _number(v) for key, v in line.items() if key not in _NAMED and _is_number(v)}
     statistics = {
         key: _per_head(line.get(key), len(layers), f"{key} in {where}") for key in STATISTICS
     }
@@ -239,13 +268,34 @@ def _parse(raw: bytes, where: str) -> Record:
 def _per_head(table: object, layers: int, where: str) -> PerHead | None:
     if table is None:
         return None
-    if (
-        not isinstance(table, list)
-        or len(table) != layers
-        or not all(isinstance(row, list) and all(map(_is_number, row)) for row in table)
-    ):
+    if not _is_table(table, layers):
         raise RecordError(f"{where} is not one list of numbers per layer; write the records again.")
     return [[_number(value) for value in row] for row in table]
+
+
+def _is_table(table: object, layers: int) -> TypeGuard[list[list[Any]]]:
+    return (
+        isinstance(table, list)
+        and len(table) == layers
+        and all(isinstance(row, list) and all(map(_is_number, row)) for row in table)
+    )
+
+
+def _check_statistics(given: object) -> None:
+    """Refuse statistics that no reader would take."""
+    if not isinstance(given, HeadStatistics):
+        raise TypeError(
+            f"statistics is a {type(given).__name__}; pass the HeadStatistics of a monitor."
+        )
+    if not _are_names(given.layers):
+        raise TypeError("layers of the statistics is no list of names; pass the names of modules.")
+    for key in STATISTICS:
+        table = getattr(given, key)
+        optional = key not in STATISTICS[:3]
+        if not (_is_table(table, len(given.layers)) or (optional and table is None)):
+            raise TypeError(
+                f"{key} of the statistics is not one list of numbers per layer; pass lists."
+            )
 
 
 def _is_index(value: object) -> TypeGuard[int]:
@@ -264,12 +314,18 @@ def _number(value: float | None) -> float:
     return math.nan if value is None else float(value)
 
 
-def _finite_or_none(number: float) -> float | None:
-    return number if math.isfinite(number) else None
+def _plain(key: str, given: object) -> float | None:
+    """Return a number, also of numpy or a tensor with one, as JSON has it: not finite is None."""
+    number = given.item() if getattr(given, "ndim", None) == 0 else given  # type: ignore[attr-defined]
+    if isinstance(number, bool) or not isinstance(number, Real):
+        raise TypeError(f"{key} is a {type(given).__name__}; pass a number.")
+    finite = abs(number) <= sys.float_info.max  # type: ignore[operator]
+    return None if not finite else number if isinstance(number, int) else float(number)
 
 
 def _shorten(table: PerHead | None) -> list[list[float | None]] | None:
     """Keep the seven digits that a float32 has; not finite becomes null."""
     if table is None:
         return None
-    return [[float(f"{x:.7g}") if math.isfinite(x) else None for x in row] for row in table]
+    rows = ([_number(x) for x in row] for row in table)
+    return [[float(f"{x:.7g}") if math.isfinite(x) else None for x in row] for row in rows]
