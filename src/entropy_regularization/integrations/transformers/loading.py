@@ -6,8 +6,14 @@ from typing import Any
 
 import torch
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError
-from safetensors import safe_open
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from entropy_regularization.thresholds import HeadThresholds
@@ -26,15 +32,17 @@ def load_thresholds(name_or_path: str | Path, **hub_options: Any) -> HeadThresho
         The thresholds, learnable; pass them to regularize.
 
     Raises:
-        ValueError: if there are none.
+        TypeError: if name_or_path is neither a name nor a path.
+        ValueError: if there are none, no such folder or name, or a file is broken.
     """
+    if not isinstance(name_or_path, str | Path):
+        raise TypeError(
+            f"name_or_path is a {type(name_or_path).__name__}; pass a folder or a name on the hub."
+        )
     place = str(name_or_path)
     index = _find_file(place, "model.safetensors.index.json", hub_options)
-    names = ["model.safetensors"]
-    if index is not None:
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    for name in names:
-        path = _find_file(place, name, hub_options)
+    for name in ["model.safetensors"] if index is None else _files_of(index):
+        path = _find_file(place, name, hub_options, needed=True)
         values = None if path is None else _read_thresholds(path)
         if values is not None:
             thresholds = HeadThresholds(*values.shape)
@@ -47,20 +55,43 @@ def load_thresholds(name_or_path: str | Path, **hub_options: Any) -> HeadThresho
     )
 
 
-def _find_file(place: str, name: str, hub_options: dict[str, Any]) -> Path | None:
+def _files_of(index: Path) -> list[str]:
+    try:
+        return sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ValueError(f"{index} is no index of weights; save the model again.") from error
+
+
+def _find_file(
+    place: str, name: str, hub_options: dict[str, Any], *, needed: bool = False
+) -> Path | None:
     if Path(place).is_dir():
         path = Path(place, name)
         return path if path.is_file() else None
     try:
         return Path(hf_hub_download(place, name, **hub_options))
-    except EntryNotFoundError:
+    except (HFValidationError, RepositoryNotFoundError, RevisionNotFoundError) as error:
+        raise ValueError(
+            f"{place} is neither a folder here nor, at this revision and with this token, a name "
+            "on the hub; pass a folder that a regularized model was saved to."
+        ) from error
+    except EntryNotFoundError as error:
+        # Without the hub what is not in the cache is not known: a model in one file has no index.
+        if needed and isinstance(error, LocalEntryNotFoundError):
+            raise ValueError(
+                f"{place} is no folder here, its {name} is not in the cache of the hub, and the "
+                "hub cannot be reached; pass a folder that a regularized model was saved to."
+            ) from error
         return None
 
 
 def _read_thresholds(path: Path) -> Tensor | None:
-    with safe_open(path, framework="pt") as weights:
-        for key in weights.keys():  # noqa: SIM118 - not a dict
-            if f".{key}".endswith(f".{THRESHOLDS}.fraction_bias"):
-                values: Tensor = weights.get_tensor(key)
-                return values
+    try:
+        with safe_open(path, framework="pt") as weights:
+            for key in weights.keys():  # noqa: SIM118 - not a dict
+                if f".{key}".endswith(f".{THRESHOLDS}.fraction_bias"):
+                    values: Tensor = weights.get_tensor(key)
+                    return values
+    except SafetensorError as error:
+        raise ValueError(f"{path} is broken ({error}); save the model again.") from error
     return None
