@@ -20,7 +20,7 @@ from entropy_regularization.penalties.validation import (
     check_not_negative,
     check_option,
 )
-from entropy_regularization.recording.recording import EntropyRecording
+from entropy_regularization.recording.recording import EntropyRecording, check_recording
 from entropy_regularization.reduction import (
     Reduction,
     SumAndCount,
@@ -179,11 +179,7 @@ class EntropyRegularization:
             TypeError: if recording is no EntropyRecording or thresholds are not numbers.
             ValueError: if nothing was recorded, or thresholds do not fit the layers and heads.
         """
-        if not isinstance(recording, EntropyRecording):
-            raise TypeError(
-                f"recording is a {type(recording).__name__}; pass the EntropyRecording of "
-                "record_entropy, or matrices to compute_loss."
-            )
+        check_recording("recording", recording)
         if not recording.layers:
             raise ValueError(
                 "the recording is empty; run a forward pass inside record_entropy(model) first."

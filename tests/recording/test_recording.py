@@ -34,6 +34,7 @@ def test_selection(recording: EntropyRecording) -> None:
     assert names(kind="cross") == ["layers.0.cross", "layers.1.cross"]
     assert names(indices=[-1, 0]) == ["layers.1.attn", "layers.0.attn"]
     assert names(pattern="*.attn", indices=range(3)) == ["layers.0.attn", "layers.1.attn"]
+    assert names(indices=torch.tensor([1])) == ["layers.0.cross"]
     chosen = recording.select("*.0.attn", heads=[2, 0])
     assert torch.equal(chosen[0].entropy, recording[0].entropy[:, [2, 0]])
     assert chosen.missing == ["head"]
@@ -51,6 +52,21 @@ def test_what_is_not_there_is_said(
     recording: EntropyRecording, options: dict, message: str
 ) -> None:
     with pytest.raises(LookupError, match=message):
+        recording.select(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"pattern": 3}, "pattern is 3; pass a pattern of names, or indices"),
+        ({"indices": 3}, "indices is 3; pass a list of integers"),
+        ({"indices": ["a"]}, "indices is .*; pass a list of integers"),
+        ({"heads": [0.5]}, "heads is .*; pass a list of integers"),
+        ({"heads": [True]}, "heads is .*; pass a list of integers"),
+    ],
+)
+def test_what_is_no_place_is_said(recording: EntropyRecording, options: dict, message: str) -> None:
+    with pytest.raises(TypeError, match=message):
         recording.select(**options)
 
 
@@ -96,6 +112,9 @@ def test_joining_refuses_what_does_not_belong_together() -> None:
     with pytest.raises(ValueError, match="no recording was given"):
         EntropyRecording.concatenate([])
     one, other = EntropyRecording([layer()]), EntropyRecording([layer("layers.1.attn")])
+    for wrong in ([one, 3], [3], one):
+        with pytest.raises(TypeError, match="; pass "):
+            EntropyRecording.concatenate(wrong)
     with pytest.raises(ValueError, match="different layers"):
         EntropyRecording.concatenate([one, other])
 

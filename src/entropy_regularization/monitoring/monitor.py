@@ -20,9 +20,17 @@ class EntropyMonitor:
 
     Args:
         band: adds the share of row entropies inside a band around the thresholds.
+
+    Raises:
+        TypeError: if band is something else.
     """
 
     def __init__(self, band: Band | None = None) -> None:
+        if not isinstance(band, Band | None):
+            raise TypeError(
+                f"band is a {type(band).__name__}; pass Band(thresholds), or Band.of of an "
+                "EntropyRegularization."
+            )
         self.band = band
         self.updates = 0
         self._sums: HeadSums | None = None
@@ -34,6 +42,7 @@ class EntropyMonitor:
             recording: what record_entropy gave; its graph is not kept.
 
         Raises:
+            TypeError: if it is no recording.
             ValueError: if the recording is empty, a layer changed its number of heads, or the
                 thresholds of the band do not fit.
         """

@@ -10,7 +10,16 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from entropy_regularization.recording.recording import EntropyRecording, LayerEntropy
+from entropy_regularization.penalties.validation import (
+    check_context_size,
+    check_not_negative,
+    check_option,
+)
+from entropy_regularization.recording.recording import (
+    EntropyRecording,
+    LayerEntropy,
+    check_recording,
+)
 from entropy_regularization.reduction import SumAndCount, sum_rows
 from entropy_regularization.regularization import EntropyRegularization
 from entropy_regularization.thresholds import check_fixed, thresholds_of_layers
@@ -43,15 +52,14 @@ class Band:
         """Check the numbers.
 
         Raises:
-            ValueError: if the tolerance is negative or not finite, or maximum has another name.
+            TypeError: if thresholds, tolerance or context_size are no numbers.
+            ValueError: if thresholds leave [0, 1], the tolerance is negative or not finite, maximum
+                has another name, or context_size is below 2.
         """
         check_fixed(self.thresholds, "thresholds")
-        if not 0 <= self.tolerance < math.inf:
-            raise ValueError(
-                f"tolerance is {self.tolerance}; pass a finite fraction of at least 0."
-            )
-        if self.maximum not in ("reachable", "context"):
-            raise ValueError(f"maximum is {self.maximum!r}; choose 'reachable' or 'context'.")
+        check_not_negative("tolerance", self.tolerance)
+        check_option("maximum", self.maximum, ("reachable", "context"))
+        check_context_size(self.context_size)
 
     @classmethod
     def of(cls, regularization: EntropyRegularization, thresholds: object = None) -> "Band":
@@ -60,7 +68,15 @@ class Band:
         Args:
             regularization: gives tolerance and maximum.
             thresholds: None takes those of the regularization, 0.5 if it has none.
+
+        Raises:
+            TypeError: if regularization is no EntropyRegularization.
         """
+        if not isinstance(regularization, EntropyRegularization):
+            raise TypeError(
+                f"regularization is a {type(regularization).__name__}; pass an "
+                "EntropyRegularization, or thresholds to Band itself."
+            )
         if thresholds is None:
             thresholds = 0.5 if regularization.thresholds is None else regularization.thresholds
         return cls(
@@ -205,8 +221,10 @@ def head_sums(recording: EntropyRecording, band: Band | None = None) -> HeadSums
         Sums and counts, in float64 where the device has it.
 
     Raises:
+        TypeError: if it is no recording.
         ValueError: if the recording is empty or the thresholds do not fit its calls.
     """
+    check_recording("recording", recording)
     calls = recording.layers
     if not calls:
         raise ValueError(

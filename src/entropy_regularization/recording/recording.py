@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from entropy_regularization.attention.validation import as_integer
+
 
 @dataclass(frozen=True)
 class LayerEntropy:
@@ -55,12 +57,13 @@ class LayerEntropy:
         """Keep some heads, in the order given.
 
         Raises:
+            TypeError: if heads are no integers.
             IndexError: if a head is not there.
         """
-        for head in heads:
+        chosen = _integers("heads", heads)
+        for head in chosen:
             if not 0 <= head < self.heads:
                 raise IndexError(f"head {head} was asked of {self.name}, which has {self.heads}.")
-        chosen = list(heads)
         allowed = self.allowed_keys
         if allowed.shape[1] != 1:
             allowed = allowed[:, chosen]
@@ -133,9 +136,12 @@ class EntropyRecording:
             heads: the heads to keep of each layer, in this order; None for all.
 
         Raises:
+            TypeError: if the pattern is no text, or indices or heads are no integers.
             LookupError: if nothing is left, or an index or head is not there.
         """
-        wanted = range(len(self.layers)) if indices is None else list(indices)
+        if not isinstance(pattern, str):
+            raise TypeError(f"pattern is {pattern!r}; pass a pattern of names, or indices=[...].")
+        wanted = range(len(self.layers)) if indices is None else _integers("indices", indices)
         for index in wanted:
             if not -len(self.layers) <= index < len(self.layers):
                 raise LookupError(f"layer {index} was asked for; there are {len(self.layers)}.")
@@ -177,8 +183,13 @@ class EntropyRecording:
         Batches may have different lengths: shorter ones are filled with rows that do not count.
 
         Raises:
+            TypeError: if something is no recording.
             ValueError: if there is nothing to join, or the layers differ.
         """
+        if isinstance(recordings, EntropyRecording):  # whose items are calls
+            raise TypeError("recordings is one EntropyRecording; pass a list of them.")
+        for number, each in enumerate(recordings):
+            check_recording(f"recordings[{number}]", each)
         if not recordings:
             raise ValueError("no recording was given; pass at least one.")
         for other in recordings[1:]:
@@ -194,6 +205,27 @@ class EntropyRecording:
         ]
         missing = sorted({name for recording in recordings for name in recording.missing})
         return EntropyRecording(joined, missing)
+
+
+def check_recording(name: str, given: object) -> None:
+    """Refuse what is no recording.
+
+    Raises:
+        TypeError: if it is none.
+    """
+    if not isinstance(given, EntropyRecording):
+        raise TypeError(
+            f"{name} is a {type(given).__name__}; pass the EntropyRecording of record_entropy."
+        )
+
+
+def _integers(name: str, given: object) -> list[int]:
+    """Return places in a list as Python's integers."""
+    items = [as_integer(item) for item in given] if isinstance(given, Iterable) else [None]
+    found = [item for item in items if item is not None]
+    if len(found) < len(items):
+        raise TypeError(f"{name} is {given!r}; pass a list of integers.")
+    return found
 
 
 def _mean_of(layer: LayerEntropy) -> str:
