@@ -91,3 +91,8 @@ def test_blocks_keep_every_token_in_order() -> None:
     assert len(TokenBlocks(tokenizer, documents, 8, limit=3)) == 3
     with pytest.raises(DataError, match="fewer than one context of 100000"):
         TokenBlocks(tokenizer, documents, 100_000)
+    with pytest.raises(DataError, match="the text has 0 tokens, fewer than one context of 8"):
+        TokenBlocks(tokenizer, [], 8)
+    for length, limit, name in ((0, None, "length is 0"), (8, 0, "limit is 0")):
+        with pytest.raises(ValueError, match=f"{name}; pass a positive integer"):
+            TokenBlocks(tokenizer, documents, length, limit)

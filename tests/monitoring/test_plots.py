@@ -6,6 +6,7 @@ import struct
 import xml.etree.ElementTree as ElementTree
 
 import pytest
+import torch
 
 from entropy_regularization.monitoring.charts import Curve, draw_curves, draw_shares
 from entropy_regularization.monitoring.plots import colours_of, draw_heatmaps, save_heatmaps
@@ -52,6 +53,22 @@ def test_a_png_is_written(tmp_path):
 def test_maps_of_other_heads_are_refused(before, after, message):
     with pytest.raises(ValueError, match=message):
         draw(before, after)
+
+
+@pytest.mark.parametrize("wrong", [None, torch.ones(2, 2), 3, [1.0], [["a"]], [torch.ones(2)]])
+def test_what_is_no_table_is_refused(wrong, tmp_path):
+    with pytest.raises(TypeError, match="before is not one list of numbers per layer; pass for"):
+        save_heatmaps(tmp_path / "heatmaps.png", wrong)
+    if wrong is not None:
+        with pytest.raises(TypeError, match="after is not one list of numbers per layer"):
+            save_heatmaps(tmp_path / "heatmaps.png", BEFORE, wrong)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_end_of_the_colours_is_above_zero():
+    for maximum in (-1, 0, math.nan, "x"):
+        with pytest.raises(ValueError, match=r"maximum is .*; pass a number above 0, or None"):
+            draw_heatmaps(BEFORE, None, quantity="q", maximum=maximum, title="t")
 
 
 def test_text_on_a_colour_is_readable():

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from entropy_regularization.attention.validation import check_positive_integer
 from entropy_regularization.data.text import DataError, Document
 
 END_OF_TEXT = "<|endoftext|>"
@@ -59,6 +60,8 @@ class TokenBlocks(Dataset[dict[str, Tensor]]):
         limit: keep at most this many blocks, evenly spaced over the text; None keeps all.
 
     Raises:
+        TypeError: if length or limit is no integer.
+        ValueError: if length or limit is below 1.
         DataError: if the text is shorter than one block.
     """
 
@@ -69,6 +72,9 @@ class TokenBlocks(Dataset[dict[str, Tensor]]):
         length: int,
         limit: int | None = None,
     ) -> None:
+        length = check_positive_integer("length", length)
+        if limit is not None:
+            limit = check_positive_integer("limit", limit)
         end = tokenizer.eos_token_id
         chunks: list[Tensor] = []  # a list of integers would take several times the memory
         texts = [document.text for document in documents]
@@ -76,7 +82,7 @@ class TokenBlocks(Dataset[dict[str, Tensor]]):
             batch = tokenizer(texts[start : start + 256], add_special_tokens=False, verbose=False)
             for row in batch["input_ids"]:
                 chunks.append(torch.tensor(row if end is None else [*row, end], dtype=torch.int64))
-        ids = torch.cat(chunks)
+        ids = torch.cat(chunks) if chunks else torch.empty(0, dtype=torch.int64)
         count = len(ids) // length
         if count == 0:
             raise DataError(

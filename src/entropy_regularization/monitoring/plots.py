@@ -7,9 +7,11 @@ be told apart with every common colour blindness.
 import math
 import os
 from collections.abc import Sequence
+from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from entropy_regularization.attention.validation import is_number
 from entropy_regularization.monitoring.statistics import PerHead, flatten
 
 if TYPE_CHECKING:
@@ -38,14 +40,16 @@ def save_heatmaps(
         before: one number per head; layers may differ in their number of heads.
         after: the same heads later; None draws one map.
         quantity: written at the colour bars.
-        maximum: upper end of the colours; None takes the largest number.
+        maximum: upper end of the colours, above 0; None takes the largest number.
         title: above the maps.
 
     Returns:
         The path.
 
     Raises:
-        ValueError: if there is no head, or before and after are not of the same heads.
+        TypeError: if before or after is not one list of numbers per layer.
+        ValueError: if there is no head, before and after are not of the same heads, or the maximum
+            is not above 0.
         ModuleNotFoundError: if matplotlib is not installed.
     """
     figure = draw_heatmaps(before, after, quantity=quantity, maximum=maximum, title=title)
@@ -60,7 +64,9 @@ def draw_heatmaps(
     """Return the figure that save_heatmaps writes; see there."""
     _check_heads(before, after)
     if maximum is None:
-        maximum = largest(before + (after or []))
+        maximum = largest([*before, *(after or [])])
+    elif not (is_number(maximum) and maximum > 0):
+        raise ValueError(f"maximum is {maximum!r:.40}; pass a number above 0, or None.")
     heads = max(len(layer) for layer in before)
     width = 0.7 + min(max(0.42 * heads, 2.2), 6.0)
     height = 1.3 + min(max(0.36 * len(before), 1.6), 8.0)
@@ -133,7 +139,7 @@ def subtract(left: PerHead, right: PerHead) -> PerHead:
 
 def _draw_map(axes: "Axes", table: PerHead, colours: str, low: float, high: float) -> None:
     heads = max(len(layer) for layer in table)
-    grid = [layer + [math.nan] * (heads - len(layer)) for layer in table]
+    grid = [[*layer, *[math.nan] * (heads - len(layer))] for layer in table]
     axes.imshow(grid, cmap=colours, vmin=low, vmax=high, aspect="auto", interpolation="nearest")
     axes.set_facecolor(_NOTHING)
     axes.set_xlabel("head")
@@ -167,6 +173,14 @@ def _ticks(count: int) -> list[int]:
 
 
 def _check_heads(before: PerHead, after: PerHead | None) -> None:
+    for name, table in (("before", before), ("after", [] if after is None else after)):
+        rows = table if isinstance(table, list | tuple) else [None]
+        numbers = [x for row in rows for x in (row if isinstance(row, list | tuple) else [None])]
+        if not all(isinstance(x, Real) for x in numbers):
+            raise TypeError(
+                f"{name} is not one list of numbers per layer; pass for instance the entropy of "
+                "HeadStatistics, or tensor.tolist()."
+            )
     if not flatten(before):
         raise ValueError("there is no head to draw; pass one list of numbers per layer.")
     if after is not None and [len(x) for x in before] != [len(x) for x in after]:
