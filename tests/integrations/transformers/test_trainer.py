@@ -17,6 +17,7 @@ from entropy_regularization import EntropyRegularization, HeadThresholds
 from entropy_regularization.integrations.transformers import (
     EntropyCallback,
     EntropyRegularizedTrainer,
+    load_thresholds,
     regularize,
 )
 
@@ -316,6 +317,39 @@ def test_adapters(tmp_path: Path, adapter: str) -> None:
     assert (weights(model)[: before.numel()] != before).any()
     (thresholds,) = (p for name, p in model.named_parameters() if name.endswith("fraction_bias"))
     assert (thresholds != 0.5).all()
+
+
+def test_thresholds_are_saved_and_resumed_beside_adapters(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def train(resume: Path | None = None, **options) -> EntropyRegularizedTrainer:
+        config = peft.LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM")
+        model = peft.get_peft_model(build(), config)
+        settings = {"save_strategy": "steps", "save_steps": 2, "eval_steps": 2} | options
+        args = arguments(tmp_path, lr_scheduler_type="constant", **settings)
+        sets = {"train_dataset": data(), "eval_dataset": data(8)}
+        trainer = EntropyRegularizedTrainer(
+            model=model, args=args, regularization=CALIBRATED, **sets
+        )
+        trainer.train(resume_from_checkpoint=resume and str(resume))
+        return trainer
+
+    whole = train()
+    checkpoint = tmp_path / "checkpoint-2"
+    middle = load_thresholds(checkpoint)()
+    assert (middle != 0.5).all()
+    resumed = train(checkpoint)
+    assert lines(resumed, "penalty")[-2:] == pytest.approx(lines(whole, "penalty")[-2:], rel=1e-5)
+    found, wanted = (each.regularized.thresholds() for each in (resumed, whole))
+    torch.testing.assert_close(found, wanted)
+    best = {"load_best_model_at_end": True, "eval_strategy": "steps", "greater_is_better": True}
+    trainer = train(**best, metric_for_best_model="eval_loss")  # the earlier is the worse
+    assert trainer.state.best_model_checkpoint == str(checkpoint)
+    kept = load_thresholds(checkpoint)()
+    assert torch.equal(trainer.regularized.thresholds(), kept)
+    (checkpoint / "entropy_thresholds.safetensors").unlink()
+    train(checkpoint)
+    assert "has no entropy_thresholds.safetensors; the thresholds stay" in caplog.text
 
 
 RANKS = """

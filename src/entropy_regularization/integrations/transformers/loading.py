@@ -1,4 +1,4 @@
-"""load_thresholds: read the thresholds that were saved with a model."""
+"""Thresholds in files: those that were saved with a model, or beside adapters."""
 
 import json
 from pathlib import Path
@@ -14,11 +14,13 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from entropy_regularization.thresholds import HeadThresholds
 
 THRESHOLDS = "entropy_thresholds"  # the submodule of the model that holds learnable thresholds
+BESIDE = f"{THRESHOLDS}.safetensors"  # in a folder of adapters, which PEFT saves alone
 
 
 def load_thresholds(name_or_path: str | Path, **hub_options: Any) -> HeadThresholds:
@@ -40,19 +42,44 @@ def load_thresholds(name_or_path: str | Path, **hub_options: Any) -> HeadThresho
             f"name_or_path is a {type(name_or_path).__name__}; pass a folder or a name on the hub."
         )
     place = str(name_or_path)
+    beside = _find_file(place, BESIDE, hub_options)
+    if beside is not None:
+        return read_beside(beside)
     index = _find_file(place, "model.safetensors.index.json", hub_options)
     for name in ["model.safetensors"] if index is None else _files_of(index):
         path = _find_file(place, name, hub_options, needed=True)
         values = None if path is None else _read_thresholds(path)
         if values is not None:
-            thresholds = HeadThresholds(*values.shape)
-            with torch.no_grad():  # what was learned may lie outside [0, 1]
-                thresholds.fraction_bias.copy_(values)
-            return thresholds
+            return _thresholds_of(values)
     raise ValueError(
-        f"{place} holds no entropy thresholds in model.safetensors; pass a folder that a "
-        "regularized model was saved to."
+        f"{place} holds no entropy thresholds in model.safetensors or {BESIDE}; pass a folder that "
+        "a regularized model was saved to."
     )
+
+
+def save_beside(folder: Path, values: Tensor) -> None:
+    """Write thresholds into a folder of adapters."""
+    tensor = values.detach().cpu().contiguous()
+    save_file({f"{THRESHOLDS}.fraction_bias": tensor}, folder / BESIDE)
+
+
+def read_beside(path: Path) -> HeadThresholds:
+    """Read what save_beside wrote.
+
+    Raises:
+        ValueError: if the file is broken.
+    """
+    values = _read_thresholds(path)
+    if values is None:
+        raise ValueError(f"{path} holds no entropy thresholds; save the model again.")
+    return _thresholds_of(values)
+
+
+def _thresholds_of(values: Tensor) -> HeadThresholds:
+    thresholds = HeadThresholds(*values.shape)
+    with torch.no_grad():  # what was learned may lie outside [0, 1]
+        thresholds.fraction_bias.copy_(values)
+    return thresholds
 
 
 def _files_of(index: Path) -> list[str]:

@@ -61,7 +61,8 @@ def regularize(
 
     Call it before the optimizer is made and before DistributedDataParallel or FSDP wraps the model,
     but after PEFT does, which freezes whatever the model has (the log warns of frozen thresholds).
-    PEFT saves its adapters alone: keep ``model.entropy_thresholds.state_dict()`` beside them.
+    PEFT saves its adapters alone: EntropyRegularizedTrainer saves the thresholds beside them; with
+    another trainer keep ``model.entropy_thresholds.state_dict()``.
 
     When Trainer normalises the loss over the tokens of all accumulated micro-batches and ranks
     (``num_items_in_batch``), the penalty of a micro-batch is weighted with its share of these

@@ -1,12 +1,20 @@
 """EntropyRegularizedTrainer: transformers' Trainer with the penalty in the loss and in the logs."""
 
 import copy
+import logging
+from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import Trainer
 
+from entropy_regularization.integrations.transformers.loading import (
+    BESIDE,
+    THRESHOLDS,
+    read_beside,
+    save_beside,
+)
 from entropy_regularization.integrations.transformers.losses import TrainingPass
 from entropy_regularization.integrations.transformers.regularize import (
     Regularized,
@@ -15,13 +23,21 @@ from entropy_regularization.integrations.transformers.regularize import (
 )
 from entropy_regularization.monitoring.monitor import EntropyMonitor
 from entropy_regularization.regularization import EntropyRegularization
+from entropy_regularization.thresholds import HeadThresholds
+
+FRACTION_BIAS = f"{THRESHOLDS}.fraction_bias"
+
+logger = logging.getLogger("entropy_regularization.integrations.transformers")
 
 
 class EntropyRegularizedTrainer(Trainer):
     """Trainer that adds the entropy penalty to the training loss and logs both.
 
     Everything else is Trainer's: accumulation, mixed precision, checkpointing, distributed
-    training, resuming. The evaluation loss is the model's own. Logs gain
+    training, resuming. The evaluation loss is the model's own.
+    With PEFT, which saves its adapters alone, the thresholds are saved beside them and resumed. A
+    trainer that makes its loss in its own way, as those of TRL do, is mixed:
+    ``class MyTrainer(EntropyRegularizedTrainer, SFTTrainer): pass``. Logs gain
 
     - ``penalty``: the part of ``loss`` that is the penalty;
     - ``model_loss``: ``loss`` without it;
@@ -177,6 +193,39 @@ class EntropyRegularizedTrainer(Trainer):
             return bool(scaled)
         accepts = self.model_accepts_loss_kwargs and num_items_in_batch is not None
         return bool(accepts or self.compute_loss_func is not None)
+
+    # PEFT saves its adapters alone, and so thresholds get a file of their own beside them.
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        super()._save(output_dir, state_dict)
+        thresholds = self._thresholds_beside_adapters()
+        if thresholds is not None and self.args.should_save:
+            saved = [state_dict[key] for key in state_dict or () if key.endswith(FRACTION_BIAS)]
+            folder = Path(output_dir if output_dir is not None else str(self.args.output_dir))
+            save_beside(folder, saved[0] if saved else thresholds.fraction_bias)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self._load_beside(Path(resume_from_checkpoint))
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        self._load_beside(Path(str(self.state.best_model_checkpoint)))
+
+    def _load_beside(self, folder: Path) -> None:
+        thresholds, path = self._thresholds_beside_adapters(), folder / BESIDE
+        if thresholds is None:
+            return
+        if not path.is_file():
+            logger.warning("%s has no %s; the thresholds stay as they are.", folder, BESIDE)
+            return
+        with torch.no_grad():
+            thresholds.fraction_bias.copy_(read_beside(path).fraction_bias)
+
+    def _thresholds_beside_adapters(self) -> HeadThresholds | None:
+        held = cast(Regularized, self.regularized).thresholds
+        adapted = hasattr(self.accelerator.unwrap_model(self.model), "peft_config")
+        return held if adapted and isinstance(held, HeadThresholds) else None
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Log, with the penalty and the entropies beside the training loss."""
