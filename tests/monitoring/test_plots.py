@@ -26,6 +26,8 @@ def test_maps_show_the_numbers_of_every_head():
     assert [t.get_text() for t in change.texts] == ["+0.50", "+0.00", "-2.00", "+3.50", ""]
     assert before.images[0].get_clim() == after.images[0].get_clim() == (0.0, 4.0)
     assert change.images[0].get_clim() == (-3.5, 3.5)
+    labels = [axes.get_ylabel() for axes in draw(BEFORE, AFTER).axes if not axes.images]
+    assert sorted(labels) == ["change of entropy [nats]", "entropy [nats]"]
     assert before.images[0].get_array().mask.tolist() == [[False] * 3, [False, True, True]]
 
 

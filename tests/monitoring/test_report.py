@@ -240,7 +240,7 @@ def test_a_missing_package_names_its_extra(tmp_path, monkeypatch, package, extra
 def test_the_difference_of_other_heads_is_not_drawn():
     same = change_maps(["a"], [[1.0]], [[3.0]], end=4.0, when=("before", "after"))
     other = change_maps(["a"], [[1.0]], [[3.0, 1.0]], end=4.0, when=("before", "after"))
-    assert [m.caption for m in same] == ["before", "after", "after minus before"]
+    assert [m.caption for m in same] == ["before", "after", "change: after minus before"]
     assert same[2].rows == [("a", [("d31", "+2.00")])]
     assert len(other) == 2
 
@@ -251,7 +251,7 @@ def test_changes_of_two_runs_share_their_colours(tmp_path):
     _, text = page_of(run)
     section = text[text.index("<h2>Entropy of every head") : text.index("<h2>Collapsed")]
     ends = re.findall(
-        r"<span>(-[\d.]+)</span><span class=\"ramp d\"></span><span>([\d.]+)<", section
+        r"<span>(-[\d.]+)</span><span class=\"ramp d\"></span><span>\+([\d.]+)<", section
     )
     assert len(ends) == 2
     assert ends[0] == ends[1]
@@ -271,7 +271,55 @@ def test_nothing_changed_is_no_negative_zero():
     assert change.rows[0][1][0][1] == "+0.00"
 
 
+def test_what_is_written_0_00_has_no_strong_colour():
+    (*_, change) = change_maps(["a"], [[1.0, 1.0]], [[1.004, 0.996]], end=2.0, when=("a", "b"))
+    assert change.ends == ("-0.1", "+0.1")
+    assert [cell[1] for cell in change.rows[0][1]] == ["+0.00", "+0.00"]
+    assert all(14 <= int(cell[0][1:]) <= 17 for cell in change.rows[0][1])  # of 0 to 31
+
+
+def test_a_page_of_a_single_step(tmp_path):
+    config = {"loss_coeff": 0.30000000000000004, "rate": 0.0010000000474974513, "tiny": 1e-05}
+    run = make_run(tmp_path / "one", layers=1, heads=1, steps=1, config=config)
+    page, text = page_of(run)
+    assert any(line.startswith("1 head in 1 layer, 1 step, 4,096 tokens") for line in page.text)
+    assert [page.row(name) for name in config] == [["0.3"], ["0.001"], ["1e-05"]]
+    assert "0.96" not in text
+
+
+def test_the_second_of_two_runs_is_dashed_in_the_legend_too(tmp_path):
+    run = make_run(tmp_path / "demo", layers=1, heads=1, steps=3)
+    make_run(run / "baseline", layers=1, heads=1, steps=3, penalty=False)
+    _, text = page_of(run)
+    assert '<span class="swatch line" style="--colour:var(--first)"></span>with penalty' in text
+    assert '<span class="swatch dashed" style="--colour:var(--second)"></span>without' in text
+
+
+def contrast(left: str, right: str) -> float:
+    """Return the contrast of two colours (WCAG 2)."""
+
+    def light(colour: str) -> float:
+        parts = [int(colour[k : k + 2], 16) / 255 for k in (1, 3, 5)]
+        r, g, b = (c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in parts)
+        return 0.2126 * r + 0.7152 * g + 0.0722 * b + 0.05
+
+    darker, brighter = sorted((light(left), light(right)))
+    return brighter / darker
+
+
+def test_every_line_is_seen_on_the_light_and_on_the_dark_card(tmp_path):
+    assert contrast("#ffffff", "#000000") == pytest.approx(21)
+    run = make_run(tmp_path / "deep", layers=12, heads=1, steps=2)
+    _, text = page_of(run)
+    cards = set(re.findall(r"--card: (#\w{6})", text))
+    lines = set(re.findall(r'swatch line" style="--colour:(#\w{6})', text))
+    assert len(cards) == 2
+    assert len(lines) == 12
+    assert min(contrast(line, card) for line in lines for card in cards) >= 3
+
+
 def test_numbers_are_written_for_people():
+    assert digits(1e20) == "1e+20"
     assert [digits(x) for x in (12345.6, 44.7012, 0.003663, 0.0)] == [
         "12,346",
         "44.7",

@@ -118,7 +118,7 @@ def _finish(figure: "Figure", axes: "Axes") -> str:
     axes.tick_params(colors=_QUIET, labelsize=10, length=0)
     axes.grid(axis="y", color=_RULE, linewidth=0.8)
     axes.set_axisbelow(True)
-    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
     axes.yaxis.set_major_locator(MaxNLocator(5))
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)

@@ -13,7 +13,7 @@ from entropy_regularization.monitoring.charts import (
     draw_shares,
     variable_of,
 )
-from entropy_regularization.monitoring.plots import colours_of
+from entropy_regularization.monitoring.plots import blend
 from entropy_regularization.monitoring.records import Record
 from entropy_regularization.monitoring.run import Run
 from entropy_regularization.monitoring.statistics import mean_of_heads
@@ -21,6 +21,8 @@ from entropy_regularization.monitoring.tables import digits, percent
 
 # Okabe & Ito (2008): told apart with every common colour blindness, on white and on black
 CLASS_COLOURS = {"collapsed": "#d55e00", "well-behaved": "#009e73", "overloaded": "#56b4e9"}
+# From the first layer to the last, all of one lightness: at least 3:1 on the light and dark card
+_LAYER_COLOURS = ("#3d7be8", "#a95fd0", "#d64a80", "#c87400")
 _MOST_POINTS = 400  # of a curve; a longer run is thinned evenly
 _MOST_ROWS = 12  # of the table behind a chart
 
@@ -32,7 +34,7 @@ class Chart:
     Attributes:
         title: what is drawn, with its unit.
         svg: the picture.
-        legend: (CSS colour, label).
+        legend: (CSS colour, label, how it is drawn: "area", "line" or "dashed").
         header: of the table behind it.
         rows: of the table behind it.
         description: one sentence.
@@ -40,7 +42,7 @@ class Chart:
 
     title: str
     svg: str
-    legend: list[tuple[str, str]]
+    legend: list[tuple[str, str, str]]
     header: list[str]
     rows: list[list[str]]
     description: str
@@ -88,7 +90,10 @@ def _compare(
     return Chart(
         title,
         draw_curves(curves, y_range=(0, 1) if shares else y_range, percent=shares),
-        [(variable_of(colours[label]), label) for label in known],
+        [
+            (variable_of(colours[label]), label, "dashed" if dashed[label] else "line")
+            for label in known
+        ],
         ["step", *known],
         [table[step] for step in sorted(table)],
         f"{title} over training steps: "
@@ -113,9 +118,7 @@ def layer_charts(runs: dict[str, Run]) -> list[Chart]:
         names = run.first.statistics.layers
         by_name = [dict(zip(x.statistics.layers, x.statistics.entropy, strict=True)) for x in lines]
         series = [[mean_of_heads([line.get(name, [])]) for line in by_name] for name in names]
-        # neither end of the scale, which would vanish on white or on black
-        places = [0.25 + 0.6 * k / max(len(names) - 1, 1) for k in range(len(names))]
-        colours = [background for background, _ in colours_of(places, 0, 1, "plasma")]
+        colours = blend(_LAYER_COLOURS, len(names))
         steps = [line.step for line in lines]
         rows = _thin(list(zip(steps, *series, strict=True)), _MOST_ROWS)
         charts.append(
@@ -125,7 +128,7 @@ def layer_charts(runs: dict[str, Run]) -> list[Chart]:
                     [Curve(steps, y, c, width=1.5) for y, c in zip(series, colours, strict=True)],
                     y_range=(0, top),
                 ),
-                [(c, str(k)) for k, c in _thin(list(enumerate(colours)), _MOST_ROWS)],
+                [(c, str(k), "line") for k, c in _thin(list(enumerate(colours)), _MOST_ROWS)],
                 ["step", *(f"layer {k}" for k in range(len(names)))],
                 [[f"{row[0]:,}", *map(digits, row[1:])] for row in rows],
                 f"Mean entropy of each of {len(names)} layers over training steps, {label}.",
@@ -154,7 +157,7 @@ def class_chart(label: str, run: Run) -> Chart | None:
     return Chart(
         f"{label}: share of heads",
         draw_shares(steps, dict(zip(CLASS_COLOURS.values(), columns, strict=True))),
-        [(colour, name) for name, colour in CLASS_COLOURS.items()],
+        [(colour, name, "area") for name, colour in CLASS_COLOURS.items()],
         ["step", *CLASS_COLOURS],
         [[f"{row[0]:,}", *map(percent, row[1:])] for row in rows],
         f"Share of heads of each class over training steps, {label}.",

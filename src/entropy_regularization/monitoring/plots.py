@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 SEQUENTIAL = "viridis"
 DIVERGING = "PuOr"
 ANNOTATED_UP_TO = 12  # numbers are written into the cells of maps of at most so many heads
+LEAST_REACH = 0.1  # of the colours of a change
 _NOTHING = "#d9d9d9"  # a head that is not there, or has no number
 
 
@@ -78,13 +79,13 @@ def draw_heatmaps(
         figure = new_figure(3 * width + 2.0, height)
         axes = list(figure.subplots(1, 3, sharey=True))
         change = subtract(after, before)
-        reach = largest([[abs(x) for x in layer] for layer in change])
+        reach = reach_of(change)
         _draw_map(axes[0], before, SEQUENTIAL, 0.0, maximum)
         _draw_map(axes[1], after, SEQUENTIAL, 0.0, maximum)
         _draw_map(axes[2], change, DIVERGING, -reach, reach)
         for place, name in enumerate(("before", "after", "after − before")):  # noqa: RUF001
             axes[place].set_title(name, fontsize=11)
-        _add_colour_bar(figure, axes[2:], quantity)
+        _add_colour_bar(figure, axes[2:], f"change of {quantity}")
     _add_colour_bar(figure, axes[:2], quantity)
     axes[0].set_ylabel("layer")
     figure.suptitle(title, fontsize=13, fontweight="bold")
@@ -109,6 +110,14 @@ def colours_of(
     return cells
 
 
+def blend(colours: Sequence[str], count: int) -> list[str]:
+    """Return so many colours (hex), evenly spaced from the first of some to the last."""
+    from matplotlib.colors import LinearSegmentedColormap, to_hex
+
+    scale = LinearSegmentedColormap.from_list("blend", list(colours))
+    return [to_hex(scale(k / max(count - 1, 1))) for k in range(count)]
+
+
 def new_figure(width: float, height: float) -> "Figure":
     """Return an empty figure of a size in inches.
 
@@ -127,6 +136,11 @@ def new_figure(width: float, height: float) -> "Figure":
 def largest(numbers: PerHead) -> float:
     """Return the largest number, or 1 where there is none above 0: the end of a colour scale."""
     return max((x for x in flatten(numbers) if x > 0), default=1.0)
+
+
+def reach_of(change: PerHead) -> float:
+    """Return where the colours of changes end: at the largest, but not at what is written 0.00."""
+    return max(largest([[abs(x) for x in layer] for layer in change]), LEAST_REACH)
 
 
 def subtract(left: PerHead, right: PerHead) -> PerHead:

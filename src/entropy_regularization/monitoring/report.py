@@ -27,6 +27,7 @@ from entropy_regularization.monitoring.tables import (
     change_maps,
     colour_rules,
     comparable_band,
+    counted,
     digits,
     duration,
     headlines,
@@ -103,7 +104,8 @@ def _contents(runs: dict[str, Run]) -> dict[str, Any]:
         "run": run,
         "when": "after" if run.finished else "latest",
         "layers": run.first.statistics.layers,
-        "heads": len(flatten(run.first.statistics.entropy)),
+        "extent": f"{counted(len(flatten(run.first.statistics.entropy)), 'head')} in "
+        f"{counted(len(run.first.statistics.layers), 'layer')}, {counted(run.steps, 'step')}",
         "steps": digits(run.steps),
         "tokens": digits(run.latest("tokens")),
         "duration": duration(run.latest("elapsed")),
@@ -232,6 +234,8 @@ def _flatten(config: object) -> dict[str, str]:
             continue
         if isinstance(value, dict):
             options |= {f"{name}.{inner}": text for inner, text in _flatten(value).items()}
+        elif isinstance(value, float):
+            options[name] = min(json.dumps(value), f"{value:.6g}", key=len)
         else:
             options[name] = value if isinstance(value, str) else json.dumps(value)
     return options

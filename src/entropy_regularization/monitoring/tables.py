@@ -10,7 +10,7 @@ from entropy_regularization.monitoring.plots import (
     DIVERGING,
     SEQUENTIAL,
     colours_of,
-    largest,
+    reach_of,
     subtract,
 )
 from entropy_regularization.monitoring.records import Record
@@ -67,12 +67,13 @@ def map_heads(
         rows.append((name, cells))
     small = heads <= ANNOTATED_UP_TO
     every = 1 if small else math.ceil(heads / 8)
-    return HeadMap(caption, rows, heads, small, every, scale, (f"{low:.3g}", f"{end:.3g}"))
+    ends = (f"{low:+.3g}", f"{end:+.3g}") if diverging else (f"{low:.3g}", f"{end:.3g}")
+    return HeadMap(caption, rows, heads, small, every, scale, ends)
 
 
 def largest_change(before: PerHead, after: PerHead) -> float:
-    """Return the largest size of a change of a head; 1 where nothing changed."""
-    return largest([[abs(x) for x in layer] for layer in subtract(after, before)])
+    """Return where the colours of the changes end; 1 where nothing changed."""
+    return reach_of(subtract(after, before))
 
 
 def change_maps(
@@ -100,7 +101,7 @@ def change_maps(
     ]
     if [len(layer) for layer in before] == [len(layer) for layer in after]:
         reach = largest_change(before, after) if reach is None else reach
-        caption = f"{when[1]} minus {when[0]}"
+        caption = f"change: {when[1]} minus {when[0]}"
         change = subtract(after, before)
         maps.append(map_heads(caption, layers, change, end=reach, diverging=True))
     return maps
@@ -163,13 +164,18 @@ def digits(number: float) -> str:
     if math.isnan(number):
         return "–"  # noqa: RUF001
     if abs(number) >= 1000:
-        return f"{number:,.0f}"
+        return f"{number:,.0f}" if abs(number) < 1e12 else f"{number:.3g}"
     return f"{number:.4g}" if abs(number) >= 0.1 else f"{number:.2g}"
 
 
 def percent(number: float) -> str:
     """Write a share as a percentage; an en dash for NaN."""
     return digits(number) if math.isnan(number) else f"{100 * number:.1f} %"
+
+
+def counted(count: int, name: str) -> str:
+    """Write how many there are of something: "1 step", "2,000 steps"."""
+    return f"{count:,} {name}{'' if count == 1 else 's'}"
 
 
 def duration(seconds: float) -> str:
