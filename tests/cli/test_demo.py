@@ -1,5 +1,6 @@
 """entropy-reg demo: both arms, the table, the page; again without training again."""
 
+import signal
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,8 @@ from click.testing import CliRunner
 from entropy_regularization.cli import demo as demo_module
 from entropy_regularization.cli.main import main
 from entropy_regularization.cli.options import TrainOptions
+from entropy_regularization.cli.runs import RunFolder
+from entropy_regularization.cli.signals import StopSignals
 
 
 @pytest.fixture
@@ -48,3 +51,42 @@ def test_folder_with_something_else_is_left_alone(tmp_path: Path) -> None:
     assert refused.exit_code == 2
     assert "holds no run" in refused.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+@pytest.mark.usefixtures("small")
+def test_run_with_other_options_is_no_arm(tmp_path: Path) -> None:
+    output = tmp_path / "demo"
+    for folder, penalty in ((output, "published"), (output / "baseline", "calibrated")):
+        options = {**demo_module.options_of("none", 4).as_dict(), "penalty": penalty}
+        folder.mkdir(parents=True)
+        RunFolder(folder).write_config("train", options)
+        refused = CliRunner().invoke(main, ["demo", f"--output={output}", "--steps=4"])
+        assert refused.exit_code == 2
+        assert f"{folder} holds a run with --penalty {penalty} in place of" in refused.stderr
+        assert "choose another --output" in refused.stderr
+        (folder / "config.json").unlink()
+
+
+@pytest.mark.usefixtures("small")
+def test_other_steps_are_not_mixed(tmp_path: Path) -> None:
+    output = tmp_path / "demo"
+    assert CliRunner().invoke(main, ["demo", f"--output={output}", "--steps=2"]).exit_code == 0
+    refused = CliRunner().invoke(main, ["demo", f"--output={output}", "--steps=3"])
+    assert refused.exit_code == 2
+    assert "--steps 2 in place of 3" in refused.stderr
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize(("steps", "more"), [(4, " --steps 4"), (demo_module.STEPS, "")])
+def test_advice_after_ctrl_c_goes_on_with_both_arms(
+    steps: int, more: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def came_to_any(signals: StopSignals, device: object) -> bool:
+        signals.number = signal.SIGINT
+        return True
+
+    monkeypatch.setattr(StopSignals, "came_to_any", came_to_any)
+    output = tmp_path / "demo"
+    stopped = CliRunner().invoke(main, ["demo", f"--output={output}", f"--steps={steps}"])
+    assert stopped.exit_code == 130
+    assert f"go on with: entropy-reg demo --output {output}{more}\n" in stopped.stderr

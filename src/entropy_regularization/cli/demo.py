@@ -1,12 +1,13 @@
 """entropy-reg demo: the same training with and without the penalty, side by side."""
 
 import json
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from entropy_regularization.cli.errors import RunProblem
+from entropy_regularization.cli.errors import RunProblem, UsageProblem
 from entropy_regularization.cli.options import TrainOptions
 from entropy_regularization.cli.runs import RunFolder
 from entropy_regularization.cli.train import start
@@ -40,11 +41,17 @@ def demo(output: Path, steps: int, debug: bool) -> None:
     from rich.console import Console
 
     console = Console(soft_wrap=True, highlight=False)
+    for _, penalty in ARMS:
+        _check_arm(folder_of(output, penalty), options_of(penalty, steps), output)
     regularized = folder_of(output, "calibrated")
-    if not regularized.finished and not regularized.config.is_file():
+    if not regularized.config.is_file():
         regularized.begin(beside=(BASELINE,))  # refuse before the first arm is trained, not after
     for name, penalty in ARMS:
-        _train_arm(name, penalty, folder_of(output, penalty), steps, console)
+        folder = folder_of(output, penalty)
+        folder.go_on = f"entropy-reg demo --output {shlex.quote(str(output))}"
+        if steps != STEPS:
+            folder.go_on += f" --steps {steps}"
+        _train_arm(name, options_of(penalty, steps), folder, console)
     from entropy_regularization.monitoring.report import write_report
 
     page = write_report(output)
@@ -62,14 +69,31 @@ def options_of(penalty: str, steps: int) -> TrainOptions:
     return TrainOptions(penalty=penalty, steps=steps, tolerance=0.2, evaluation_blocks=96)
 
 
-def _train_arm(name: str, penalty: str, folder: RunFolder, steps: int, console: Any) -> None:
+def _check_arm(folder: RunFolder, options: TrainOptions, output: Path) -> None:
+    """Refuse a run that lies where an arm is to be and has other options."""
+    if not folder.config.is_file():
+        return
+    wanted, found = options.in_effect(), folder.options()
+    begun = TrainOptions(**{name: found[name] for name in wanted if name in found}).in_effect()
+    others = [
+        f"--{name.replace('_', '-')} {begun[name]} in place of {value}"
+        for name, value in wanted.items()
+        if begun[name] != value
+    ]
+    if others:
+        raise UsageProblem(
+            f"{folder.path} holds a run with {', '.join(others)}, which is not the demo's; choose "
+            f"another --output than {output}."
+        )
+
+
+def _train_arm(name: str, options: TrainOptions, folder: RunFolder, console: Any) -> None:
     if folder.finished:
         console.print(f"{name}: finished before, in {folder.path}")
         return
-    options = options_of(penalty, steps)
     resume = folder.config.is_file()
     if resume:
-        options = TrainOptions(**folder.reopen())
+        folder.reopen()
     else:
         folder.begin(beside=(BASELINE,))
     console.print(f"\n{name}: {options.steps} steps, in {folder.path}")

@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import shlex
 import shutil
 from importlib import metadata
 from pathlib import Path
@@ -19,10 +20,12 @@ class RunFolder:
 
     Args:
         path: the folder, there or not.
+        go_on: the command that goes on with the run; entropy-reg train --resume unless given.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, go_on: str | None = None) -> None:
         self.path = path
+        self.go_on = go_on or f"entropy-reg train --resume --output {shlex.quote(str(path))}"
         self.config = path / "config.json"
         self.result = path / "result.json"
         self.records = path / "records.jsonl"
@@ -79,13 +82,20 @@ class RunFolder:
                 "the run that was stopped."
             )
         self._check_writable()
+        return self.options()
+
+    def options(self) -> dict[str, Any]:
+        """Return the options that the run was started with.
+
+        Raises:
+            RunProblem: if they cannot be read.
+        """
         try:
-            options: dict[str, Any] = json.loads(self.config.read_text())["options"]
-        except (json.JSONDecodeError, KeyError, TypeError):
+            return dict(json.loads(self.config.read_text())["options"])
+        except (ValueError, KeyError, TypeError):
             raise RunProblem(
                 f"{self.config} is damaged, so the run cannot be resumed; start a new one."
             ) from None
-        return options
 
     def _check_writable(self) -> None:
         try:

@@ -79,7 +79,7 @@ def _failures_in_words(folder: RunFolder) -> Iterator[None]:
     except OSError as error:
         raise RunProblem(
             f"{error.strerror or error} ({error.filename or folder.path}); make room or access, "
-            f"then go on with: entropy-reg train --resume --output {folder.path}"
+            f"then go on with: {folder.go_on}"
         ) from error
 
 
@@ -249,9 +249,7 @@ class Run:
         checkpoint = self.folder.last_checkpoint()
         step = 0 if checkpoint is None else checkpoint[0]
         return Stopped(
-            f"stopped at step {step}; go on with: entropy-reg train --resume --output "
-            f"{self.folder.path}",
-            EXIT_CODES[number],
+            f"stopped at step {step}; go on with: {self.folder.go_on}", EXIT_CODES[number]
         )
 
     def _finish(self) -> None:
