@@ -257,3 +257,24 @@ def test_a_machine_that_fails_is_told_in_a_sentence(
     assert done.returncode == 1
     assert "go on with: entropy-reg train --resume" in done.stderr.strip().splitlines()[-1]
     assert "Traceback" not in done.stderr
+
+
+def test_accumulated_micro_batches_are_one_step(text: Path, tmp_path: Path) -> None:
+    """The rows of a step are the same however they are cut into micro-batches."""
+    options = ["--steps=3", "--dropout=0", "--logging-steps=1", "--learning-rate=0.3", "--width=64"]
+    found = []
+    for batch, accumulation in ((8, 1), (4, 2), (1, 8)):
+        output = tmp_path / str(batch)
+        sizes = [f"--batch-size={batch}", f"--accumulation={accumulation}"]
+        done = run(command(text, output, *options, *sizes))
+        assert done.returncode == 0, done.stderr
+        found.append(read_records(output).train)
+    for lines in found[1:]:
+        for ours, theirs in zip(lines, found[0], strict=True):
+            for key in ("entropy", "reachable_maximum", "utilisation"):
+                torch.testing.assert_close(
+                    torch.tensor(getattr(ours.statistics, key)),
+                    torch.tensor(getattr(theirs.statistics, key)),
+                    rtol=1e-5,
+                    atol=1e-5,
+                )

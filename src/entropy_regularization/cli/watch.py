@@ -118,16 +118,13 @@ class Watch(TrainerCallback):
             added = handle.added.to(loss)
         self._step.append(MicroBatch(loss - added, added))
 
-    def _take(self) -> None:
-        if self._listening:
-            self._listening = False
-            self._monitor.update(self._recorder.stop())
-
     def on_substep_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        """Take the heads of the first micro-batch."""
-        self._take()
+        """Take the heads of a micro-batch, and listen to the next one."""
+        if self._listening:
+            self._monitor.update(self._recorder.stop())
+            self._recorder.start()
 
     # what is decided at the end of a step
 
@@ -139,7 +136,9 @@ class Watch(TrainerCallback):
         Raises:
             RunProblem: if the loss, or a weight that is to be saved, is not finite.
         """
-        self._take()
+        if self._listening:
+            self._listening = False
+            self._monitor.update(self._recorder.stop())
         if self.progress is not None:
             self.progress.step(state.global_step)
         if state.global_step >= state.max_steps:
