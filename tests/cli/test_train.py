@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -278,3 +280,37 @@ def test_accumulated_micro_batches_are_one_step(text: Path, tmp_path: Path) -> N
                     rtol=1e-5,
                     atol=1e-5,
                 )
+
+
+def test_tokens_are_those_of_the_text(text: Path, tmp_path: Path) -> None:
+    """An epoch that the steps do not divide, and a step that is longer than an epoch."""
+    for options in (["--epochs=2", "--batch-size=5", "--accumulation=3"], ["--accumulation=5000"]):
+        output = tmp_path / options[0]
+        steps = [] if len(options) > 1 else ["--steps=2"]
+        done = run(command(text, output, *options, *steps))
+        assert done.returncode == 0, done.stderr
+        (contexts,) = re.findall(r"([\d,]+) contexts of 32 tokens", done.stdout)
+        result = json.loads((output / "result.json").read_text())
+        assert result["tokens"] == 2 * 32 * int(contexts.replace(",", ""))
+
+
+def test_stopped_in_the_last_evaluation_takes_no_further_step(whole: Path, tmp_path: Path) -> None:
+    output = tmp_path / "stopped"
+    shutil.copytree(whole, output)
+    (output / "result.json").unlink()
+    shutil.rmtree(output / "model")
+    done = run([sys.executable, "-m", "entropy_regularization", "train", "--resume",
+                f"--output={output}"])  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    for name in ("result.json", "records.jsonl", "model/model.safetensors"):
+        assert (output / name).read_bytes() == (whole / name).read_bytes(), name
+
+
+def test_recorded_loss_is_the_model_s_own(text: Path, tmp_path: Path) -> None:
+    """A penalty a million times larger leaves no digit of the loss in their sum."""
+    for strength in ("0", "1e9"):
+        done = run(command(text, tmp_path / strength, "--steps=1", f"--loss-coeff={strength}"))
+        assert done.returncode == 0, done.stderr
+    small, large = (read_records(tmp_path / each).train[0] for each in ("0", "1e9"))
+    assert large["penalty"] > 1e6
+    assert large["loss"] == small["loss"]

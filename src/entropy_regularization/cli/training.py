@@ -1,10 +1,11 @@
 """The training behind entropy-reg train: Trainer, records, checkpoints, result."""
 
 import gc
+import math
 import os
 import statistics
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, Literal
 
 import torch
@@ -19,7 +20,7 @@ from entropy_regularization.cli.options import TrainOptions
 from entropy_regularization.cli.preparation import Materials, check_precision, prepare
 from entropy_regularization.cli.runs import RunFolder, write_json
 from entropy_regularization.cli.signals import EXIT_CODES
-from entropy_regularization.cli.watch import Watch
+from entropy_regularization.cli.watch import NothingLeft, Watch
 from entropy_regularization.integrations.transformers.trainer import EntropyRegularizedTrainer
 from entropy_regularization.monitoring.plots import save_heatmaps
 from entropy_regularization.monitoring.records import RecordWriter, read_records
@@ -143,7 +144,7 @@ class Run:
         console: Console,
     ) -> None:
         self.options, self.folder, self.console = options, folder, console
-        self.model, self.tokenizer, blocks, self.held_out = materials
+        self.model, self.tokenizer, self.blocks, self.held_out = materials
         settings = self._regularization()
         self.starting_band = self.band = Band.of(settings, options.threshold)
         if options.gradient_checkpointing:
@@ -153,7 +154,7 @@ class Run:
         common: dict[str, Any] = {
             "model": self.model,
             "args": arguments,
-            "train_dataset": blocks,
+            "train_dataset": self.blocks,
             "processing_class": self.tokenizer,
         }
         self.trainer: Trainer
@@ -185,7 +186,7 @@ class Run:
             watch = self._watch(writer)
             self.trainer.add_callback(watch)
             try:
-                with watch.signals:
+                with watch.signals, suppress(NothingLeft):
                     self.trainer.train(
                         resume_from_checkpoint=None if checkpoint is None else str(checkpoint[1])
                     )
@@ -209,18 +210,27 @@ class Run:
         lines = []
         if self.trainer.is_world_process_zero():
             lines = read_records(self.folder.records).train
-        contexts = options.batch_size * options.accumulation * self.trainer.args.world_size
         return Watch(
             self.model,
             self.folder,
             writer,
             self.band,
             self.console,
-            tokens_per_step=contexts * options.context_length,
+            tokens=self._tokens,
             elapsed=lines[-1]["elapsed"] if lines else 0.0,
             evaluate=lambda step: self._evaluate(writer, step, "during"),
             evaluate_every=options.evaluation_steps,
         )
+
+    def _tokens(self, steps: int) -> int:
+        """Return how many tokens all ranks have seen: the last step of an epoch may have fewer."""
+        arguments, contexts = self.trainer.args, len(self.blocks)
+        at_once: int = arguments.train_batch_size * arguments.world_size
+        if arguments.world_size > 1:  # the last batches are filled up, so that all ranks have one
+            contexts = math.ceil(contexts / at_once) * at_once
+        step = at_once * arguments.gradient_accumulation_steps
+        epochs, further = divmod(steps, math.ceil(contexts / step))
+        return (epochs * contexts + further * step) * self.options.context_length
 
     def _evaluate(
         self, writer: RecordWriter, step: int, when: Literal["before", "during", "after"]

@@ -35,6 +35,10 @@ class MicroBatch(NamedTuple):
     penalty: Tensor
 
 
+class NothingLeft(Exception):  # noqa: N818
+    """The checkpoint that a training goes on from is that of its last step."""
+
+
 class Watch(TrainerCallback):
     """Writes records, shows progress, marks checkpoints, and stops a run that has to stop.
 
@@ -44,7 +48,7 @@ class Watch(TrainerCallback):
         writer: of its records.
         band: in which row entropies are wanted.
         console: where progress is shown.
-        tokens_per_step: of all ranks.
+        tokens: seen by all ranks when so many steps are done.
         elapsed: seconds of training before, in a resumed run.
         evaluate: writes an evaluation "during" training; called with the step.
         evaluate_every: steps between two of them, 0 for none.
@@ -58,13 +62,13 @@ class Watch(TrainerCallback):
         band: Band,
         console: Console,
         *,
-        tokens_per_step: int,
+        tokens: Callable[[int], int],
         elapsed: float,
         evaluate: Callable[[int], None],
         evaluate_every: int,
     ) -> None:
         self.model, self.folder, self.writer, self.console = model, folder, writer, console
-        self.tokens_per_step, self.elapsed = tokens_per_step, elapsed
+        self.tokens, self.elapsed = tokens, elapsed
         self.evaluate, self.evaluate_every = evaluate, evaluate_every
         self.signals = StopSignals(self.say)
         self.progress: TrainingProgress | None = None
@@ -91,7 +95,13 @@ class Watch(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        """Show the bar."""
+        """Show the bar.
+
+        Raises:
+            NothingLeft: if every step is done; Trainer would make one more.
+        """
+        if state.global_step >= state.max_steps:
+            raise NothingLeft
         self.progress = TrainingProgress(state.max_steps, state.global_step, self.console)
         self._window = (time.monotonic(), state.global_step)
 
@@ -113,10 +123,10 @@ class Watch(TrainerCallback):
         # With num_items_in_batch the losses of a step add up to its loss, else they are averaged.
         self._summed = kwargs.get("num_items_in_batch") is not None
         handle, loss = handle_of(model), loss.detach()
-        added = torch.zeros_like(loss)
-        if handle is not None and handle.added is not None:
-            added = handle.added.to(loss)
-        self._step.append(MicroBatch(loss - added, added))
+        if handle is None or handle.loss is None or handle.added is None:
+            self._step.append(MicroBatch(loss, torch.zeros_like(loss)))
+        else:
+            self._step.append(MicroBatch(handle.loss, handle.added.to(loss)))
 
     def on_substep_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
@@ -157,7 +167,8 @@ class Watch(TrainerCallback):
     def _check_finite(self, step: int, *, saving: bool) -> None:
         """Stop before a checkpoint holds weights that are not finite."""
         wrong = None
-        if self._step and not math.isfinite(loss := self._step[-1].loss.item()):
+        last = self._step[-1] if self._step else None
+        if last and not math.isfinite(loss := (last.loss + last.penalty).item()):
             wrong = f"the loss became {loss}"
         elif saving and not all(p.isfinite().all() for p in self.model.parameters()):
             wrong = "a weight became infinite or NaN"
@@ -204,7 +215,7 @@ class Watch(TrainerCallback):
             "penalty": penalty,
             "learning_rate": logs.get("learning_rate", math.nan),
             "gradient_norm": float(logs.get("grad_norm", math.nan)),
-            "tokens": state.global_step * self.tokens_per_step,
+            "tokens": self.tokens(state.global_step),
             "tokens_per_second": speed,
             "elapsed": self.elapsed,
         }
@@ -219,7 +230,7 @@ class Watch(TrainerCallback):
         (start, first), now = self._window, time.monotonic()
         self._window = (now, step)
         self.elapsed += now - start
-        return (step - first) * self.tokens_per_step / max(now - start, 1e-9)
+        return (self.tokens(step) - self.tokens(first)) / max(now - start, 1e-9)
 
     def _loss_of_step(self) -> tuple[float, float]:
         """Return the model's own loss and the penalty of this step, over all ranks."""
