@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import click
@@ -136,6 +137,25 @@ class TrainOptions:
                 f"--steps {self.steps} and --epochs {self.epochs:g} were both given; choose one."
             )
 
+    @classmethod
+    def of_config(cls, saved: dict[str, Any], path: Path) -> "TrainOptions":
+        """Return the options that a config.json holds, checked as if they were typed.
+
+        Args:
+            saved: options by name; one that is missing has its default, others are passed over.
+            path: of the file.
+
+        Raises:
+            UsageProblem: if one of them would be refused on the command line.
+        """
+        fields = [field for field in dataclasses.fields(cls) if field.name in saved]
+        try:
+            options = cls(**{field.name: _checked(field, saved[field.name]) for field in fields})
+            options.check()
+        except click.ClickException as error:
+            raise UsageProblem(f"{path} was changed: {error.format_message()}") from None
+        return options
+
     def in_effect(self) -> dict[str, Any]:
         """Return the options by name, with what those that were left out stand for."""
         stand_for = {"loss_coeff": self.strength, "tolerance": self.band, "dropout": 0.0}
@@ -149,6 +169,19 @@ class TrainOptions:
     def as_dict(self) -> dict[str, Any]:
         """Return the options by name."""
         return dataclasses.asdict(self)
+
+
+def _checked(field: dataclasses.Field[Any], value: Any) -> Any:
+    """Return a value as its option on the command line would give it."""
+    if value is None and field.default is None:
+        return None
+    kind = field.metadata["type"] or (click.BOOL if field.default is False else click.STRING)
+    if isinstance(value, bool) != (kind is click.BOOL) or isinstance(value, list | dict):
+        raise UsageProblem(f"{value!r} is no value of {field.name}; put back what it was.")
+    try:
+        return kind.convert(str(value), None, None)
+    except click.BadParameter as error:
+        raise UsageProblem(f"{field.name}: {error.message} Put back what it was.") from None
 
 
 def train_options(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -1,5 +1,6 @@
 """What a training needs before it starts: text, tokenizer, blocks of tokens, model."""
 
+import json
 import os
 from typing import NamedTuple
 
@@ -12,7 +13,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from entropy_regularization.cli.errors import UsageProblem
+from entropy_regularization.cli.errors import RunProblem, UsageProblem
 from entropy_regularization.cli.models import build_model, load_model, size_of
 from entropy_regularization.cli.options import TrainOptions
 from entropy_regularization.cli.runs import RunFolder
@@ -97,11 +98,24 @@ def _own_tokenizer(
 ) -> PreTrainedTokenizerBase:
     """Train a tokenizer, or load the one that this run (or its main rank) trained before."""
     if folder.tokenizer.is_dir():
+        _check_tokenizer(folder)
         found: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder.tokenizer)
         return found
     tokenizer = train_tokenizer(corpus.train, options.vocabulary)
     tokenizer.model_max_length = options.context_length
     return tokenizer
+
+
+def _check_tokenizer(folder: RunFolder) -> None:
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        path = folder.tokenizer / name
+        try:
+            json.loads(path.read_text())
+        except (OSError, ValueError):
+            raise RunProblem(
+                f"{path} is missing or damaged; copy the one of a checkpoint in "
+                f"{folder.checkpoints}, or start a new run with another --output."
+            ) from None
 
 
 def _keep_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: RunFolder) -> None:

@@ -5,11 +5,14 @@ import os
 import platform
 import shlex
 import shutil
+import zlib
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from entropy_regularization.cli.errors import RunProblem, UsageProblem
+from entropy_regularization.cli.options import TrainOptions
 
 LIBRARIES = ("entropy-regularization", "torch", "transformers", "tokenizers", "accelerate")
 COMPLETE = "complete"  # file that is written into a checkpoint last
@@ -67,7 +70,7 @@ class RunFolder:
             )
         self._check_writable()
 
-    def reopen(self) -> dict[str, Any]:
+    def reopen(self) -> TrainOptions:
         """Return the options of the run that is to go on.
 
         Raises:
@@ -84,18 +87,20 @@ class RunFolder:
         self._check_writable()
         return self.options()
 
-    def options(self) -> dict[str, Any]:
+    def options(self) -> TrainOptions:
         """Return the options that the run was started with.
 
         Raises:
+            UsageProblem: if one of them is not what the command line would take.
             RunProblem: if they cannot be read.
         """
         try:
-            return dict(json.loads(self.config.read_text())["options"])
+            saved = dict(json.loads(self.config.read_text())["options"])
         except (ValueError, KeyError, TypeError):
             raise RunProblem(
                 f"{self.config} is damaged, so the run cannot be resumed; start a new one."
             ) from None
+        return TrainOptions.of_config(saved, self.config)
 
     def _check_writable(self) -> None:
         try:
@@ -129,26 +134,83 @@ class RunFolder:
     def mark_complete(self, step: int) -> None:
         """Mark a checkpoint as whole, after everything else in it is on the disk."""
         folder = self.checkpoints / f"checkpoint-{step}"
+        sums = {}
         for path in folder.rglob("*"):
-            if path.is_file():
+            if path.is_file() and path.name != COMPLETE:
                 with path.open("rb") as file:
                     os.fsync(file.fileno())
-        write_json(folder / COMPLETE, {"step": step})
+                sums[path.relative_to(folder).as_posix()] = _sum_of(path)
+        write_json(folder / COMPLETE, {"step": step, "crc32": sums})
 
-    def clear_torn_checkpoints(self) -> None:
-        """Remove checkpoints that a kill cut off: Trainer would keep them before whole ones."""
+    def clear_checkpoints_after(self, step: int) -> None:
+        """Remove what is torn or damaged: Trainer would keep it before whole checkpoints."""
         for folder in self.checkpoints.glob("checkpoint-*"):
-            if not (folder / COMPLETE).is_file():
+            number = folder.name.removeprefix("checkpoint-")
+            if not (folder / COMPLETE).is_file() or (number.isdigit() and int(number) > step):
                 shutil.rmtree(folder)
 
     def last_checkpoint(self) -> tuple[int, Path] | None:
         """Return step and folder of the last whole checkpoint; one cut off by a kill is ignored."""
+        found = self._complete_checkpoints()
+        return found[0] if found else None
+
+    def checkpoint_to_resume(self, say: Callable[[str], None]) -> tuple[int, Path] | None:
+        """Return step and folder of the last checkpoint that is as it was written.
+
+        Args:
+            say: called with a sentence for each that is not.
+
+        Raises:
+            RunProblem: if there are checkpoints, but none to go on from.
+        """
+        damaged: list[str] = []
+        for step, folder in self._complete_checkpoints():
+            wrong = _damage_of(folder)
+            if wrong is None:
+                for sentence in damaged:
+                    say(f"{sentence}; the checkpoint of step {step} is used in its place")
+                return step, folder
+            damaged.append(wrong)
+        if damaged:
+            raise RunProblem(
+                f"{'; '.join(damaged)}, and there is no other checkpoint; put the file back, or "
+                "start a new run with another --output."
+            )
+        return None
+
+    def _complete_checkpoints(self) -> list[tuple[int, Path]]:
+        """Return steps and folders of checkpoints that were written to the end, newest first."""
         found = []
         for marker in self.checkpoints.glob(f"checkpoint-*/{COMPLETE}"):
             number = marker.parent.name.removeprefix("checkpoint-")
             if number.isdigit():
                 found.append((int(number), marker.parent))
-        return max(found, default=None)
+        return sorted(found, reverse=True)
+
+
+def _damage_of(checkpoint: Path) -> str | None:
+    """Return what is wrong with a checkpoint: a file that is not what was written."""
+    try:
+        sums = json.loads((checkpoint / COMPLETE).read_text()).get("crc32", {})
+    except (OSError, ValueError, AttributeError):
+        return f"{checkpoint / COMPLETE} cannot be read"
+    for name, expected in sums.items():
+        path = checkpoint / name
+        try:
+            if _sum_of(path) != expected:
+                return f"{path} is damaged"
+        except OSError as error:
+            return f"{path} cannot be read ({error.strerror})"
+    return None
+
+
+def _sum_of(path: Path) -> int:
+    """Return the CRC-32 of a file."""
+    found = 0
+    with path.open("rb") as file:
+        while part := file.read(1 << 20):
+            found = zlib.crc32(part, found)
+    return found
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

@@ -59,15 +59,14 @@ def _options_to_resume(
     context: click.Context, folder: RunFolder, given: dict[str, Any]
 ) -> TrainOptions:
     """Return the options of the run; refuse one that contradicts them."""
-    saved = folder.reopen()
-    known = {name: value for name, value in saved.items() if name in given}
-    begun = TrainOptions(**known).in_effect()
+    options = folder.reopen()
+    begun = options.in_effect()
     for name, value in given.items():
         typed = context.get_parameter_source(name) == ParameterSource.COMMANDLINE
-        if typed and name in known and begun[name] != value:
+        if typed and begun[name] != value:
             option = "--" + name.replace("_", "-")
             raise UsageProblem(
                 f"{option} {value} was given, but the run in {folder.path} was started with "
                 f"{begun[name]}; leave it out, or start a new run."
             )
-    return TrainOptions(**known)
+    return options

@@ -23,7 +23,7 @@ from entropy_regularization.cli.signals import EXIT_CODES
 from entropy_regularization.cli.watch import NothingLeft, Watch
 from entropy_regularization.integrations.transformers.trainer import EntropyRegularizedTrainer
 from entropy_regularization.monitoring.plots import save_heatmaps
-from entropy_regularization.monitoring.records import RecordWriter, read_records
+from entropy_regularization.monitoring.records import RecordError, RecordWriter, read_records
 from entropy_regularization.monitoring.statistics import Band
 from entropy_regularization.recording.recorder import record_entropy
 from entropy_regularization.regularization import EntropyRegularization
@@ -77,6 +77,8 @@ def _failures_in_words(folder: RunFolder) -> Iterator[None]:
             "the GPU ran out of memory; lower --batch-size (and raise --accumulation), or add "
             "--gradient-checkpointing."
         ) from error
+    except RecordError as error:
+        raise RunProblem(str(error)) from error
     except OSError as error:
         raise RunProblem(
             f"{error.strerror or error} ({error.filename or folder.path}); make room or access, "
@@ -177,7 +179,7 @@ class Run:
 
     def run(self, *, resume: bool) -> None:
         """Evaluate, train, evaluate, write."""
-        checkpoint = self.folder.last_checkpoint() if resume else None
+        checkpoint = self.folder.checkpoint_to_resume(self.console.print) if resume else None
         with self._records(None if checkpoint is None else checkpoint[0]) as writer:
             if checkpoint is None:
                 self._evaluate(writer, 0, "before")
@@ -202,8 +204,21 @@ class Run:
         """Open the records, with what comes after the checkpoint taken out."""
         if not self.trainer.is_world_process_zero():
             return RecordWriter(os.devnull)
-        self.folder.clear_torn_checkpoints()
+        if step is not None:
+            self._check_records()
+        self.folder.clear_checkpoints_after(step or 0)
         return RecordWriter(self.folder.records, keep_until=-1 if step is None else step)
+
+    def _check_records(self) -> None:
+        """Refuse to go on from a checkpoint without the records of the steps before it."""
+        if self.folder.records.is_file():
+            records = read_records(self.folder.records)
+            if records.train and records.evaluation("before"):
+                return
+        raise RunProblem(
+            f"{self.folder.records} lacks what was recorded before the checkpoint; put it back, or "
+            "start a new run with another --output."
+        )
 
     def _watch(self, writer: RecordWriter) -> Watch:
         options = self.options

@@ -1,0 +1,137 @@
+"""A run whose files were damaged goes on from what is whole, or says what is not."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from entropy_regularization.cli.main import main
+
+NANO = (
+    "--model=gpt2-nano", "--width=16", "--vocabulary=300", "--context-length=32", "--batch-size=2",
+    "--evaluation-blocks=4", "--steps=6", "--checkpoint-steps=2", "--logging-steps=2",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that was stopped in its last evaluation, with checkpoints of steps 4 and 6."""
+    folder = tmp_path_factory.mktemp("runs")
+    (folder / "words.txt").write_text("".join(f"line {n} of {n * n}\n" for n in range(400)))
+    output = folder / "whole"
+    done = CliRunner().invoke(
+        main, ["train", f"--data={folder}/words.txt", f"--output={output}", *NANO]
+    )
+    assert done.exit_code == 0, done.output
+    (output / "result.json").rename(folder / "result.json")
+    return output
+
+
+@pytest.fixture
+def run(whole: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(whole, tmp_path / "run"))
+
+
+def resume(run: Path) -> tuple[int, str, str]:
+    done = CliRunner().invoke(main, ["train", "--resume", f"--output={run}"])
+    return done.exit_code, done.stdout, done.stderr
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-9])
+
+
+FILES = (
+    "optimizer.pt", "scheduler.pt", "rng_state.pth", "model.safetensors", "trainer_state.json",
+    "tokenizer.json", "config.json", "complete",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", [cut, Path.unlink])
+@pytest.mark.parametrize("name", FILES)
+def test_damaged_checkpoint_is_not_used(name: str, damage: object, run: Path, whole: Path) -> None:
+    damage(run / "checkpoints" / "checkpoint-6" / name)  # type: ignore[operator]
+    code, said, errors = resume(run)
+    assert code == 0, errors
+    assert "going on from step 4" in said
+    if (name, damage) != ("complete", Path.unlink):  # without the marker, it is one cut off
+        sentence = "; the checkpoint of step 4 is used in its place"
+        (line,) = [line for line in said.splitlines() if line.endswith(sentence)]
+        assert f"checkpoint-6/{name} " in line
+    ours, theirs = (
+        json.loads(path.read_text())
+        for path in (run / "result.json", whole.with_name("result.json"))
+    )
+    assert ours["after"] == theirs["after"]
+
+
+def test_no_other_checkpoint(run: Path) -> None:
+    for step in (4, 6):
+        cut(run / "checkpoints" / f"checkpoint-{step}" / "optimizer.pt")
+    code, _, errors = resume(run)
+    assert code == 1
+    assert len(errors.splitlines()) == 1
+    assert "checkpoint-6/optimizer.pt is damaged" in errors
+    assert "there is no other checkpoint; put the file back" in errors
+    assert (run / "checkpoints" / "checkpoint-6" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [(None, "lacks what was recorded"), ("", "lacks what was recorded"), ("?\n", "holds no rec")],
+)
+def test_damaged_records(content: str | None, sentence: str, run: Path) -> None:
+    records = run / "records.jsonl"
+    if content is None:
+        records.unlink()
+    else:
+        records.write_text(content)
+    code, said, errors = resume(run)
+    assert code == 1
+    assert len(errors.splitlines()) == 1
+    assert sentence in errors
+    assert "step 5" not in said
+
+
+def test_garbage_among_the_records(run: Path) -> None:
+    with (run / "records.jsonl").open("a") as file:
+        file.write("garbage\n")
+    code, _, errors = resume(run)
+    assert code == 1
+    assert "is not JSON; remove that line" in errors
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+def test_damaged_tokenizer(name: str, run: Path) -> None:
+    cut(run / "tokenizer" / name)
+    code, _, errors = resume(run)
+    assert code == 1
+    assert f"{run}/tokenizer/{name} is missing or damaged; copy the one of a checkpoint" in errors
+
+
+@pytest.mark.parametrize(
+    ("changed", "sentence"),
+    [
+        ({"penalty": "l1"}, "penalty: 'l1' is not one of"),
+        ({"steps": -5}, "steps: -5 is not in the range"),
+        ({"steps": 2.5}, "'2.5' is not a valid integer"),
+        ({"steps": [1]}, "[1] is no value of steps"),
+        ({"seed": None}, "seed: 'None' is not a valid integer"),
+        ({"fixed_thresholds": "yes"}, "'yes' is no value of fixed_thresholds"),
+        ({"learning_rate": float("nan")}, "--learning-rate is nan"),
+        ({"epochs": 2.0}, "choose one"),
+        ({"data": ""}, "--data is empty"),
+    ],
+    ids=str,
+)
+def test_changed_config(changed: dict[str, object], sentence: str, run: Path) -> None:
+    config = json.loads((run / "config.json").read_text())
+    config["options"] |= changed
+    (run / "config.json").write_text(json.dumps(config))
+    code, _, errors = resume(run)
+    assert code == 2
+    assert len(errors.splitlines()) == 1
+    assert f"{run}/config.json was changed: " in errors
+    assert sentence in errors
