@@ -1,8 +1,11 @@
 """Whatever is typed wrong gives one sentence and the right exit code, and loses nothing."""
 
+import json
+import math
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -51,6 +54,8 @@ WRONG = [
     (("--penalty=l1",), 2, "'l1' is not one of"),
     (("--resume",), 2, "holds no run to resume"),
     (("--nonsense",), 2, "No such option"),
+    (("--model={other}", "--vocabulary=300"), 2, "--vocabulary: for our own sizes alone"),
+    (("--model={other}", "--dropout=0", "--heads=2"), 2, "--heads and --vocabulary and --dropout"),
     (("--data=",), 2, "--data is empty; pass a value"),
     (("--text-column= ",), 2, "--text-column is empty"),
     (("--model={run}",), 2, "is the folder of a run; pass its model, "),
@@ -63,7 +68,8 @@ def test_sentence(
     options: tuple[str, ...], code: int, sentence: str, words: Path, tmp_path: Path
 ) -> None:
     places = {
-        name: tmp_path / name for name in ("empty", "binary", "latin", "short", "folder", "run")
+        name: tmp_path / name
+        for name in ("empty", "binary", "latin", "short", "folder", "run", "other")
     }
     places["empty"].write_text("")
     places["binary"].write_bytes(b"\x7fELF\0\1\2")
@@ -71,6 +77,8 @@ def test_sentence(
     places["short"].write_text("too short")
     places["folder"].mkdir()
     (places["run"] / "model").mkdir(parents=True)
+    places["other"].mkdir()
+    (places["other"] / "config.json").write_text("{}")
     for config in (places["run"] / "config.json", places["run"] / "model" / "config.json"):
         config.write_text("{}")
     output = tmp_path / "output"
@@ -143,3 +151,26 @@ def test_module_and_version() -> None:
     )
     assert done.returncode == 0
     assert "version" in done.stdout
+
+
+def test_diverged_run_ends_with_json_and_a_sentence(
+    words: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from entropy_regularization.cli import training
+
+    found = training.evaluate
+    monkeypatch.setattr(
+        training, "evaluate", lambda *args, **kw: replace(found(*args, **kw), loss=math.nan)
+    )
+    output = tmp_path / "run"
+    options = [f"--output={output}", f"--data={words}", *NANO, "--context-length=32"]
+    done = CliRunner().invoke(main, ["train", *options])
+    assert done.exit_code == 0, done.output
+    assert "the run diverged: its held-out loss is nan; start again with a lower" in done.stdout
+
+    def refuse(name: str) -> None:
+        raise AssertionError(f"{name} is not JSON")
+
+    result = json.loads((output / "result.json").read_text(), parse_constant=refuse)
+    assert result["after"]["loss"] is None
+    assert result["after"]["perplexity"] is None

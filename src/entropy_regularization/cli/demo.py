@@ -126,9 +126,13 @@ def table_of(output: Path) -> "Table":
     return table
 
 
+def _shown(number: float | None, form: str) -> str:
+    return "not finite" if number is None else f"{number:{form}}"
+
+
 def _change(key: str, form: str) -> Any:
     def show(result: dict[str, Any]) -> str:
-        return f"{result['before'][key]:{form}} -> {result['after'][key]:{form}}"
+        return " -> ".join(_shown(result[when][key], form) for when in ("before", "after"))
 
     return show
 
@@ -141,6 +145,6 @@ ROWS = (
     ("heads collapsed", _change("collapsed", "d")),
     ("heads well-behaved", _change("well_behaved", "d")),
     ("heads overloaded", _change("overloaded", "d")),
-    ("penalty", lambda r: f"{r['penalty']['start']:.4f} -> {r['penalty']['end']:.4f}"),
+    ("penalty", lambda r: " -> ".join(_shown(r["penalty"][k], ".4f") for k in ("start", "end"))),
     ("training speed (tokens/s)", lambda r: f"{r['tokens_per_second']:,.0f}"),
 )

@@ -46,13 +46,14 @@ def size_of(options: TrainOptions) -> Size | None:
     size = SIZES.get(options.model)
     changed = {"layers": options.layers, "width": options.width, "heads": options.heads}
     if size is None:
-        typed = [f"--{name}" for name, value in changed.items() if value is not None]
+        _check_pretrained_name(options.model)
+        others = {"vocabulary": options.vocabulary, "dropout": options.dropout}
+        typed = [f"--{name}" for name, value in (changed | others).items() if value is not None]
         if typed:
             raise UsageProblem(
-                f"{' and '.join(typed)} change our own sizes ({', '.join(SIZES)}), but --model is "
-                f"{options.model}; leave them out."
+                f"{' and '.join(typed)}: for our own sizes alone ({', '.join(SIZES)}), but --model "
+                f"is {options.model}; leave out what is not for it."
             )
-        _check_pretrained_name(options.model)
         return None
     size = size._replace(**{name: value for name, value in changed.items() if value is not None})
     _check_memory(size, options)
@@ -66,7 +67,7 @@ def size_of(options: TrainOptions) -> Size | None:
 
 def _check_memory(size: Size, options: TrainOptions) -> None:
     """Refuse a model whose weights, gradients and Adam moments (16 bytes each) cannot fit."""
-    tables = options.vocabulary + options.context_length
+    tables = options.tokens + options.context_length
     parameters = 12 * size.layers * size.width**2 + tables * size.width
     if not hasattr(os, "sysconf"):
         return

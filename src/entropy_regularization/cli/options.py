@@ -35,9 +35,9 @@ class TrainOptions:
     layers: int | None = _option(None, "Layers, in place of the size's.", click.IntRange(1, 1000))
     width: int | None = _option(None, "Width, in place of the size's.", click.IntRange(1, 65_536))
     heads: int | None = _option(None, "Heads, in place of the size's.", POSITIVE)
-    vocabulary: int = _option(
-        4096,
-        "Tokens of the byte-level BPE trained for a model from scratch.",
+    vocabulary: int | None = _option(
+        None,
+        "Tokens of the byte-level BPE trained for a model from scratch. [default: 4096]",
         click.IntRange(1, 1_000_000),
     )
     data: str = _option(
@@ -107,6 +107,11 @@ class TrainOptions:
         return 200 if self.steps is None else self.steps
 
     @property
+    def tokens(self) -> int:
+        """Size of the vocabulary of a model from scratch."""
+        return 4096 if self.vocabulary is None else self.vocabulary
+
+    @property
     def strength(self) -> float:
         """Coefficient of the penalty."""
         if self.loss_coeff is not None:
@@ -158,7 +163,12 @@ class TrainOptions:
 
     def in_effect(self) -> dict[str, Any]:
         """Return the options by name, with what those that were left out stand for."""
-        stand_for = {"loss_coeff": self.strength, "tolerance": self.band, "dropout": 0.0}
+        stand_for = {
+            "loss_coeff": self.strength,
+            "tolerance": self.band,
+            "dropout": 0.0,
+            "vocabulary": self.tokens,
+        }
         if self.epochs is None:
             stand_for["steps"] = self.total_steps
         return {

@@ -101,7 +101,7 @@ def _own_tokenizer(
         _check_tokenizer(folder)
         found: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder.tokenizer)
         return found
-    tokenizer = train_tokenizer(corpus.train, options.vocabulary)
+    tokenizer = train_tokenizer(corpus.train, options.tokens)
     tokenizer.model_max_length = options.context_length
     return tokenizer
 

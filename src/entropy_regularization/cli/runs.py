@@ -1,6 +1,7 @@
 """A run's folder: what lies where, whether it may be written, and its last complete checkpoint."""
 
 import json
+import math
 import os
 import platform
 import shlex
@@ -214,14 +215,20 @@ def _sum_of(path: Path) -> int:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write a JSON file that is there whole or not at all."""
+    """Write a JSON file that is there whole or not at all; not finite becomes null."""
     beside = path.with_name(path.name + ".new")
     with beside.open("w") as file:
-        json.dump(content, file, indent=1)
+        json.dump(_finite(content), file, indent=1, allow_nan=False)
         file.write("\n")
         file.flush()
         os.fsync(file.fileno())
     beside.replace(path)
+
+
+def _finite(content: Any) -> Any:
+    if isinstance(content, dict):
+        return {key: _finite(value) for key, value in content.items()}
+    return None if isinstance(content, float) and not math.isfinite(content) else content
 
 
 def _processor() -> str:

@@ -269,6 +269,11 @@ class Run:
                 in_starting_band=found.in_starting_band,
             )
         self.console.print(f"held-out perplexity {when} training: {found.perplexity:,.2f}")
+        if when == "after" and not math.isfinite(found.perplexity):
+            self.console.print(
+                f"the run diverged: its held-out loss is {found.loss:.4g}; start again with a "
+                "lower --learning-rate or --loss-coeff."
+            )
 
     def _stopped(self, number: int) -> Stopped:
         checkpoint = self.folder.last_checkpoint()
