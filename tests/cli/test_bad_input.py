@@ -34,6 +34,7 @@ WRONG = [
     (("--data={latin}",), 2, "is not UTF-8 text"),
     (("--data={short}",), 2, "fewer than one context of 256"),
     (("--data=hf:{binary}/none",), 2, "hf:"),
+    (("--data=hf:",), 2, "hf: names no data set; pass hf:NAME"),
     (("--model=gpt2-tinny",), 2, "did you mean gpt2-tiny?"),
     (("--model={folder}",), 2, "a folder without a config.json"),
     (("--heads=3", "--width=64"), 2, "3 heads do not divide a width of 64"),
@@ -174,3 +175,31 @@ def test_diverged_run_ends_with_json_and_a_sentence(
     result = json.loads((output / "result.json").read_text(), parse_constant=refuse)
     assert result["after"]["loss"] is None
     assert result["after"]["perplexity"] is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "blocked"),
+    [
+        ("--help", "click"),
+        ("train --output={output}", "rich"),
+        ("train --output={output}", "transformers"),
+        ("train --output={output}", "accelerate"),
+        ("train --output={output}", "matplotlib"),
+        ("demo --output={output}", "transformers"),
+        ("demo --output={output}", "jinja2"),
+    ],
+)
+def test_package_that_is_not_installed(arguments: str, blocked: str, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    program = (
+        f"import runpy, sys; sys.modules[{blocked!r}] = None; "
+        f"sys.argv[1:] = {arguments.format(output=output).split()!r}; "
+        "runpy.run_module('entropy_regularization')"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("entropy-reg: ")
+    assert f"needs {blocked}" in line or f"needs the package {blocked}" in line
+    assert line.endswith("pip install 'entropy-regularization[all]'")
+    assert not output.exists()

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from entropy_regularization.cli.errors import RunProblem, UsageProblem
+from entropy_regularization.cli.errors import TRAINING, RunProblem, UsageProblem, require
 from entropy_regularization.cli.options import TrainOptions
 from entropy_regularization.cli.runs import RunFolder
 from entropy_regularization.cli.train import start
@@ -38,6 +38,7 @@ def demo(output: Path, steps: int, debug: bool) -> None:
     Both arms have the same seed, steps and text (Python's own source). Stopped halfway, it
     goes on where it was; when it is finished, it shows its table again.
     """
+    require(*TRAINING, "jinja2")
     from rich.console import Console
 
     console = Console(soft_wrap=True, highlight=False)

@@ -1,8 +1,26 @@
 """How a command fails: one sentence and an exit code; a traceback only with --debug."""
 
+import importlib.util
+
 import click
 
+TRAINING = ("rich", "transformers", "tokenizers", "accelerate", "matplotlib")
+
 USAGE, FAILURE, INTERRUPTED, TERMINATED = 2, 1, 130, 143
+
+
+def require(*packages: str) -> None:
+    """Check, before a command begins, that the packages that it imports are installed.
+
+    Raises:
+        RunProblem: if one of them is not.
+    """
+    missing = [name for name in packages if importlib.util.find_spec(name) is None]
+    if missing:
+        raise RunProblem(
+            f"this command needs {' and '.join(missing)}; run: "
+            "pip install 'entropy-regularization[all]'"
+        )
 
 
 class UsageProblem(click.ClickException):

@@ -4,7 +4,13 @@ import sys
 from textwrap import shorten
 from typing import Any
 
-import click
+try:
+    import click
+except ModuleNotFoundError:
+    sys.exit(
+        "entropy-reg: the command line needs the package click; run: "
+        "pip install 'entropy-regularization[all]'"
+    )
 
 from entropy_regularization import __version__
 from entropy_regularization.cli.bench import bench

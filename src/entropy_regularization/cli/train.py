@@ -7,7 +7,7 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from entropy_regularization.cli.errors import UsageProblem
+from entropy_regularization.cli.errors import TRAINING, UsageProblem, require
 from entropy_regularization.cli.options import TrainOptions, train_options
 from entropy_regularization.cli.runs import RunFolder
 
@@ -31,6 +31,7 @@ def train(context: click.Context, /, output: Path, resume: bool, debug: bool, **
     Every option has a default that works: entropy-reg train --output RUN trains a small GPT-2 on
     Python's own standard library. Ctrl-C leaves a checkpoint; --resume goes on from it.
     """
+    require(*TRAINING)
     folder = RunFolder(output)
     main_process = os.environ.get("RANK", "0") == "0"  # of torchrun and accelerate launch
     if resume:

@@ -176,6 +176,10 @@ def _read(path: Path) -> str:
 
 
 def _hub(name: str, column: str) -> Iterable[Document]:
+    if not name.strip():
+        raise DataError(
+            "hf: names no data set; pass hf:NAME, for instance hf:roneneldan/TinyStories."
+        )
     try:
         datasets = importlib.import_module("datasets")
     except ImportError:
