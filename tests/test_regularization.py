@@ -317,7 +317,9 @@ def test_a_penalty_that_cannot_train_is_said_once(caplog: pytest.LogCaptureFixtu
 
 
 def test_calls_refuse_what_is_no_recording() -> None:
-    with pytest.raises(TypeError, match="recording is a list; pass the EntropyRecording"):
+    with pytest.raises(
+        TypeError, match=r"recording is a list; pass the EntropyRecording of .* to compute_loss"
+    ):
         EntropyRegularization()(GOOD)
     with pytest.raises(ValueError, match="the recording is empty; run a forward pass inside"):
         EntropyRegularization()(EntropyRecording())

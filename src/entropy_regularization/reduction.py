@@ -54,12 +54,17 @@ def sum_rows(
     return SumAndCount(total, counted.sum((0, 2)).to(total.dtype))
 
 
+def has_ranks() -> bool:
+    """Tell whether there is a process group."""
+    return bool(distributed.is_available() and distributed.is_initialized())
+
+
 def mean_over_ranks(value: Tensor) -> Tensor:
     """Return the mean of a tensor over the ranks of the default process group, without a gradient.
 
     Without a process group it is returned as it is. Every rank must call it.
     """
-    if not (distributed.is_available() and distributed.is_initialized()):
+    if not has_ranks():
         return value
     total = value.detach().clone()
     distributed.all_reduce(total)
@@ -73,8 +78,8 @@ def mean_count_over_ranks(pairs: Sequence[SumAndCount]) -> list[SumAndCount]:
     the gradient of (sum over all ranks) / (count over all ranks), whatever each rank's share is.
     Without a process group the pairs are returned as they are. Every rank must call it.
     """
-    if not pairs:
-        return []
+    if not pairs or not has_ranks():
+        return list(pairs)
     # one message for all layers
     counts = mean_over_ranks(torch.cat([pair.count.flatten() for pair in pairs]))
     parts = torch.split(counts, [pair.count.numel() for pair in pairs])

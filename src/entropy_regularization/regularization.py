@@ -179,7 +179,7 @@ class EntropyRegularization:
             TypeError: if recording is no EntropyRecording or thresholds are not numbers.
             ValueError: if nothing was recorded, or thresholds do not fit the layers and heads.
         """
-        check_recording("recording", recording)
+        check_recording("recording", recording, ", or matrices to compute_loss")
         if not recording.layers:
             raise ValueError(
                 "the recording is empty; run a forward pass inside record_entropy(model) first."

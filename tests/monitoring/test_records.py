@@ -256,6 +256,8 @@ def test_a_place_that_cannot_hold_records_is_named(tmp_path):
     for place in (tmp_path, tmp_path / "missing" / "records.jsonl"):
         with pytest.raises(FileNotFoundError, match="cannot be written; pass a file such as rec"):
             RecordWriter(place)
+    with pytest.raises(TypeError, match=r"keep_until is 1\.5; pass a step, or None"):
+        RecordWriter(tmp_path / "records.jsonl", keep_until=1.5)
 
 
 @pytest.mark.parametrize("text", ["# Read me\n\nText.\n", "[1]\n", "\n"])

@@ -182,7 +182,7 @@ def different_heads():
         (lambda: Band(0.5, tolerance="x"), "tolerance is 'x'; pass a number, 0 or larger"),
         (lambda: Band(0.5, 0.1, "context", 0), "context_size is 0; pass at least 2, or None"),
         (lambda: Band.of(3), "regularization is a int; pass an EntropyRegularization, or"),
-        (lambda: EntropyMonitor(0.5), "band is a float; pass Band(thresholds), or Band.of"),
+        (lambda: EntropyMonitor(0.5), "band is a float; pass Band(thresholds), or Band.of(reg"),
         (lambda: EntropyMonitor(EntropyRegularization()), "band is a EntropyRegularization; pass"),
         (lambda: EntropyMonitor().update(None), "recording is a NoneType; pass the EntropyRec"),
         (lambda: EntropyMonitor().update([recording_of(1)]), "recording is a list; pass the"),

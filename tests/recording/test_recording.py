@@ -112,7 +112,7 @@ def test_joining_refuses_what_does_not_belong_together() -> None:
     with pytest.raises(ValueError, match="no recording was given"):
         EntropyRecording.concatenate([])
     one, other = EntropyRecording([layer()]), EntropyRecording([layer("layers.1.attn")])
-    for wrong in ([one, 3], [3], one):
+    for wrong in ([one, 3], [3], one, None):
         with pytest.raises(TypeError, match="; pass "):
             EntropyRecording.concatenate(wrong)
     with pytest.raises(ValueError, match="different layers"):

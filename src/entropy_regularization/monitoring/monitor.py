@@ -28,8 +28,8 @@ class EntropyMonitor:
     def __init__(self, band: Band | None = None) -> None:
         if not isinstance(band, Band | None):
             raise TypeError(
-                f"band is a {type(band).__name__}; pass Band(thresholds), or Band.of of an "
-                "EntropyRegularization."
+                f"band is a {type(band).__name__}; pass Band(thresholds), or "
+                "Band.of(regularization)."
             )
         self.band = band
         self.updates = 0

@@ -84,12 +84,15 @@ class RecordWriter:
             is an evaluation "after". None keeps every complete line.
 
     Raises:
+        TypeError: if keep_until is no integer.
         FileNotFoundError: if there is no folder to write it into.
         RecordError: if the file holds something else than records.
     """
 
     def __init__(self, path: str | os.PathLike[str], *, keep_until: int | None = None) -> None:
         self.path = Path(path)
+        if keep_until is not None and as_integer(keep_until) is None:
+            raise TypeError(f"keep_until is {keep_until!r}; pass a step, or None.")
         if self.path.is_dir() or not self.path.parent.is_dir():
             raise FileNotFoundError(
                 f"{self.path} cannot be written; pass a file such as {FILE_NAME} in a folder that "

@@ -186,8 +186,9 @@ class EntropyRecording:
             TypeError: if something is no recording.
             ValueError: if there is nothing to join, or the layers differ.
         """
-        if isinstance(recordings, EntropyRecording):  # whose items are calls
-            raise TypeError("recordings is one EntropyRecording; pass a list of them.")
+        one = isinstance(recordings, EntropyRecording)  # whose items are calls
+        if one or not isinstance(recordings, Sequence):
+            raise TypeError(f"recordings is a {type(recordings).__name__}; pass a list of them.")
         for number, each in enumerate(recordings):
             check_recording(f"recordings[{number}]", each)
         if not recordings:
@@ -207,7 +208,7 @@ class EntropyRecording:
         return EntropyRecording(joined, missing)
 
 
-def check_recording(name: str, given: object) -> None:
+def check_recording(name: str, given: object, otherwise: str = "") -> None:
     """Refuse what is no recording.
 
     Raises:
@@ -215,7 +216,8 @@ def check_recording(name: str, given: object) -> None:
     """
     if not isinstance(given, EntropyRecording):
         raise TypeError(
-            f"{name} is a {type(given).__name__}; pass the EntropyRecording of record_entropy."
+            f"{name} is a {type(given).__name__}; pass the EntropyRecording of record_entropy"
+            f"{otherwise}."
         )
 
 
