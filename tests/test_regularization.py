@@ -302,6 +302,17 @@ def test_layers_with_different_heads_and_default_thresholds() -> None:
     torch.testing.assert_close(fixed(recording), fixed(recording, thresholds=[0.5, 0.5, 0.5]))
 
 
+@pytest.mark.parametrize("thresholds", [0.5, [0.1, 0.5, 0.9], [[0.1, 0.5, 0.9]] * 2])
+def test_numbers_break_no_compiled_graph(thresholds: object) -> None:
+    regularization = EntropyRegularization(1.0, 0.0)
+    compiled = torch.compile(
+        lambda *matrices: regularization.compute_loss(matrices, thresholds, 3, 2),
+        fullgraph=True,
+        backend="eager",
+    )
+    assert compiled(*GOOD) == regularization.compute_loss(GOOD, thresholds, 3, 2) > 0
+
+
 def test_a_penalty_that_cannot_train_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
     _warn_of_no_gradient.cache_clear()
     regularization, recording = EntropyRegularization(), causal_case()[1]

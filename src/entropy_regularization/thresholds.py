@@ -1,6 +1,7 @@
 """Thresholds: which share of its maximum entropy each head is held at."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -165,7 +166,7 @@ def _from_numbers(numbers: object, name: str, expected: str) -> Tensor:
         raise ValueError(f"{name} has a number beyond all floats; {expected}.") from error
     except (TypeError, RuntimeError) as error:
         raise TypeError(f"{name} has entries that are not numbers; {expected}.") from error
-    _check_fractions(values, name)
+    _check_fractions(numbers, name)
     return values
 
 
@@ -181,12 +182,17 @@ def check_fixed(thresholds: object, name: str) -> None:
         _check_fractions(values, name)
 
 
-def _check_fractions(values: Tensor, name: str) -> None:
-    wrong = values[~((values >= 0) & (values <= 1))]
-    if wrong.numel():
+def _check_fractions(numbers: Any, name: str) -> None:
+    """Check numbers of Python, one by one: what a tensor holds would break a compiled graph."""
+    if hasattr(numbers, "tolist"):
+        numbers = numbers.tolist()
+    if isinstance(numbers, list | tuple):
+        for number in numbers:
+            _check_fractions(number, name)
+    elif not 0 <= numbers <= 1:
         raise ValueError(
-            f"{name} has {wrong[0].item():g}, which is not in [0, 1]; pass fractions of the "
-            "maximum such as 0.5, or the HeadThresholds that learned them."
+            f"{name} has {numbers:g}, which is not in [0, 1]; pass fractions of the maximum such "
+            "as 0.5, or the HeadThresholds that learned them."
         )
 
 
