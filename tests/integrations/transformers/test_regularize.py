@@ -445,7 +445,7 @@ def test_a_model_that_data_parallelism_has_wrapped_is_refused() -> None:
 def test_thresholds_that_are_frozen_later_are_warned_of(caplog: pytest.LogCaptureFixture) -> None:
     model = build("llama")
     regularize(model)
-    model.requires_grad_(False).lm_head.requires_grad_()  # as PEFT does
+    model.requires_grad_(False).model.layers.requires_grad_()  # as PEFT does
     model(**batch_of())
     model(**batch_of())
     (record,) = caplog.records

@@ -26,7 +26,7 @@ from entropy_regularization.recording.recorder import Layers
 from entropy_regularization.recording.recording import EntropyRecording
 from entropy_regularization.reduction import mean_over_ranks
 from entropy_regularization.regularization import EntropyRegularization
-from entropy_regularization.thresholds import HeadThresholds, as_tensor
+from entropy_regularization.thresholds import HeadThresholds, as_tensor, check_fixed
 
 logger = logging.getLogger("entropy_regularization.integrations.transformers")
 
@@ -116,6 +116,7 @@ def regularize(
     chosen = thresholds if thresholds is not None else regularization.thresholds
     if chosen is None:
         chosen = HeadThresholds(*_layers_and_heads(found, wanted))
+    check_fixed(chosen, "thresholds")
     if not isinstance(chosen, HeadThresholds) and as_tensor(chosen, "thresholds").requires_grad:
         raise ValueError(
             "thresholds is a tensor that requires a gradient, which no optimizer of the model "
