@@ -203,3 +203,21 @@ def test_package_that_is_not_installed(arguments: str, blocked: str, tmp_path: P
     assert f"needs {blocked}" in line or f"needs the package {blocked}" in line
     assert line.endswith("pip install 'entropy-regularization[all]'")
     assert not output.exists()
+
+
+def test_report_of_a_file_of_a_run(tmp_path: Path) -> None:
+    (tmp_path / "records.jsonl").write_text("")
+    found, errors = call("report", str(tmp_path / "records.jsonl"))
+    assert found == 2
+    assert f"records.jsonl is a file; pass the folder of the run, {tmp_path}." in errors
+
+
+def test_terminal_without_unicode(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "entropy_regularization", "train", "--data=Grüße.txt",
+         f"--output={tmp_path / 'run'}"],
+        capture_output=True, text=True, env={**os.environ, "PYTHONIOENCODING": "ascii"},
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert done.stdout == "reading Gr??e.txt\n"
+    assert "is no file, folder or glob" in done.stderr

@@ -1,7 +1,10 @@
 """A run whose files were damaged goes on from what is whole, or says what is not."""
 
 import json
+import resource
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -135,3 +138,64 @@ def test_changed_config(changed: dict[str, object], sentence: str, run: Path) ->
     assert len(errors.splitlines()) == 1
     assert f"{run}/config.json was changed: " in errors
     assert sentence in errors
+
+
+def test_relative_data_is_found_from_another_folder(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(whole.parent)
+    output = tmp_path / "run"
+    start = ["train", "--data=words.txt", f"--output={output}", *NANO]
+    assert CliRunner().invoke(main, start).exit_code == 0
+    (output / "result.json").unlink()
+    same = CliRunner().invoke(main, ["train", "--resume", *start[1:3]])
+    assert same.exit_code == 0, same.output
+    (output / "result.json").unlink()
+    monkeypatch.chdir(tmp_path)
+    code, _, errors = resume(output)
+    assert code == 0, errors
+    (output / "result.json").unlink()
+    other = CliRunner().invoke(main, ["train", "--resume", *start[1:3]])
+    assert "--data words.txt was given, but the run" in other.stderr
+
+
+@pytest.mark.parametrize("size", [40_000, 60_000], ids=["weights", "optimizer"])
+def test_full_disk(size: int, whole: Path, tmp_path: Path) -> None:
+    """A limit on the size of files stands for a disk that is full."""
+    output = tmp_path / "run"
+    start = [sys.executable, "-m", "entropy_regularization", "train", f"--output={output}"]
+    done = subprocess.run(
+        [*start, f"--data={whole.parent}/words.txt", *NANO],
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size)),
+    )
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert "could not be written, its disk is probably full; make room, then go on with: " in line
+    code, _, errors = resume(output)
+    assert code == 0, errors
+
+
+@pytest.mark.parametrize(
+    ("during", "sentence"),
+    [
+        ("prepare", "stopped before the first checkpoint; give the same command again"),
+        ("evaluate", "stopped before the first checkpoint; go on with: entropy-reg train --resume"),
+        ("save_heatmaps", "stopped at step 6; go on with: entropy-reg train --resume"),
+    ],
+)
+def test_stopped_at_once(
+    during: str, sentence: str, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from entropy_regularization.cli import training
+
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(training, during, interrupted)
+    start = [f"--data={whole.parent}/words.txt", f"--output={tmp_path / 'run'}", *NANO]
+    done = CliRunner().invoke(main, ["train", *start])
+    assert done.exit_code == 130
+    (line,) = done.stderr.splitlines()
+    assert sentence in line

@@ -74,7 +74,7 @@ def _check_arm(folder: RunFolder, options: TrainOptions, output: Path) -> None:
     """Refuse a run that lies where an arm is to be and has other options."""
     if not folder.config.is_file():
         return
-    wanted, begun = options.in_effect(), folder.options().in_effect()
+    wanted, begun = options.from_anywhere().in_effect(), folder.options().in_effect()
     others = [
         f"--{name.replace('_', '-')} {begun[name]} in place of {value}"
         for name, value in wanted.items()

@@ -1,6 +1,7 @@
 """entropy-reg: the group of commands, and how each of them fails."""
 
 import sys
+from io import TextIOWrapper
 from textwrap import shorten
 from typing import Any
 
@@ -26,11 +27,14 @@ class Commands(click.Group):
     def main(self, *args: Any, **kwargs: Any) -> Any:
         """Run a command; with --debug, a failure is shown with its traceback."""
         kwargs["standalone_mode"] = False
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, TextIOWrapper):
+                stream.reconfigure(errors="replace")  # a name may have what a terminal has not
         try:
             super().main(*args, **kwargs)
             sys.exit(0)
         except (click.exceptions.Abort, KeyboardInterrupt):
-            click.echo("entropy-reg: interrupted.", err=True)
+            click.echo("entropy-reg: interrupted; give the same command again.", err=True)
             sys.exit(INTERRUPTED)
         except click.ClickException as error:
             if "--debug" in sys.argv:

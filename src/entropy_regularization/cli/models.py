@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from safetensors import SafetensorError
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -137,9 +138,9 @@ def load_model(options: TrainOptions) -> tuple[PreTrainedModel, PreTrainedTokeni
             f"--model {options.model} cannot be loaded: {reason} Pass a folder that "
             f"save_pretrained wrote, a hub name, or one of {', '.join(SIZES)}."
         ) from None
-    except (ValueError, KeyError) as error:
+    except (ValueError, KeyError, SafetensorError) as error:
         reason = str(error).strip().split("\n")[0]
-        raise RunProblem(f"--model {options.model} is no causal language model: {reason}") from None
+        raise RunProblem(f"--model {options.model} cannot be used: {reason}") from None
     longest = getattr(model.config, "max_position_embeddings", None)
     if longest is not None and options.context_length > longest:
         raise UsageProblem(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -98,6 +99,17 @@ class TrainOptions:
     )
     evaluation_blocks: int = _option(64, "Held-out contexts that an evaluation reads.", POSITIVE)
     checkpoint_steps: int = _option(50, "Steps between two checkpoints.", POSITIVE)
+
+    def from_anywhere(self) -> "TrainOptions":
+        """Return the options with local files named so that any working directory finds them."""
+        data, model = self.data, self.model
+        prefix = "hf:" if data.startswith("hf:") else ""
+        place = data.removeprefix(prefix)
+        if data != "stdlib" and (not prefix or Path(place).exists()):
+            data = prefix + os.path.abspath(place)
+        if Path(model).is_dir():
+            model = os.path.abspath(model)
+        return dataclasses.replace(self, data=data, model=model)
 
     @property
     def total_steps(self) -> int:

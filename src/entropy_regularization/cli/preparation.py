@@ -73,7 +73,7 @@ def prepare(
             if arguments.process_index == 0:
                 # Only now: a command that failed above leaves nothing in the way of the next one.
                 if not folder.config.is_file():
-                    folder.write_config("train", options.as_dict())
+                    folder.write_config("train", options.from_anywhere().as_dict())
                 if size is not None:
                     _keep_tokenizer(tokenizer, folder)
     except DataError as error:

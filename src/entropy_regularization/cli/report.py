@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from entropy_regularization.cli.errors import RunProblem
+from entropy_regularization.cli.errors import RunProblem, UsageProblem
 
 
 @click.command()
@@ -19,6 +19,8 @@ def report(run: Path, output: Path | None, debug: bool) -> None:
     """Write one HTML page about the run in the folder RUN."""
     from entropy_regularization.monitoring.report import write_report
 
+    if run.is_file():
+        raise UsageProblem(f"{run} is a file; pass the folder of the run, {run.parent}.")
     try:
         page = write_report(run, output)
     except (ValueError, OSError, ModuleNotFoundError) as error:

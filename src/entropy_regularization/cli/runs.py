@@ -155,6 +155,18 @@ class RunFolder:
         found = self._complete_checkpoints()
         return found[0] if found else None
 
+    def how_to_go_on(self) -> str:
+        """Return what to do when the run was stopped."""
+        if self.config.is_file():
+            return f"go on with: {self.go_on}"
+        return "give the same command again"
+
+    def where_it_stopped(self) -> str:
+        """Return a sentence about a run that was stopped: what is saved and what to do."""
+        found = self.last_checkpoint()
+        where = "before the first checkpoint" if found is None else f"at step {found[0]}"
+        return f"stopped {where}; {self.how_to_go_on()}"
+
     def checkpoint_to_resume(self, say: Callable[[str], None]) -> tuple[int, Path] | None:
         """Return step and folder of the last checkpoint that is as it was written.
 
@@ -217,12 +229,16 @@ def _sum_of(path: Path) -> int:
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write a JSON file that is there whole or not at all; not finite becomes null."""
     beside = path.with_name(path.name + ".new")
-    with beside.open("w") as file:
-        json.dump(_finite(content), file, indent=1, allow_nan=False)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    beside.replace(path)
+    try:
+        with beside.open("w") as file:
+            json.dump(_finite(content), file, indent=1, allow_nan=False)
+            file.write("\n")
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(path)
+    except OSError:
+        beside.unlink(missing_ok=True)
+        raise
 
 
 def _finite(content: Any) -> Any:

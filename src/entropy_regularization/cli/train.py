@@ -7,7 +7,7 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from entropy_regularization.cli.errors import TRAINING, UsageProblem, require
+from entropy_regularization.cli.errors import INTERRUPTED, TRAINING, Stopped, UsageProblem, require
 from entropy_regularization.cli.options import TrainOptions, train_options
 from entropy_regularization.cli.runs import RunFolder
 
@@ -51,9 +51,12 @@ def start(options: TrainOptions, folder: RunFolder, *, resume: bool) -> None:
     """Import torch and train; see run_training."""
     # On a shared machine OpenMP threads that spin while they wait slow each other down tenfold.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    from entropy_regularization.cli.training import run_training
+    try:
+        from entropy_regularization.cli.training import run_training
 
-    run_training(options, folder, resume=resume)
+        run_training(options, folder, resume=resume)
+    except KeyboardInterrupt:
+        raise Stopped(folder.where_it_stopped(), INTERRUPTED) from None
 
 
 def _options_to_resume(
@@ -61,10 +64,11 @@ def _options_to_resume(
 ) -> TrainOptions:
     """Return the options of the run; refuse one that contradicts them."""
     options = folder.reopen()
+    here = TrainOptions(**given).from_anywhere()
     begun = options.in_effect()
     for name, value in given.items():
         typed = context.get_parameter_source(name) == ParameterSource.COMMANDLINE
-        if typed and begun[name] != value:
+        if typed and begun[name] not in (value, getattr(here, name)):
             option = "--" + name.replace("_", "-")
             raise UsageProblem(
                 f"{option} {value} was given, but the run in {folder.path} was started with "

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 from rich.console import Console
+from safetensors import SafetensorError
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainingArguments
 from transformers.utils import logging as transformers_logging
 
@@ -28,6 +29,9 @@ from entropy_regularization.monitoring.statistics import Band
 from entropy_regularization.recording.recorder import record_entropy
 from entropy_regularization.regularization import EntropyRegularization
 from entropy_regularization.thresholds import HeadThresholds
+
+# What the messages of torch's and safetensors' writers hold when a file could not be written.
+WRITING_FAILED = ("inline_container", "PytorchStreamWriter", "Error while serializing")
 
 
 def run_training(options: TrainOptions, folder: RunFolder, *, resume: bool = False) -> None:
@@ -79,10 +83,19 @@ def _failures_in_words(folder: RunFolder) -> Iterator[None]:
         ) from error
     except RecordError as error:
         raise RunProblem(str(error)) from error
+    except BrokenPipeError:
+        raise
     except OSError as error:
         raise RunProblem(
             f"{error.strerror or error} ({error.filename or folder.path}); make room or access, "
-            f"then go on with: {folder.go_on}"
+            f"then {folder.how_to_go_on()}"
+        ) from error
+    except (RuntimeError, SafetensorError) as error:  # how torch and safetensors name a full disk
+        if not any(words in str(error) for words in WRITING_FAILED):
+            raise
+        raise RunProblem(
+            f"{folder.path} could not be written, its disk is probably full; make room, then "
+            f"{folder.how_to_go_on()}"
         ) from error
 
 
@@ -276,11 +289,7 @@ class Run:
             )
 
     def _stopped(self, number: int) -> Stopped:
-        checkpoint = self.folder.last_checkpoint()
-        step = 0 if checkpoint is None else checkpoint[0]
-        return Stopped(
-            f"stopped at step {step}; go on with: {self.folder.go_on}", EXIT_CODES[number]
-        )
+        return Stopped(self.folder.where_it_stopped(), EXIT_CODES[number])
 
     def _finish(self) -> None:
         """Write the model, the heat-maps, and last the result, which says that all is there."""
