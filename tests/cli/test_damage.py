@@ -199,3 +199,27 @@ def test_stopped_at_once(
     assert done.exit_code == 130
     (line,) = done.stderr.splitlines()
     assert sentence in line
+
+
+def test_two_processes_on_one_folder(whole: Path, run: Path, tmp_path: Path) -> None:
+    program = (
+        "import sys; from pathlib import Path; from entropy_regularization.cli.runs import *; "
+        "folder = RunFolder(Path(sys.argv[1])); folder.take(); print('taken', flush=True); input()"
+    )
+    new = ["train", f"--data={whole.parent}/words.txt", *NANO]
+    for output, again in ((run, ["train", "--resume"]), (tmp_path / "new", new)):
+        arguments = [*again, f"--output={output}"]
+        with subprocess.Popen(
+            [sys.executable, "-c", program, str(output)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        ) as other:
+            assert other.stdout is not None
+            assert other.stdout.readline() == b"taken\n"
+            refused = CliRunner().invoke(main, arguments)
+            assert refused.exit_code == 2
+            (line,) = refused.stderr.splitlines()
+            assert f"{output} is being written by another process; wait for its end" in line
+            other.kill()
+        done = CliRunner().invoke(main, arguments)  # what a kill leaves is in nobody's way
+        assert done.exit_code == 0, done.output

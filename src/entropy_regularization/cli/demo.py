@@ -42,17 +42,17 @@ def demo(output: Path, steps: int, debug: bool) -> None:
     from rich.console import Console
 
     console = Console(soft_wrap=True, highlight=False)
-    for _, penalty in ARMS:
-        _check_arm(folder_of(output, penalty), options_of(penalty, steps), output)
-    regularized = folder_of(output, "calibrated")
-    if not regularized.config.is_file():
-        regularized.begin(beside=(BASELINE,))  # refuse before the first arm is trained, not after
-    for name, penalty in ARMS:
-        folder = folder_of(output, penalty)
-        folder.go_on = f"entropy-reg demo --output {shlex.quote(str(output))}"
-        if steps != STEPS:
-            folder.go_on += f" --steps {steps}"
-        _train_arm(name, options_of(penalty, steps), folder, console)
+    with folder_of(output, "none") as plain, folder_of(output, "calibrated") as regularized:
+        folders = {"none": plain, "calibrated": regularized}
+        for penalty, folder in folders.items():
+            _check_arm(folder, options_of(penalty, steps), output)
+            folder.go_on = f"entropy-reg demo --output {shlex.quote(str(output))}"
+            if steps != STEPS:
+                folder.go_on += f" --steps {steps}"
+        if not regularized.config.is_file():
+            regularized.begin(beside=(BASELINE,))  # refuse before the first arm is trained
+        for name, penalty in ARMS:
+            _train_arm(name, options_of(penalty, steps), folders[penalty], console)
     from entropy_regularization.monitoring.report import write_report
 
     page = write_report(output)
@@ -93,7 +93,7 @@ def _train_arm(name: str, options: TrainOptions, folder: RunFolder, console: Any
         return
     resume = folder.config.is_file()
     if resume:
-        folder.reopen()
+        folder.take()
     else:
         folder.begin(beside=(BASELINE,))
     console.print(f"\n{name}: {options.steps} steps, in {folder.path}")

@@ -10,12 +10,18 @@ import zlib
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from entropy_regularization.cli.errors import RunProblem, UsageProblem
 from entropy_regularization.cli.options import TrainOptions
 
+try:
+    import fcntl
+except ModuleNotFoundError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
 LIBRARIES = ("entropy-regularization", "torch", "transformers", "tokenizers", "accelerate")
+LOCK = ".lock"  # file whose lock a process holds while it writes into the folder
 COMPLETE = "complete"  # file that is written into a checkpoint last
 
 
@@ -37,6 +43,7 @@ class RunFolder:
         self.model = path / "model"
         self.tokenizer = path / "tokenizer"
         self.heatmaps = path / "heatmaps.png"
+        self._lock: IO[str] | None = None
 
     @property
     def finished(self) -> bool:
@@ -50,9 +57,11 @@ class RunFolder:
             beside: names that may lie in it already.
 
         Raises:
-            UsageProblem: if something is there already.
+            UsageProblem: if something is there already, or another process holds it.
             RunProblem: if it cannot be written.
         """
+        if (self.path / LOCK).is_file():
+            self.take()  # a run that is going on is not to be resumed
         if self.finished:
             raise UsageProblem(
                 f"{self.path} holds a finished run; choose another --output, or look at it with "
@@ -64,19 +73,20 @@ class RunFolder:
                 "choose another --output."
             )
         if self.path.exists() and (
-            not self.path.is_dir() or any(p.name not in beside for p in self.path.iterdir())
+            not self.path.is_dir()
+            or any(p.name not in (LOCK, *beside) for p in self.path.iterdir())
         ):
             raise UsageProblem(
                 f"{self.path} is there already and holds no run; choose another --output."
             )
-        self._check_writable()
+        self.take()
 
     def reopen(self) -> TrainOptions:
         """Return the options of the run that is to go on.
 
         Raises:
             UsageProblem: if there is no run, or it is finished.
-            RunProblem: if it cannot be read or written.
+            RunProblem: if it cannot be read.
         """
         if self.finished:
             raise UsageProblem(f"{self.path} holds a finished run; there is nothing to resume.")
@@ -85,7 +95,6 @@ class RunFolder:
                 f"{self.path} holds no run to resume; leave out --resume, or pass the --output of "
                 "the run that was stopped."
             )
-        self._check_writable()
         return self.options()
 
     def options(self) -> TrainOptions:
@@ -103,16 +112,42 @@ class RunFolder:
             ) from None
         return TrainOptions.of_config(saved, self.config)
 
-    def _check_writable(self) -> None:
+    def take(self) -> None:
+        """Hold the folder until the end of the block, or of the process however it ends.
+
+        Raises:
+            UsageProblem: if another process holds it.
+            RunProblem: if it cannot be written.
+        """
+        if self._lock is not None:
+            return
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            probe = self.path / ".writable"
-            probe.write_text("")
-            probe.unlink()
+            self._lock = (self.path / LOCK).open("a")
         except OSError as error:
             raise RunProblem(
                 f"{self.path} cannot be written ({error.strerror}); choose another --output."
             ) from None
+        try:
+            if fcntl is not None:
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UsageProblem(
+                f"{self.path} is being written by another process; wait for its end, or choose "
+                "another --output."
+            ) from None
+        except OSError:
+            pass  # a file system without locks
+
+    def __enter__(self) -> "RunFolder":
+        """Return the folder, which is given free at the end of the block."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Give the folder free."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
 
     def write_config(self, command: str, options: dict[str, Any]) -> None:
         """Write down the options as given, and what they ran with."""

@@ -32,16 +32,18 @@ def train(context: click.Context, /, output: Path, resume: bool, debug: bool, **
     Python's own standard library. Ctrl-C leaves a checkpoint; --resume goes on from it.
     """
     require(*TRAINING)
-    folder = RunFolder(output)
     main_process = os.environ.get("RANK", "0") == "0"  # of torchrun and accelerate launch
-    if resume:
-        options = _options_to_resume(context, folder, given)
-    else:
-        options = TrainOptions(**given)
-        options.check()
-        if main_process:
-            folder.begin()
-    start(options, folder, resume=resume)
+    with RunFolder(output) as folder:
+        if resume:
+            options = _options_to_resume(context, folder, given)
+            if main_process:
+                folder.take()
+        else:
+            options = TrainOptions(**given)
+            options.check()
+            if main_process:
+                folder.begin()
+        start(options, folder, resume=resume)
     if main_process:
         click.echo(f"finished: {folder.path}")
         click.echo(f"its page: entropy-reg report {folder.path}")
