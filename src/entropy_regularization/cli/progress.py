@@ -10,6 +10,7 @@ from rich.progress import (
     TextColumn,
     TimeRemainingColumn,
 )
+from rich.table import Column
 
 
 class TrainingProgress:
@@ -24,14 +25,14 @@ class TrainingProgress:
     def __init__(self, total: int, done: int = 0, console: Console | None = None) -> None:
         self.console = console or Console(soft_wrap=True, highlight=False)
         self.total = total
+        self._numbers: list[str] = []
         self._bar: Progress | None = None
         if self.console.is_terminal:
             self._bar = Progress(
-                TextColumn("training"),
                 BarColumn(bar_width=None),
-                MofNCompleteColumn(),
-                TimeRemainingColumn(),
-                TextColumn("{task.fields[numbers]}"),
+                MofNCompleteColumn(table_column=Column(no_wrap=True)),
+                TimeRemainingColumn(table_column=Column(no_wrap=True)),
+                TextColumn("{task.fields[numbers]}", table_column=Column(no_wrap=True)),
                 console=self.console,
             )
             self._task = self._bar.add_task("training", total=total, completed=done, numbers="")
@@ -40,18 +41,28 @@ class TrainingProgress:
     def step(self, done: int) -> None:
         """Show that steps are done."""
         if self._bar is not None:
-            self._bar.update(self._task, completed=done)
+            self._bar.update(self._task, completed=done, numbers=self._fitting())
 
     def numbers(self, step: int, numbers: Mapping[str, float]) -> None:
         """Show the numbers of a step."""
-        text = (
-            f"loss {numbers['loss']:.3f}  penalty {numbers['penalty']:.4f}  "
-            f"entropy {numbers['entropy']:.2f} nats  {numbers['tokens_per_second']:,.0f} tokens/s"
-        )
+        self._numbers = [
+            f"loss {numbers['loss']:.3f}",
+            f"penalty {numbers['penalty']:.4f}",
+            f"entropy {numbers['entropy']:.2f} nats",
+            f"{numbers['tokens_per_second']:,.0f} tokens/s",
+        ]
         if self._bar is not None:
-            self._bar.update(self._task, completed=step, numbers=text)
+            self.step(step)
         else:
-            self.console.print(f"step {step}/{self.total}  {text}")
+            self.console.print("  ".join([f"step {step}/{self.total}", *self._numbers]))
+
+    def _fitting(self) -> str:
+        """Return the numbers that a line has room for beside a short bar, steps and time."""
+        room = self.console.width - len(f"━━━━ {self.total}/{self.total} 00:00:00 ")
+        count = len(self._numbers)
+        while count and len("  ".join(self._numbers[:count])) > room:
+            count -= 1
+        return "  ".join(self._numbers[:count])
 
     def say(self, sentence: str) -> None:
         """Print a sentence above the bar."""
