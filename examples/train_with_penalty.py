@@ -32,6 +32,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--context-length", type=int, default=128)
     options = parser.parse_args(arguments)
+    if options.output.exists():
+        parser.error(f"--output {options.output} is there already; choose another one.")
     options.output.mkdir(parents=True)
     torch.manual_seed(0)
 

@@ -26,7 +26,16 @@ def main(arguments: list[str] | None = None) -> None:
 
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     model = AutoModel.from_pretrained(options.model).eval()
-    ids = tokenizer(options.text.read_text(), return_tensors="pt")["input_ids"]
+    longest = getattr(model.config, "max_position_embeddings", None) or options.length
+    if not 0 < options.length <= longest:
+        parser.error(
+            f"--length {options.length} is not between 1 and the {longest} positions of "
+            f"{options.model}; pass one that is."
+        )
+    text = options.text.read_text()
+    if not text.strip():
+        parser.error(f"--text {options.text} is empty; pass a file with text in it.")
+    ids = tokenizer(text, return_tensors="pt")["input_ids"]
 
     monitor = EntropyMonitor()
     for window in ids.split(options.length, dim=1):

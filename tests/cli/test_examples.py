@@ -1,0 +1,49 @@
+"""What is typed wrong for an example gives one sentence."""
+
+import runpy
+from pathlib import Path
+
+import pytest
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from entropy_regularization.data.text import Document
+from entropy_regularization.data.tokenization import train_tokenizer
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+def refused(name: str, arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    main = runpy.run_path(str(EXAMPLES / name))["main"]
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    assert stopped.value.code == 2
+    return capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    tokenizer = train_tokenizer([Document("a", "to be or not to be")], 257)
+    config = GPT2Config(vocab_size=257, n_positions=16, n_embd=8, n_layer=1, n_head=1)
+    for part in (tokenizer, GPT2LMHeadModel(config)):
+        part.save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def test_heads_of_a_text(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = tmp_path / "text"
+    text.write_text("to be")
+    start = [f"--model={model}", f"--text={text}", f"--picture={tmp_path / 'heads.png'}"]
+    for length in (0, 17):
+        line = refused("watch_heads.py", [*start, f"--length={length}"], capsys)
+        assert f"--length {length} is not between 1 and the 16 positions" in line
+    text.write_text(" ")
+    line = refused("watch_heads.py", [*start, "--length=16"], capsys)
+    assert f"--text {text} is empty; pass a file with text in it." in line
+    text.write_text("to be or not to be, " * 9)
+    runpy.run_path(str(EXAMPLES / "watch_heads.py"))["main"]([*start, "--length=16"])
+    assert (tmp_path / "heads.png").is_file()
+
+
+def test_training_twice(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = refused("train_with_penalty.py", [f"--output={tmp_path}"], capsys)
+    assert f"--output {tmp_path} is there already; choose another one." in line
