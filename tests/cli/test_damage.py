@@ -223,3 +223,18 @@ def test_two_processes_on_one_folder(whole: Path, run: Path, tmp_path: Path) -> 
             other.kill()
         done = CliRunner().invoke(main, arguments)  # what a kill leaves is in nobody's way
         assert done.exit_code == 0, done.output
+
+
+def test_reader_that_goes_away(whole: Path, tmp_path: Path) -> None:
+    start = [sys.executable, "-u", "-m", "entropy_regularization", "train", "--steps=400"]
+    with subprocess.Popen(
+        [*start, f"--data={whole.parent}/words.txt", f"--output={tmp_path / 'run'}", *NANO[:-3]],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.readline()
+        process.stdout.close()
+        assert process.stderr.read() == b""
+        assert process.wait(timeout=120) == 141

@@ -39,9 +39,9 @@ def demo(output: Path, steps: int, debug: bool) -> None:
     goes on where it was; when it is finished, it shows its table again.
     """
     require(*TRAINING, "jinja2")
-    from rich.console import Console
+    from entropy_regularization.cli.console import PlainConsole
 
-    console = Console(soft_wrap=True, highlight=False)
+    console = PlainConsole()
     with folder_of(output, "none") as plain, folder_of(output, "calibrated") as regularized:
         folders = {"none": plain, "calibrated": regularized}
         for penalty, folder in folders.items():

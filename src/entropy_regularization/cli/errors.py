@@ -6,7 +6,7 @@ import click
 
 TRAINING = ("rich", "transformers", "tokenizers", "accelerate", "matplotlib")
 
-USAGE, FAILURE, INTERRUPTED, TERMINATED = 2, 1, 130, 143
+USAGE, FAILURE, INTERRUPTED, BROKEN_PIPE, TERMINATED = 2, 1, 130, 141, 143
 
 
 def require(*packages: str) -> None:

@@ -1,5 +1,6 @@
 """entropy-reg: the group of commands, and how each of them fails."""
 
+import os
 import sys
 from io import TextIOWrapper
 from textwrap import shorten
@@ -16,7 +17,7 @@ except ModuleNotFoundError:
 from entropy_regularization import __version__
 from entropy_regularization.cli.bench import bench
 from entropy_regularization.cli.demo import demo
-from entropy_regularization.cli.errors import INTERRUPTED
+from entropy_regularization.cli.errors import BROKEN_PIPE, INTERRUPTED
 from entropy_regularization.cli.report import report
 from entropy_regularization.cli.train import train
 
@@ -47,7 +48,8 @@ class Commands(click.Group):
             click.echo(f"entropy-reg: {sentence}", err=True)
             sys.exit(error.exit_code)
         except BrokenPipeError:
-            sys.exit(0)
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for what is flushed at the end
+            sys.exit(BROKEN_PIPE)
 
 
 @click.group(

@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainingArguments
 from transformers.utils import logging as transformers_logging
 
+from entropy_regularization.cli.console import PlainConsole
 from entropy_regularization.cli.errors import RunProblem, Stopped
 from entropy_regularization.cli.evaluation import evaluate, numbers_of
 from entropy_regularization.cli.options import TrainOptions
@@ -55,7 +56,7 @@ def run_training(options: TrainOptions, folder: RunFolder, *, resume: bool = Fal
     with _failures_in_words(folder), _ranks_part_in_order():
         arguments = training_arguments(options, folder)
         main_process = arguments.process_index == 0
-        console = Console(soft_wrap=True, highlight=False, quiet=not main_process)
+        console = PlainConsole(quiet=not main_process)
         materials = prepare(options, folder, arguments, console)
         Run(options, folder, materials, arguments, console).run(resume=resume)
 
