@@ -30,12 +30,14 @@ class RunFolder:
 
     Args:
         path: the folder, there or not.
-        go_on: the command that goes on with the run; entropy-reg train --resume unless given.
+
+    Attributes:
+        go_on: the command that goes on with the run.
     """
 
-    def __init__(self, path: Path, go_on: str | None = None) -> None:
+    def __init__(self, path: Path) -> None:
         self.path = path
-        self.go_on = go_on or f"entropy-reg train --resume --output {shlex.quote(str(path))}"
+        self.go_on = f"entropy-reg train --resume --output {shlex.quote(str(path))}"
         self.config = path / "config.json"
         self.result = path / "result.json"
         self.records = path / "records.jsonl"
