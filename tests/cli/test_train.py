@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from entropy_regularization.integrations.transformers import load_thresholds
 from entropy_regularization.monitoring.records import read_records
+from entropy_regularization.monitoring.report import write_report
 
 TINY = [
     "--model=gpt2-nano", "--width=16", "--vocabulary=300", "--context-length=32",
@@ -66,6 +67,9 @@ def test_folder_of_a_run(whole: Path) -> None:
         assert (whole / name).exists(), name
     config = json.loads((whole / "config.json").read_text())
     assert config["options"]["width"] == 16
+    assert config["options"]["loss_coeff"] is None
+    assert config["in_effect"]["loss_coeff"] == 1.0
+    assert "loss_coeff" in write_report(whole, output=whole.parent / "page.html").read_text()
     assert config["versions"]["torch"] == metadata.version("torch")
     records = read_records(whole)
     assert [line.step for line in records.train] == [1, 2, 4, 6, 8, 10, 12, 14, 16]
@@ -234,6 +238,8 @@ def test_pretrained_model_without_penalty(text: Path, whole: Path, tmp_path: Pat
     records = read_records(output)
     assert all(line["penalty"] == 0 for line in records.train)
     assert [line.step for line in records.lines if line.when == "during"] == [1, 2]
+    acting = json.loads((output / "config.json").read_text())["in_effect"]
+    assert not {"loss_coeff", "dropout", "vocabulary"} & acting.keys()
 
 
 def test_two_ranks_are_two_micro_batches(text: Path, tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 import json
 import os
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
@@ -14,7 +14,7 @@ from transformers import (
 )
 
 from entropy_regularization.cli.errors import RunProblem, UsageProblem
-from entropy_regularization.cli.models import build_model, load_model, size_of
+from entropy_regularization.cli.models import Size, build_model, load_model, size_of
 from entropy_regularization.cli.options import TrainOptions
 from entropy_regularization.cli.runs import RunFolder
 from entropy_regularization.data.text import Corpus, DataError, load_corpus
@@ -73,7 +73,8 @@ def prepare(
             if arguments.process_index == 0:
                 # Only now: a command that failed above leaves nothing in the way of the next one.
                 if not folder.config.is_file():
-                    folder.write_config("train", options.from_anywhere().as_dict())
+                    given = options.from_anywhere()
+                    folder.write_config("train", given.as_dict(), _acting(given, size))
                 if size is not None:
                     _keep_tokenizer(tokenizer, folder)
     except DataError as error:
@@ -83,6 +84,14 @@ def prepare(
         f"{len(held_out):,} held out; {model.num_parameters():,} parameters"
     )
     return Materials(model, tokenizer, blocks, held_out)
+
+
+def _acting(options: TrainOptions, size: Size | None) -> dict[str, Any]:
+    """Return the options that act in a run, by name."""
+    idle = {"vocabulary", "dropout"} if size is None else set()
+    if options.penalty == "none":
+        idle.add("loss_coeff")
+    return {name: value for name, value in options.in_effect().items() if name not in idle}
 
 
 def _check_batch(options: TrainOptions, contexts: int) -> None:

@@ -151,8 +151,10 @@ class RunFolder:
             self._lock.close()
             self._lock = None
 
-    def write_config(self, command: str, options: dict[str, Any]) -> None:
-        """Write down the options as given, and what they ran with."""
+    def write_config(
+        self, command: str, options: dict[str, Any], in_effect: dict[str, Any]
+    ) -> None:
+        """Write down the options as given, those that act, and what they ran with."""
         versions = {}
         for library in LIBRARIES:
             try:
@@ -164,6 +166,7 @@ class RunFolder:
             {
                 "command": command,
                 "options": options,
+                "in_effect": in_effect,
                 "versions": {"python": platform.python_version(), **versions},
                 "machine": {"processor": _processor(), "cores": os.cpu_count()},
             },

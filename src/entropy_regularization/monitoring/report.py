@@ -208,8 +208,10 @@ def _threshold_maps(runs: dict[str, Run]) -> list[tuple[str, list[Any], float | 
 
 
 def _options(runs: dict[str, Run]) -> list[tuple[str, list[str], bool]]:
-    """Return (name, value in every run, whether they differ) of the options that are set."""
-    configs = [_flatten(run.config.get("options", run.config)) for run in runs.values()]
+    """Return (name, value in every run, whether they differ) of the options that act."""
+    given = [run.config.get("options", run.config) for run in runs.values()]
+    acting = [run.config.get("in_effect") for run in runs.values()]
+    configs = [_flatten(each or other) for each, other in zip(acting, given, strict=True)]
     names = dict.fromkeys(name for config in configs for name in config)
     rows = [(name, [config.get(name, "–") for config in configs]) for name in names]  # noqa: RUF001
     return [(name, values, len(set(values)) > 1) for name, values in rows]
