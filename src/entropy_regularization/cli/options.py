@@ -153,6 +153,14 @@ class TrainOptions:
             raise UsageProblem(
                 f"--steps {self.steps} and --epochs {self.epochs:g} were both given; choose one."
             )
+        idle = "--loss-coeff" if self.loss_coeff is not None else "--fixed-thresholds"
+        if self.penalty == "none" and (self.loss_coeff is not None or self.fixed_thresholds):
+            raise UsageProblem(f"{idle} has no effect with --penalty none; leave one of them out.")
+        if self.text_column != "text" and not self.data.startswith("hf:"):
+            raise UsageProblem(
+                f"--text-column {self.text_column} is for a data set of the hub, but --data is "
+                f"{self.data}; leave it out."
+            )
 
     @classmethod
     def of_config(cls, saved: dict[str, Any], path: Path) -> "TrainOptions":
