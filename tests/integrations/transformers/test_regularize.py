@@ -491,6 +491,8 @@ def test_an_interrupt_inside_forward_leaves_the_model_usable() -> None:
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
+    gc.collect()  # a model of another test may still wait for its backward
+    functional.scaled_dot_product_attention(*torch.zeros(3, 1, 1, 1))
     model = build("gpt2")
     seen = regularize(model, EntropyRegularization.calibrated(thresholds=0.2))
     wanted = model(**batch_of()).loss
@@ -504,7 +506,6 @@ def test_an_interrupt_inside_forward_leaves_the_model_usable() -> None:
         else:
             seen.remove()
         assert model.config._attn_implementation == "sdpa"
-        gc.collect()  # a dropped model may still wait for its backward
         assert functional.scaled_dot_product_attention is torch._C._nn.scaled_dot_product_attention
 
 
