@@ -6,6 +6,7 @@ import gc
 import io
 import itertools
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -1206,6 +1207,28 @@ def test_exponentials_that_do_not_attend_are_let_pass(part: type[nn.Module], x: 
         with torch.set_grad_enabled(grad), record_entropy(model) as recording:
             model(x)
         assert (len(recording), recording.missing) == (2, [])
+
+
+class InThreads(Stack):
+    """Runs its blocks in a thread that waits for each."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with ThreadPoolExecutor(1) as pool:
+            for block in self.blocks:
+                x = x + pool.submit(block, x).result()
+        return x
+
+
+def test_parts_that_run_in_another_thread(x: Tensor) -> None:
+    model, plain = InThreads(), Stack()
+    plain.load_state_dict(model.state_dict())
+    with record_entropy(plain) as expected:
+        plain(x)
+    with record_entropy(model) as recording:
+        model(x)
+    assert [layer.name for layer in recording] == ["blocks.0", "blocks.1"]
+    torch.testing.assert_close(recording[1].entropy, expected[1].entropy)
+    assert torch.overrides._get_current_function_mode() is None
 
 
 class Flex(nn.Module):

@@ -213,6 +213,7 @@ class Watch:
         self._model = model
         self._mode: UnseenAttention | None = None
         self._until_end = ExitStack()
+        self._thread = 0
         self._kind: object = None
         self.found: dict[str, str] = {}
 
@@ -242,6 +243,7 @@ class Watch:
         mode = UnseenAttention(names)
         mode.found.update(_scripted(names))
         # Nothing could be seen of compiled functions and parts, which would be compiled anew.
+        self._thread = threading.get_ident()  # modes are of a thread
         self._until_end.enter_context(_as_written())
         self._until_end.enter_context(mode)
         self._mode = mode
@@ -264,7 +266,7 @@ class Watch:
         Args:
             finished: whether it came to its end; otherwise nothing is known about its rest.
         """
-        if self._mode is None:
+        if self._mode is None or threading.get_ident() != self._thread:  # a part in a thread
             return
         mode, self._mode = self._mode, None
         self._until_end.close()
