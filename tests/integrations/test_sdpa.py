@@ -19,6 +19,7 @@ from torch.nn.attention.bias import causal_lower_right, causal_upper_left
 from torch.utils.checkpoint import checkpoint
 
 from entropy_regularization import EntropyRegularization, record_entropy
+from entropy_regularization.integrations import interception, unseen
 from entropy_regularization.integrations.sdpa import SdpaRecorder
 from entropy_regularization.integrations.unseen import attends_by_source
 from entropy_regularization.recording.recorder import Layers, make_recorder
@@ -1207,6 +1208,46 @@ def test_exponentials_that_do_not_attend_are_let_pass(part: type[nn.Module], x: 
         with torch.set_grad_enabled(grad), record_entropy(model) as recording:
             model(x)
         assert (len(recording), recording.missing) == (2, [])
+
+
+def test_a_wrapper_around_ours_is_no_endless_loop(
+    x: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = Stack()
+    with record_entropy(model):
+        model(x)
+        ours = functional.scaled_dot_product_attention
+    wanted = model(x)
+    theirs = lambda *args, **options: ours(*args, **options)  # noqa: E731
+    monkeypatch.setattr(functional, "scaled_dot_product_attention", theirs)
+    with record_entropy(model) as recording:
+        torch.testing.assert_close(model(x), wanted)
+    assert len(recording) == 2
+    torch.testing.assert_close(model(x), wanted)
+
+
+def test_an_interrupted_watch_ends_with_the_next_one(x: Tensor) -> None:
+    """KeyboardInterrupt runs no hooks; the model may be dropped, and another one made."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    interrupted, model, recorder = Stack(), Stack(), None
+    interrupted.blocks[1].register_forward_hook(interrupt)
+    recorder = SdpaRecorder(interrupted)
+    recorder.start()
+    with pytest.raises(KeyboardInterrupt):
+        interrupted(x)
+    del recorder, interrupted
+    assert torch.overrides._get_current_function_mode() is not None
+    with record_entropy(model) as recording:
+        model(x)
+    assert len(recording) == 2
+    assert torch.overrides._get_current_function_mode() is None
+    assert not unseen._watching
+    assert not unseen._running
+    interception._listeners.clear()  # of the model that was dropped
+    interception._restore()
 
 
 class InThreads(Stack):

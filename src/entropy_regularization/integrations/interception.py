@@ -150,10 +150,9 @@ def _attention(
         _restore()
         if isinstance(attn_mask, CausalBias):  # it knows torch's function by its name alone
             attn_mask = _causal_mask(attn_mask, query, key)
-        output: Tensor = _found["scaled_dot_product_attention"](
+        return _pass_on(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
-        return output
     refuse_nested("query, key or value", query, key, value)
     query, key, value, attn_mask = _as_autocast(query, key, value, attn_mask)
     query, key, value = _broadcast(query, key, value, enable_gqa)
@@ -179,6 +178,19 @@ def _attention(
     for listener, name in where.items():
         listener.deposit_call(name, found, k.shape[2])
     return found.output.reshape(*query.shape[:-1], value.shape[-1])
+
+
+def _pass_on(*args: Any, **options: Any) -> Tensor:
+    """Call what the attribute held before; if that calls the wrapper, torch's own."""
+    found = _found["scaled_dot_product_attention"]
+    if found is original_attention or getattr(_thread, "passes_on", False):
+        return original_attention(*args, **options)
+    _thread.passes_on = True
+    try:
+        output: Tensor = found(*args, **options)
+    finally:
+        _thread.passes_on = False
+    return output
 
 
 def _multi_head(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:

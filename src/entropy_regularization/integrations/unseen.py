@@ -97,7 +97,7 @@ class UnseenAttention(TorchFunctionMode):
     def __init__(self, names: Mapping[nn.Module, str]) -> None:
         super().__init__()
         self.found: dict[str, str] = {}
-        self._names = names
+        self.names = names
         self._kinds = {name: type(part).__name__.lower() for part, name in names.items()}
         self._linears = {name for part, name in names.items() if isinstance(part, nn.Linear)}
         self._softmaxes = Softmaxes()
@@ -111,15 +111,15 @@ class UnseenAttention(TorchFunctionMode):
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
         if sys._getframe(1).f_code is FLEX:
-            self._note(calling_module(self._names), "calls flex_attention")
+            self._note(calling_module(self.names), "calls flex_attention")
         if self._softmaxes.made(func, args, kwargs, result):
-            name = calling_module(self._names)
+            name = calling_module(self.names)
             if name is not None:
                 self._weights[result] = name
                 self._mixtures.softmax(args, kwargs, result)
         elif func is original_attention:
             how = "calls scaled_dot_product_attention by another name"
-            self._note(calling_module(self._names), how)
+            self._note(calling_module(self.names), how)
         else:
             self._mixtures.follow(func, args, kwargs, result)
             if self._weights:
@@ -165,7 +165,7 @@ class UnseenAttention(TorchFunctionMode):
         elif not (
             any(isinstance(each, nn.Parameter) for each in tensors)
             # The weight of a layer that is sharded, cast, or stood in for is no parameter.
-            or (func is functional.linear and calling_module(self._names) in self._linears)
+            or (func is functional.linear and calling_module(self.names) in self._linears)
         ):
             self._note(self._weights[source], OWN_SOFTMAX)
         elif source.dim() == 4 and result.shape == source.shape:
@@ -217,6 +217,14 @@ class Watch:
         self._kind: object = None
         self.found: dict[str, str] = {}
 
+    def is_interrupted(self) -> bool:
+        """Tell whether the pass that is watched is no longer running: KeyboardInterrupt ended it.
+
+        No hook is called then.
+        """
+        assert self._mode is not None
+        return self._thread == threading.get_ident() and calling_module(self._mode.names) is None
+
     def __getstate__(self) -> dict[str, Any]:
         """A copied model is not being watched."""
         return {**self.__dict__, "_mode": None, "_until_end": ExitStack()}
@@ -240,6 +248,7 @@ class Watch:
         self._kind = _kind_of(names, part, given)
         if self._kind in _sound.get(self._model, ()):
             return
+        _leave_interrupted()
         mode = UnseenAttention(names)
         mode.found.update(_scripted(names))
         # Nothing could be seen of compiled functions and parts, which would be compiled anew.
@@ -247,6 +256,7 @@ class Watch:
         self._until_end.enter_context(_as_written())
         self._until_end.enter_context(mode)
         self._mode = mode
+        _running.append(self)
 
     def read(self, names: Mapping[nn.Module, str], *, torch_is_heard: bool) -> None:
         """Read the source of a compiled model's modules, since its pass cannot be watched.
@@ -269,10 +279,20 @@ class Watch:
         if self._mode is None or threading.get_ident() != self._thread:  # a part in a thread
             return
         mode, self._mode = self._mode, None
+        _running.remove(self)
         self._until_end.close()
         self.found.update(mode.found)
         if finished and not mode.found:
             _sound.setdefault(self._model, set()).add(self._kind)
+
+
+_running: list[Watch] = []
+
+
+def _leave_interrupted() -> None:
+    for watch in list(_running):
+        if watch.is_interrupted():
+            watch.leave(finished=False)
 
 
 def _kind_of(names: Mapping[nn.Module, str], part: nn.Module, given: Mapping[str, Any]) -> object:
@@ -297,7 +317,7 @@ def _kind_of(names: Mapping[nn.Module, str], part: nn.Module, given: Mapping[str
         values = getattr(helper, "__dict__", {}).values()
         switches += [value for value in values if isinstance(value, SWITCHES)]
     arguments = frozenset(
-        (name, value if isinstance(value, SWITCHES) else None)
+        (name, value if isinstance(value, SWITCHES) and len(str(value)) < 32 else None)
         for name, value in given.items()
         if value is not None
     )

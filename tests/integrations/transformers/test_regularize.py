@@ -334,6 +334,9 @@ def test_copies_are_apart() -> None:
     assert names == ["transformer.h.0.attn", "transformer.h.1.attn"]
     assert clone.entropy_thresholds.fraction_bias.grad.abs().sum() > 0
     assert model.entropy_thresholds.fraction_bias.grad is None
+    model(batch_of()["input_ids"])  # no labels: the penalty is left to the caller
+    assert seen.unadded is not None
+    assert handle_of(copy.deepcopy(model)).unadded is None
 
 
 def hooks_of(model: nn.Module) -> int:

@@ -50,7 +50,11 @@ def depends_on(tensor: Tensor, node: Node) -> bool:
 
 
 class LossUse:
-    """Finds out in backward whether a loss was used, or only what else the model returned."""
+    """Finds out in backward whether a loss was used, or only what else the model returned.
+
+    It knows of one pass, and what came to it before the next: a backward that comes later, after
+    several passes, is not noticed.
+    """
 
     def __init__(self) -> None:
         self._reached: set[str] = set()

@@ -224,6 +224,10 @@ class Regularized:
                 part.register_forward_hook(self._after, with_kwargs=True, always_call=True),
             ]
 
+    def __getstate__(self) -> dict[str, Any]:
+        """A copied model takes its handle along; what has a gradient stays here."""
+        return {**self.__dict__, "unadded": None, "_collected": None, "_use": LossUse()}
+
     def remove(self) -> None:
         """Give the model back as it was, without hooks and thresholds."""
         while self._hooks:

@@ -39,7 +39,8 @@ class EntropyRegularizedTrainer(Trainer):
     trainer that makes its loss in its own way, as those of TRL do, is mixed:
     ``class MyTrainer(EntropyRegularizedTrainer, SFTTrainer): pass``. Logs gain
 
-    - ``penalty``: the part of ``loss`` that is the penalty;
+    - ``penalty``: the part of ``loss`` that is the penalty (as the model added it, if a trainer of
+      one's own then weighs the model's loss);
     - ``model_loss``: ``loss`` without it;
     - ``entropy/mean`` (nats), ``entropy/utilisation`` and the shares of heads of each class, over
       this rank's rows since the last log.
@@ -160,7 +161,7 @@ class EntropyRegularizedTrainer(Trainer):
     ) -> Tensor:
         """Add the penalties that the loss does not hold; note how much of it they are."""
         is_scaled = self._is_scaled(num_items_in_batch)
-        steps = self.current_gradient_accumulation_steps
+        steps = getattr(self, "current_gradient_accumulation_steps", 1)  # set by train()
         held = [each for each in passes if each.enters(loss)]
         part = self._part(loss, held)
         for each in passes:
