@@ -38,9 +38,9 @@ class CallRecorder:
         model: nn.Module,
         layers: Layers,
         *,
-        gradient: bool,
-        allow_partial: bool,
-        training_only: bool,
+        gradient: bool = True,
+        allow_partial: bool = False,
+        training_only: bool = False,
     ) -> None:
         self.model = unwrapped(model)
         self.layers = Wanted(layers)

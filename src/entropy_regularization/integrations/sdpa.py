@@ -22,9 +22,7 @@ class SdpaRecorder(CallRecorder):
     Args:
         model: any module.
         layers: which layers to keep, see record_entropy.
-        gradient: False detaches what is recorded.
-        allow_partial: accept modules that compute a softmax of their own; they are in ``missing``.
-        training_only: leave out passes without a gradient.
+        **options: as CallRecorder.
 
     Raises:
         ValueError: if the model is compiled and holds nn.MultiheadAttention, which then records
@@ -36,17 +34,9 @@ class SdpaRecorder(CallRecorder):
         model: nn.Module,
         *,
         layers: Layers = None,
-        gradient: bool = True,
-        allow_partial: bool = False,
-        training_only: bool = False,
+        **options: bool,
     ) -> None:
-        super().__init__(
-            model,
-            layers,
-            gradient=gradient,
-            allow_partial=allow_partial,
-            training_only=training_only,
-        )
+        super().__init__(model, layers, **options)
         self._names = {
             part: name_of(name) or type(part).__name__ for name, part in self.model.named_modules()
         }

@@ -1,4 +1,4 @@
-"""Whether the loss that a model returned, which holds the penalty, is what is trained."""
+"""The loss in a model's output, and whether it, which holds the penalty, is what is trained."""
 
 from collections import deque
 from typing import Any, NamedTuple
@@ -88,3 +88,23 @@ class LossUse:
                 "EntropyRegularizedTrainer, SFTTrainer)."
             )
         return LossUse()
+
+
+def loss_of(output: Any, given: dict[str, Any]) -> Tensor | None:
+    """Return the loss in a model's output, if it is there."""
+    if isinstance(output, dict):
+        loss = output.get("loss")
+    elif isinstance(output, tuple) and output and given.get("labels") is not None:
+        loss = output[0]
+    else:
+        return None
+    usable = isinstance(loss, Tensor) and loss.numel() == 1
+    return loss if usable else None
+
+
+def with_loss(output: Any, loss: Tensor) -> Any:
+    """Return the output with a loss in the place of its own."""
+    if isinstance(output, dict):
+        output["loss"] = loss
+        return output
+    return (loss, *output[1:])

@@ -62,10 +62,8 @@ class TransformersRecorder(CallRecorder):
     Args:
         model: holds one or several transformers models, and perhaps modules of its own.
         layers: which layers to keep, see record_entropy.
-        gradient: False detaches what is recorded.
-        allow_partial: accept modules that attend unheard; they are in ``missing``.
-        training_only: leave out passes without a gradient.
         around: modules around the model that may call its forward, and so none of its hooks.
+        **options: as CallRecorder.
 
     Raises:
         ValueError: if there is no transformers model in the model.
@@ -76,20 +74,12 @@ class TransformersRecorder(CallRecorder):
         model: nn.Module,
         *,
         layers: Layers = None,
-        gradient: bool = True,
-        allow_partial: bool = False,
-        training_only: bool = False,
         around: Iterable[nn.Module] = (),
+        **options: bool,
     ) -> None:
         if find_pretrained(model) is None:
             raise ValueError(f"{type(model).__name__} holds no transformers model.")
-        super().__init__(
-            model,
-            layers,
-            gradient=gradient,
-            allow_partial=allow_partial,
-            training_only=training_only,
-        )
+        super().__init__(model, layers, **options)
         self.layers.check(self.model, names_of(self.model).values())
         self._parts = list(outermost(self.model).values())
         self._around = list(around)

@@ -15,7 +15,12 @@ from entropy_regularization.integrations.layers import Wanted
 from entropy_regularization.integrations.stack import backward_enters_checkpoint, runs_forward
 from entropy_regularization.integrations.transformers.accumulation import share_of_step
 from entropy_regularization.integrations.transformers.loading import THRESHOLDS
-from entropy_regularization.integrations.transformers.losses import LossUse, TrainingPass
+from entropy_regularization.integrations.transformers.losses import (
+    LossUse,
+    TrainingPass,
+    loss_of,
+    with_loss,
+)
 from entropy_regularization.integrations.transformers.padding import arguments_of
 from entropy_regularization.integrations.transformers.recorder import (
     TransformersRecorder,
@@ -283,7 +288,7 @@ class Regularized:
         penalty = self._penalty(recording)
         self.penalty, self.recording = penalty.detach(), recording.detach()
         given = arguments_of(model, args, kwargs)
-        loss = _loss_of(output, given)
+        loss = loss_of(output, given)
         if loss is None:
             self.loss, self.added, self.unadded = None, None, penalty
             if self._collected is None:
@@ -302,7 +307,7 @@ class Regularized:
         else:
             found = TrainingPass(penalty, self.recording, total.grad_fn, self.loss, self.added)
             self._collected.append(found)
-        return _with_loss(output, total)
+        return with_loss(output, total)
 
     def _share(self, given: dict[str, Any]) -> Tensor | float:
         """Return the weight of this micro-batch's penalty in its step."""
@@ -385,22 +390,3 @@ def _layers_and_heads(model: PreTrainedModel, layers: Wanted) -> tuple[int, int]
             "heads; pass thresholds=HeadThresholds(calls, heads)."
         )
     return calls, heads
-
-
-def _loss_of(output: Any, given: dict[str, Any]) -> Tensor | None:
-    """Return the loss in a model's output, if it is there."""
-    if isinstance(output, dict):
-        loss = output.get("loss")
-    elif isinstance(output, tuple) and output and given.get("labels") is not None:
-        loss = output[0]
-    else:
-        return None
-    usable = isinstance(loss, Tensor) and loss.numel() == 1
-    return loss if usable else None
-
-
-def _with_loss(output: Any, loss: Tensor) -> Any:
-    if isinstance(output, dict):
-        output["loss"] = loss
-        return output
-    return (loss, *output[1:])
