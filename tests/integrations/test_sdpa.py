@@ -1065,6 +1065,17 @@ def test_what_is_compiled_is_compiled_again_after_watches_that_overlap(x: Tensor
     assert len(calls) == 2
 
 
+def test_a_watch_that_ends_leaves_another_one_watching(x: Tensor) -> None:
+    model = nn.Sequential(Stack(), Spelled("compiled"))
+    with (
+        torch.no_grad(),
+        pytest.raises(ValueError, match="1 computes a softmax of its own"),
+        record_entropy(model),
+        record_entropy(model[0]),
+    ):
+        model(x)
+
+
 def stops(*_: object) -> None:
     raise ValueError("stops")
 
