@@ -13,8 +13,8 @@ from entropy_regularization.attention import blockwise
 from entropy_regularization.attention.blockwise import Problem
 from entropy_regularization.attention.compiled import add_at_once, fill_at_once, runs
 from entropy_regularization.attention.masking import Structure
+from entropy_regularization.attention.registration import as_operator, define_gradient
 from entropy_regularization.attention.transforms import (
-    map_one_by_one,
     refuse_batched_gradients,
     refuse_double_backward,
 )
@@ -40,7 +40,16 @@ def _problem(
     return Problem(query, key, value, structure, scale, bias, softcap, sinks, dropout, seed)
 
 
-@torch.library.custom_op("entropy_regularization::blockwise_forward", mutates_args=())
+def _allocate_forward(
+    query: Tensor, key: Tensor, value: Tensor, *options: Any
+) -> tuple[Tensor, ...]:
+    wide = torch.promote_types(query.dtype, torch.float32)
+    rows = query.shape[:3]
+    output = query.new_empty(*rows, value.shape[-1])
+    return output, *(query.new_empty(rows, dtype=wide) for _ in range(4))
+
+
+@as_operator(_allocate_forward)
 def blockwise_forward(
     query: Tensor,
     key: Tensor,
@@ -70,15 +79,17 @@ def blockwise_forward(
         return blockwise.forward(problem, fill_at_once if compiled and runs(problem) else None)
 
 
-@blockwise_forward.register_fake
-def _(query: Tensor, key: Tensor, value: Tensor, *options: Any) -> tuple[Tensor, ...]:
-    wide = torch.promote_types(query.dtype, torch.float32)
-    rows = query.shape[:3]
-    output = query.new_empty(*rows, value.shape[-1])
-    return output, *(query.new_empty(rows, dtype=wide) for _ in range(4))
+def _allocate_backward(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> list[Tensor]:
+    bias, sinks, wanted = rest[3], rest[4], rest[-1]
+    inputs = (query, key, value, bias, sinks)
+    return [
+        torch.empty_like(tensor, memory_format=torch.contiguous_format)
+        for tensor, want in zip(inputs, wanted, strict=True)
+        if want and tensor is not None
+    ]
 
 
-@torch.library.custom_op("entropy_regularization::blockwise_backward", mutates_args=())
+@as_operator(_allocate_backward)
 def blockwise_backward(
     query: Tensor,
     key: Tensor,
@@ -121,26 +132,10 @@ def blockwise_backward(
     return [gradient for gradient in gradients if gradient is not None]
 
 
-@blockwise_backward.register_fake
-def _(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> list[Tensor]:
-    bias, sinks, wanted = rest[3], rest[4], rest[-1]
-    inputs = (query, key, value, bias, sinks)
-    return [
-        torch.empty_like(tensor, memory_format=torch.contiguous_format)
-        for tensor, want in zip(inputs, wanted, strict=True)
-        if want and tensor is not None
-    ]
-
-
-blockwise_backward.register_autograd(refuse_double_backward)
-map_one_by_one(blockwise_backward)
-
-
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     tensors, options = inputs[:9], inputs[9:]
     ctx.save_for_backward(*tensors, *output[:2], output[4])
     ctx.options = options
-    ctx.set_materialize_grads(False)
 
 
 def _differentiate(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -162,8 +157,8 @@ def _differentiate(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, .
     return tuple(gradients)
 
 
-blockwise_forward.register_autograd(_differentiate, setup_context=_save)
-map_one_by_one(blockwise_forward)
+define_gradient(blockwise_forward, _differentiate, _save)
+define_gradient(blockwise_backward, refuse_double_backward)
 
 
 def blockwise_attention(

@@ -1,5 +1,6 @@
 """What torch's function transforms may do with a fused operator: map it, not differentiate it."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -38,8 +39,8 @@ def _transform_of(tensor: Tensor) -> str | None:
     return None
 
 
-def map_one_by_one(operator: Any) -> None:
-    """Give an operator its vmap rule: one call for every entry of what is mapped."""
+def one_by_one(operator: Any) -> Callable[..., Any]:
+    """Return the vmap rule of an operator: one call for every entry of what is mapped."""
 
     def rule(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[Any, Any]:
         if info.batch_size == 0:
@@ -54,7 +55,7 @@ def map_one_by_one(operator: Any) -> None:
         stacked = [torch.stack(parts) for parts in zip(*found, strict=True)]
         return type(found[0])(stacked), type(found[0])([0] * len(stacked))
 
-    operator.register_vmap(rule)
+    return rule
 
 
 def refuse_double_backward(ctx: Any, *gradients: Any) -> None:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from entropy_regularization.attention.masking import Structure
+from entropy_regularization.attention.registration import as_operator, define_gradient
 from entropy_regularization.attention.transforms import (
-    map_one_by_one,
     refuse_batched_gradients,
     refuse_double_backward,
 )
@@ -18,7 +18,15 @@ from entropy_regularization.attention.triton import launch
 from entropy_regularization.attention.triton.launch import Problem, Upstream
 
 
-@torch.library.custom_op("entropy_regularization::triton_forward", mutates_args=())
+def _allocate_forward(
+    query: Tensor, key: Tensor, value: Tensor, *options: Any
+) -> tuple[Tensor, ...]:
+    wide = torch.promote_types(query.dtype, torch.float32)
+    output = launch.rows_like(query, value.shape[-1])
+    return output, *(query.new_empty(query.shape[:3], dtype=wide) for _ in range(4))
+
+
+@as_operator(_allocate_forward)
 def triton_forward(
     query: Tensor,
     key: Tensor,
@@ -45,14 +53,19 @@ def triton_forward(
     )
 
 
-@triton_forward.register_fake
-def _(query: Tensor, key: Tensor, value: Tensor, *options: Any) -> tuple[Tensor, ...]:
-    wide = torch.promote_types(query.dtype, torch.float32)
-    output = launch.rows_like(query, value.shape[-1])
-    return output, *(query.new_empty(query.shape[:3], dtype=wide) for _ in range(4))
+def _allocate_backward(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> list[Tensor]:
+    bias, sinks, wanted = rest[3], rest[4], rest[-1]
+    found = [
+        torch.empty_like(tensor)
+        for tensor, want in zip((query, key, value, bias), wanted, strict=False)
+        if want and tensor is not None
+    ]
+    if wanted[4] and sinks is not None:
+        found.append(sinks.new_empty(sinks.shape))
+    return found
 
 
-@torch.library.custom_op("entropy_regularization::triton_backward", mutates_args=())
+@as_operator(_allocate_backward)
 def triton_backward(
     query: Tensor,
     key: Tensor,
@@ -87,27 +100,9 @@ def triton_backward(
     return [gradient for gradient in gradients if gradient is not None]
 
 
-@triton_backward.register_fake
-def _(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> list[Tensor]:
-    bias, sinks, wanted = rest[3], rest[4], rest[-1]
-    found = [
-        torch.empty_like(tensor)
-        for tensor, want in zip((query, key, value, bias), wanted, strict=False)
-        if want and tensor is not None
-    ]
-    if wanted[4] and sinks is not None:
-        found.append(sinks.new_empty(sinks.shape))
-    return found
-
-
-triton_backward.register_autograd(refuse_double_backward)
-map_one_by_one(triton_backward)
-
-
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.save_for_backward(*inputs[:9], *output[:2], output[4])
     ctx.options = inputs[9:]
-    ctx.set_materialize_grads(False)
 
 
 def _differentiate(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -128,8 +123,8 @@ def _differentiate(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, .
     return tuple(gradients)
 
 
-triton_forward.register_autograd(_differentiate, setup_context=_save)
-map_one_by_one(triton_forward)
+define_gradient(triton_forward, _differentiate, _save)
+define_gradient(triton_backward, refuse_double_backward)
 
 
 def triton_attention(
