@@ -160,14 +160,20 @@ def _band(
     structure: Structure, n_queries: int, n_keys: int, device: torch.device
 ) -> tuple[Int[Tensor, " queries"], Int[Tensor, " queries"]]:
     """Return the limits (first, stop) that ``left`` and ``right`` set to every row."""
-    position = torch.arange(n_queries, device=device) + n_keys - n_queries
-    first = torch.zeros_like(position)
-    stop = torch.full_like(position, n_keys)
-    if structure.left is not None:
-        first = (position - structure.left).clamp(0, n_keys)
-    if structure.right is not None:
-        stop = (position + structure.right + 1).clamp(0, n_keys)
-    return first, stop.maximum(first)
+    offset = n_keys - n_queries
+
+    def limit(shift: int) -> Tensor:
+        start = offset + shift
+        return torch.arange(start, start + n_queries, device=device).clamp(0, n_keys)
+
+    left, right = structure.left, structure.right
+    first = (
+        torch.zeros(n_queries, dtype=torch.int64, device=device) if left is None else limit(-left)
+    )
+    if right is None:
+        return first, torch.full_like(first, n_keys)
+    stop = limit(right + 1)
+    return first, stop if left is None else stop.maximum(first)
 
 
 def _by_document(document: Int[Tensor, "#batch keys"]) -> tuple[Tensor, Tensor, Tensor]:
@@ -307,7 +313,8 @@ def _count_in_limits(
             shape = torch.broadcast_shapes(real.shape, order[:, None].shape)
             real = real.expand(shape).gather(2, order[:, None].expand(shape))
     if real is None:
-        return (stop - first)[:, None]
+        from_start = structure.left is None and structure.document is None
+        return (stop if from_start else stop - first)[:, None]
     before = torch.nn.functional.pad(real.to(torch.int64), (1, 0)).cumsum(-1)
     shape = torch.broadcast_shapes((*before.shape[:2], 1), (first.shape[0], 1, n_queries))
     before = before.expand(*shape[:2], -1)
