@@ -10,7 +10,7 @@ from torch import Tensor
 
 from entropy_regularization.attention.compiled import support as compiled_support
 from entropy_regularization.attention.compiled.support import unbuilt_reason
-from entropy_regularization.attention.masking import Structure, count_allowed_keys
+from entropy_regularization.attention.masking import Memo, Structure, count_allowed_keys, once
 from entropy_regularization.attention.operators import blockwise_attention
 from entropy_regularization.attention.reference import reference_attention
 from entropy_regularization.attention.transforms import check_transforms
@@ -151,19 +151,24 @@ def attend(
     sinks: Tensor | None = None,
     dropout: float = 0.0,
     implementation: str = "auto",
+    memo: Memo | None = None,
 ) -> AttentionOutput:
     """Do what attention_with_entropy does, for inputs that are known to fit together.
 
     Hosts call it, whose limits ``left`` and ``right`` may be negative (a static cache is longer
-    than what it holds), and whose batches may be one for all (learned queries).
+    than what it holds), and whose batches may be one for all (learned queries). Layers that they
+    give one mask may be given one ``memo``, empty at first, which keeps what follows from the mask.
     """
     query, key, value = _in_one_batch(query, key, value)
-    options = {"bias": bias, "softcap": softcap, "sinks": sinks, "dropout": dropout}
+    options: dict[str, Any] = {"bias": bias, "softcap": softcap, "sinks": sinks, "dropout": dropout}
     name = choose_implementation(implementation, query, key, value, structure, scale, options)
     if name != "reference":
         check_transforms(query, key, value, bias, sinks)
+    if name == "triton":
+        options["memo"] = memo
     rows = _IMPLEMENTATIONS[name](query, key, value, structure, scale=scale, **options)
-    counts = count_allowed_keys(structure, query.shape[2], key.shape[2], query.device)
+    problem = (structure, query.shape[2], key.shape[2], query.device)
+    counts = once(memo, ("counts", *problem[1:]), lambda: count_allowed_keys(*problem))
     return AttentionOutput(*rows, allowed_keys=counts)
 
 

@@ -4,8 +4,8 @@ Queries are aligned with the *last* keys: query ``i`` of ``n_queries`` sits at k
 ``i + n_keys - n_queries``, so that a decoding step sees the whole cache.
 """
 
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Int
@@ -47,6 +47,24 @@ class Structure(NamedTuple):
         before = self.right is not None and n_keys - n_queries + self.right < 0
         behind = self.left is not None and self.left + min(self.right or 0, 0) < 0
         return not plain or n_keys == 0 or before or behind
+
+
+Memo = dict[Any, Any]
+
+
+def once(memo: Memo | None, what: Any, compute: Callable[[], Any]) -> Any:
+    """Return what was computed for an earlier layer that was given the same mask, if any was.
+
+    Args:
+        memo: lives as long as the mask, of which nothing may change meanwhile; None computes.
+        what: names what is computed, and all that it depends on but the mask.
+        compute: computes it.
+    """
+    if memo is None:
+        return compute()
+    if what not in memo:
+        memo[what] = compute()
+    return memo[what]
 
 
 class Tile(NamedTuple):

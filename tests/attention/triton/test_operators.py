@@ -1,5 +1,6 @@
 """Operators around the kernels: compilation, dropout, refusals; and the real compiler."""
 
+import functools
 import itertools
 import json
 import logging
@@ -41,7 +42,7 @@ def test_opcheck(device: str) -> None:
     inputs, options = EVERYTHING.build(torch.float32, device)
     query, key, value, bias, sinks = inputs
     masks = options["allowed"], options["key_padding"], options["document"]
-    arguments = (query, key, value, *masks, bias, sinks, None, 6, 0, 0.3, 3.0, 0.0)
+    arguments = (query, key, value, *masks, bias, sinks, *[None] * 4, 6, 0, 0.3, 3.0, 0.0)
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
     if not is_interpreted():
         tests += ("test_aot_dispatch_dynamic",)
@@ -79,6 +80,55 @@ def test_second_derivatives_are_refused(device: str) -> None:
     (gradient,) = torch.autograd.grad(got.entropy.sum(), inputs[0], create_graph=True)
     with pytest.raises(NotImplementedError, match="use implementation='reference'"):
         torch.autograd.grad(gradient.sum(), inputs[0])
+
+
+class TestMemo:
+    """What the layers that are given one mask share, as the attention of transformers does it."""
+
+    def attend(self, device: str, memo: dict[Any, Any] | None, dim: int = 4) -> list[Tensor]:
+        """Return results and gradients of one layer with padding and documents."""
+        generator = torch.Generator().manual_seed(dim)
+        inputs = [
+            torch.randn(2, 2, 40, dim, generator=generator).to(device).requires_grad_()
+            for _ in range(3)
+        ]
+        padding = torch.arange(40, device=device) < torch.tensor([[40], [21]], device=device)
+        document = (torch.arange(40, device=device) // 17)[None]
+        structure = Structure(right=0, key_padding=padding, document=document)
+        got = api.attend(*inputs, structure, scale=0.5, implementation="triton", memo=memo)
+        return [*got, *gradients(got, inputs)]
+
+    def test_results_are_those_without(self, device: str) -> None:
+        memo: dict[Any, Any] = {}
+        for dim in (4, 80):  # on a GPU, other tiles
+            expected = self.attend(device, None, dim)
+            for _ in range(2):
+                assert all(map(torch.equal, self.attend(device, memo, dim), expected))
+
+    def test_the_mask_is_read_by_the_first_layer(
+        self, device: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        read: list[str] = []
+
+        def noted(function: Any) -> Any:
+            @functools.wraps(function)
+            def wrapper(*problem: Any) -> Any:
+                read.append(function.__name__)
+                return function(*problem)
+
+            return wrapper
+
+        monkeypatch.setattr(launch, "visible_keys", noted(launch.visible_keys))
+        monkeypatch.setattr(launch, "visible_rows", noted(launch.visible_rows))
+        monkeypatch.setattr(api, "count_allowed_keys", noted(api.count_allowed_keys))
+        memo: dict[Any, Any] = {}
+        self.attend(device, memo)
+        assert set(read) == {"visible_keys", "visible_rows", "count_allowed_keys"}
+        read.clear()
+        self.attend(device, memo)
+        assert read == []
+        self.attend(device, {})
+        assert read != []
 
 
 class TestDropout:

@@ -9,13 +9,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from entropy_regularization.attention.masking import Structure
+from entropy_regularization.attention.masking import Memo, Structure, once
 from entropy_regularization.attention.triton.bias_gradient import bias_gradient_kernel
 from entropy_regularization.attention.triton.forward import forward_kernel
 from entropy_regularization.attention.triton.key_gradient import key_gradient_kernel
 from entropy_regularization.attention.triton.query_gradient import query_gradient_kernel
 from entropy_regularization.attention.triton.recomputation import row_constants_kernel
-from entropy_regularization.attention.triton.skipping import visible_keys, visible_rows
+from entropy_regularization.attention.triton.skipping import Bounds, visible_keys, visible_rows
 from entropy_regularization.attention.triton.tiles import LARGE_SHARED_BYTES, Tiles, choose_tiles
 
 LOG2_E = 1.0 / math.log(2.0)
@@ -36,6 +36,7 @@ class Problem(NamedTuple):
     sinks: Tensor | None
     dropout: float
     seed: Tensor | None
+    bounds: Bounds = Bounds()
 
     @property
     def wide(self) -> torch.dtype:
@@ -157,6 +158,19 @@ def tiles_for(kernel: str, query: Tensor, value: Tensor, loaded: bool = False) -
     return choose_tiles(kernel, width, query.dtype, shared, loaded)
 
 
+def bounds_of(kernel: str, problem: Problem, memo: Memo | None = None) -> Tensor | None:
+    """Return the bounds of a kernel's tiles that padding and documents set, if there are any."""
+    given: Tensor | None = getattr(problem.bounds, kernel)
+    if given is not None:
+        return given
+    tiles = tiles_for(kernel, problem.query, problem.value, problem.loaded)
+    bound = visible_rows if kernel == "key_gradients" else visible_keys
+    sizes = (problem.query.shape[0], problem.query.shape[2], problem.key.shape[2])
+    what = (bound.__name__, *sizes, tiles.rows, tiles.keys)
+    found: Tensor | None = once(memo, what, lambda: bound(problem.structure, *sizes, tiles))
+    return found
+
+
 def start_kernel(kernel: Any, programs: int, tiles: Tiles, arguments: dict[str, Any]) -> None:
     """Launch ``programs`` programs of a kernel on the device of its first tensor."""
     if programs == 0:
@@ -185,7 +199,6 @@ def forward(problem: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         query.new_empty(batch, heads, n_queries, dtype=problem.wide) for _ in range(4)
     )
     tiles = tiles_for("forward", query, value, problem.loaded)
-    ranges = visible_keys(problem.structure, batch, n_queries, key.shape[2], tiles)
     blocks = triton.cdiv(n_queries, tiles.rows)
     arguments = common_arguments(problem)
     arguments |= {
@@ -197,7 +210,7 @@ def forward(problem: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         "p_max_score": max_score,
         "p_log2_normalizer": log2_normalizer,
         "p_sinks": None if problem.sinks is None else problem.sinks.contiguous(),
-        "p_ranges": ranges,
+        "p_ranges": bounds_of("forward", problem),
         "heads": heads,
         "n_blocks": blocks,
         "ROWS": tiles.rows,
@@ -305,11 +318,10 @@ def query_gradient(problem: Problem, arguments: dict[str, Any]) -> Tensor:
     batch, heads, n_queries, _ = query.shape
     d_query = torch.empty_like(query)
     tiles = tiles_for("query_gradient", query, value, problem.loaded)
-    ranges = visible_keys(problem.structure, batch, n_queries, key.shape[2], tiles)
     blocks = triton.cdiv(n_queries, tiles.rows)
     own = {
         "d_query": view(d_query),
-        "p_ranges": ranges,
+        "p_ranges": bounds_of("query_gradient", problem),
         "scale": problem.scale,
         "heads": heads,
         "n_blocks": blocks,
@@ -327,12 +339,11 @@ def key_gradients(problem: Problem, arguments: dict[str, Any]) -> tuple[Tensor, 
     batch, kv_heads, n_keys, _ = key.shape
     d_key, d_value = torch.empty_like(key), torch.empty_like(value)
     tiles = tiles_for("key_gradients", query, value, problem.loaded)
-    ranges = visible_rows(problem.structure, batch, query.shape[2], n_keys, tiles)
     blocks = triton.cdiv(n_keys, tiles.keys)
     own = {
         "d_key": view(d_key),
         "d_value": view(d_value),
-        "p_ranges": ranges,
+        "p_ranges": bounds_of("key_gradients", problem),
         "scale": problem.scale,
         "kv_heads": kv_heads,
         "n_blocks": blocks,

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from entropy_regularization.attention.masking import Structure
+from entropy_regularization.attention.masking import Memo, Structure
 from entropy_regularization.attention.registration import as_operator, define_gradient
 from entropy_regularization.attention.transforms import (
     refuse_batched_gradients,
@@ -16,6 +16,7 @@ from entropy_regularization.attention.transforms import (
 )
 from entropy_regularization.attention.triton import launch
 from entropy_regularization.attention.triton.launch import Problem, Upstream
+from entropy_regularization.attention.triton.skipping import Bounds
 
 
 def _allocate_forward(
@@ -37,6 +38,9 @@ def triton_forward(
     bias: Tensor | None,
     sinks: Tensor | None,
     seed: Tensor | None,
+    forward_bounds: Tensor | None,
+    query_bounds: Tensor | None,
+    key_bounds: Tensor | None,
     left: int | None,
     right: int | None,
     scale: float,
@@ -48,8 +52,9 @@ def triton_forward(
     See launch.forward.
     """
     structure = Structure(left, right, allowed, key_padding, document)
+    bounds = Bounds(forward_bounds, query_bounds, key_bounds)
     return launch.forward(
-        Problem(query, key, value, structure, scale, bias, softcap, sinks, dropout, seed)
+        Problem(query, key, value, structure, scale, bias, softcap, sinks, dropout, seed, bounds)
     )
 
 
@@ -76,6 +81,9 @@ def triton_backward(
     bias: Tensor | None,
     sinks: Tensor | None,
     seed: Tensor | None,
+    forward_bounds: Tensor | None,
+    query_bounds: Tensor | None,
+    key_bounds: Tensor | None,
     left: int | None,
     right: int | None,
     scale: float,
@@ -91,8 +99,9 @@ def triton_backward(
 ) -> list[Tensor]:
     """Return the wanted gradients of query, key, value, bias and sinks, in that order."""
     structure = Structure(left, right, allowed, key_padding, document)
+    bounds = Bounds(forward_bounds, query_bounds, key_bounds)
     gradients = launch.backward(
-        Problem(query, key, value, structure, scale, bias, softcap, sinks, dropout, seed),
+        Problem(query, key, value, structure, scale, bias, softcap, sinks, dropout, seed, bounds),
         (output, entropy, log2_normalizer),
         Upstream(output_gradient, entropy_gradient, normalizer_gradient),
         (wanted[0], wanted[1], wanted[2], wanted[3], wanted[4]),
@@ -101,8 +110,8 @@ def triton_backward(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.save_for_backward(*inputs[:9], *output[:2], output[4])
-    ctx.options = inputs[9:]
+    ctx.save_for_backward(*inputs[:12], *output[:2], output[4])
+    ctx.options = inputs[12:]
 
 
 def _differentiate(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -138,21 +147,28 @@ def triton_attention(
     softcap: float | None = None,
     sinks: Tensor | None = None,
     dropout: float = 0.0,
+    memo: Memo | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return output, entropy, log-normalizer and largest score of every row, by fused kernels.
 
     Inputs are those of attention_with_entropy, known to fit together and to be supported
     (support.unsupported_reason). The dropout mask is drawn from a seed that comes from torch's
     default generator of the device, so ``torch.manual_seed`` reproduces it, checkpointing draws it
-    again and CUDA graphs draw a new one at every replay.
+    again and CUDA graphs draw a new one at every replay. What padding and documents say of tiles is
+    kept in the ``memo`` of the mask; without one every kernel computes it by itself.
     """
     seed = None
     if dropout > 0.0:
         seed = torch.randint(2**62, (1,), dtype=torch.int64, device=query.device)
+    bounds = Bounds()
+    if memo is not None and not torch.compiler.is_compiling():
+        problem = Problem(query, key, value, structure, scale, bias, softcap, sinks, dropout, seed)
+        kernels = Bounds._fields if torch.is_grad_enabled() else ("forward",)
+        bounds = Bounds(*(launch.bounds_of(kernel, problem, memo) for kernel in kernels))
     output, entropy, log_normalizer, max_score, _ = triton_forward(
         query, key, value,
         structure.allowed, structure.key_padding, structure.document,
-        bias, sinks, seed,
+        bias, sinks, seed, *bounds,
         structure.left, structure.right, scale, softcap, dropout,
     )  # fmt: skip
     return output, entropy, log_normalizer, max_score.detach()

@@ -1,11 +1,21 @@
 """Which tiles padding and documents leave out, and which whole: bounds by tile, on the device."""
 
+from typing import NamedTuple
+
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
 from entropy_regularization.attention.masking import Structure
 from entropy_regularization.attention.triton.tiles import Tiles
+
+
+class Bounds(NamedTuple):
+    """The bounds of the tiles of three kernels; None where a kernel computes them by itself."""
+
+    forward: Tensor | None = None
+    query_gradient: Tensor | None = None
+    key_gradients: Tensor | None = None
 
 
 def visible_keys(

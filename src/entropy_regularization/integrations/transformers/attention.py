@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from entropy_regularization.attention.api import AttentionOutput, attend
-from entropy_regularization.attention.masking import Structure, split_mask
+from entropy_regularization.attention.masking import Memo, Structure, split_mask
 from entropy_regularization.integrations.transformers.masks import (
     StructuredMask,
     entropy_mask,
@@ -56,9 +56,10 @@ def entropy_attention(
             "output_attentions=True was asked for while entropies are recorded, but no attention "
             "matrix is ever made; leave it out, the recording holds the entropies."
         )
-    structure, bias = _mask_of(attention_mask, query, key)
+    structure, bias, memo = _mask_of(attention_mask, query, key)
     if options.get("indices") is not None:
         structure = structure._replace(allowed=_chosen(options["indices"], structure, key))
+        memo = None
     position_bias = options.get("position_bias")
     if position_bias is not None:
         position_bias = position_bias[..., : key.shape[2]]
@@ -76,6 +77,7 @@ def entropy_attention(
         softcap=options.get("softcap"),
         sinks=None if sinks is None else sinks.reshape(-1),
         dropout=dropout,
+        memo=memo,
     )
     if options.get("sinks") is not None:
         found = _with_row_sinks(found, options["sinks"])
@@ -112,13 +114,15 @@ def _chosen(indices: Tensor, structure: Structure, key: Tensor) -> Tensor:
     return allowed if structure.allowed is None else allowed & structure.allowed
 
 
-def _mask_of(mask: Tensor | None, query: Tensor, key: Tensor) -> tuple[Structure, Tensor | None]:
-    """Return the structure and the additive bias that a mask stands for."""
+def _mask_of(
+    mask: Tensor | None, query: Tensor, key: Tensor
+) -> tuple[Structure, Tensor | None, Memo | None]:
+    """Return the structure and the additive bias that a mask stands for, and a structure's memo."""
     if mask is None:
-        return Structure(), None
+        return Structure(), None, None
     if isinstance(mask, StructuredMask):
         if mask.structure is not None and mask.shape[-2:] == (query.shape[2], key.shape[2]):
-            return mask.structure, None
+            return mask.structure, None, mask.memo
         mask = mask.make_dense()
     mask = mask[..., : key.shape[2]]  # a mask may be longer than the keys
     while mask.dim() < 4:
@@ -127,7 +131,7 @@ def _mask_of(mask: Tensor | None, query: Tensor, key: Tensor) -> tuple[Structure
     if allowed.shape[-2] not in (1, query.shape[2]):
         allowed = allowed[..., -query.shape[2] :, :]
         bias = None if bias is None else bias[..., -query.shape[2] :, :]
-    return Structure(allowed=allowed), bias
+    return Structure(allowed=allowed), bias, None
 
 
 def register() -> None:

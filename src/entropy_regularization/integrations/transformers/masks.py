@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 from transformers import masking_utils
 
-from entropy_regularization.attention.masking import Structure, split_mask
+from entropy_regularization.attention.masking import Memo, Structure, split_mask
 
 
 class StructuredMask(Tensor):
@@ -23,9 +23,11 @@ class StructuredMask(Tensor):
     Attributes:
         structure: what the mask says, aligned as attention_with_entropy aligns; None if only the
             mask itself can say it.
+        memo: what the layers that are given the mask share, see attend.
     """
 
     structure: Structure | None
+    memo: Memo
     _make: Callable[[], Tensor]
     _dense: Tensor | None
 
@@ -40,7 +42,7 @@ class StructuredMask(Tensor):
     ) -> "StructuredMask":
         """Make a tensor with a shape and no storage."""
         mask: StructuredMask = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
-        mask.structure = structure
+        mask.structure, mask.memo = structure, {}
         mask._make, mask._dense = make_dense, None
         return mask
 
