@@ -1,11 +1,11 @@
 """From tensors to kernel launches: views, tile sizes, grids."""
 
 import contextlib
+import functools
 import math
 from typing import Any, NamedTuple
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
@@ -67,13 +67,12 @@ def strides_by_8(*tensors: Tensor) -> bool:
 
     A head dimension of 72 makes them so. That of a dimension of size 1 does not matter.
     """
-    strides = [
-        stride
-        for tensor in tensors
-        for size, stride in zip(tensor.shape[:3], tensor.stride()[:3], strict=True)
-        if size > 1
-    ]
-    return all(stride % 8 == 0 for stride in strides) and any(stride % 16 for stride in strides)
+    bits = 0
+    for tensor in tensors:
+        for size, stride in zip(tensor.shape[:3], tensor.stride()[:3], strict=True):
+            if size > 1:
+                bits |= stride
+    return bits % 16 == 8
 
 
 def rows_like(query: Tensor, width: int) -> Tensor:
@@ -140,6 +139,11 @@ def limit(side: int | None, most: int) -> int | None:
     return None if side is None else max(-most, min(side, most))
 
 
+def tiles_in(positions: int, length: int) -> int:
+    """Count the tiles of a length that hold some positions (triton.cdiv takes microseconds)."""
+    return -(-positions // length)
+
+
 def padded(dim: int) -> int:
     """Round a head dimension up to what matrix instructions take."""
     return max(16, 1 << (dim - 1).bit_length())
@@ -151,23 +155,28 @@ def tiles_for(kernel: str, query: Tensor, value: Tensor, loaded: bool = False) -
     ``loaded``: a bias or a dense mask takes shared memory and registers too.
     """
     width = max(query.shape[-1], value.shape[-1])
-    shared = LARGE_SHARED_BYTES
-    if query.device.type == "cuda":
-        properties = torch.cuda.get_device_properties(query.device)
-        shared = properties.shared_memory_per_multiprocessor
-    return choose_tiles(kernel, width, query.dtype, shared, loaded)
+    return choose_tiles(kernel, width, query.dtype, shared_bytes(query.device), loaded)
+
+
+@functools.cache
+def shared_bytes(device: torch.device) -> int:
+    """Return the bytes of shared memory that a program may have on a device."""
+    if device.type != "cuda":
+        return LARGE_SHARED_BYTES
+    return torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor
 
 
 def bounds_of(kernel: str, problem: Problem, memo: Memo | None = None) -> Tensor | None:
     """Return the bounds of a kernel's tiles that padding and documents set, if there are any."""
     given: Tensor | None = getattr(problem.bounds, kernel)
-    if given is not None:
+    structure = problem.structure
+    if given is not None or (structure.key_padding is None and structure.document is None):
         return given
     tiles = tiles_for(kernel, problem.query, problem.value, problem.loaded)
     bound = visible_rows if kernel == "key_gradients" else visible_keys
     sizes = (problem.query.shape[0], problem.query.shape[2], problem.key.shape[2])
     what = (bound.__name__, *sizes, tiles.rows, tiles.keys)
-    found: Tensor | None = once(memo, what, lambda: bound(problem.structure, *sizes, tiles))
+    found: Tensor | None = once(memo, what, lambda: bound(structure, *sizes, tiles))
     return found
 
 
@@ -199,7 +208,7 @@ def forward(problem: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         query.new_empty(batch, heads, n_queries, dtype=problem.wide) for _ in range(4)
     )
     tiles = tiles_for("forward", query, value, problem.loaded)
-    blocks = triton.cdiv(n_queries, tiles.rows)
+    blocks = tiles_in(n_queries, tiles.rows)
     arguments = common_arguments(problem)
     arguments |= {
         "factor": abs(arguments["factor"]),
@@ -240,14 +249,14 @@ def row_constants(
     output, entropy, saved_normalizer = saved
     tiles = tiles_for("row_constants", output, output)
     batch, heads, n_queries, value_dim = output.shape
-    stride = triton.cdiv(n_queries, 16) * 16
+    stride = tiles_in(n_queries, 16) * 16
 
     def allocate() -> Tensor:
         return entropy.new_empty(batch, heads, stride)[..., :n_queries]
 
     slope = None if upstream.entropy is None else allocate()
     constants = RowConstants(allocate(), allocate(), slope, stride)
-    blocks = triton.cdiv(n_queries, tiles.rows)
+    blocks = tiles_in(n_queries, tiles.rows)
     arguments = {
         "output": view(output),
         "d_output": None if upstream.output is None else view(upstream.output),
@@ -318,7 +327,7 @@ def query_gradient(problem: Problem, arguments: dict[str, Any]) -> Tensor:
     batch, heads, n_queries, _ = query.shape
     d_query = torch.empty_like(query)
     tiles = tiles_for("query_gradient", query, value, problem.loaded)
-    blocks = triton.cdiv(n_queries, tiles.rows)
+    blocks = tiles_in(n_queries, tiles.rows)
     own = {
         "d_query": view(d_query),
         "p_ranges": bounds_of("query_gradient", problem),
@@ -339,7 +348,7 @@ def key_gradients(problem: Problem, arguments: dict[str, Any]) -> tuple[Tensor, 
     batch, kv_heads, n_keys, _ = key.shape
     d_key, d_value = torch.empty_like(key), torch.empty_like(value)
     tiles = tiles_for("key_gradients", query, value, problem.loaded)
-    blocks = triton.cdiv(n_keys, tiles.keys)
+    blocks = tiles_in(n_keys, tiles.keys)
     own = {
         "d_key": view(d_key),
         "d_value": view(d_value),
@@ -362,7 +371,7 @@ def bias_gradient(problem: Problem, bias: Tensor, arguments: dict[str, Any]) -> 
     n_keys = problem.key.shape[2]
     d_bias = torch.empty_like(bias)
     tiles = tiles_for("bias_gradient", query, value, problem.loaded)
-    counts = (batch, heads, triton.cdiv(n_queries, tiles.rows), triton.cdiv(n_keys, tiles.keys))
+    counts = (batch, heads, tiles_in(n_queries, tiles.rows), tiles_in(n_keys, tiles.keys))
     owned = [1 if size == 1 else n for size, n in zip(bias.shape, counts, strict=True)]
     visited = [n if size == 1 else 1 for size, n in zip(bias.shape, counts, strict=True)]
     own = {

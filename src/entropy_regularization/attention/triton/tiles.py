@@ -1,5 +1,6 @@
 """Tile sizes by kernel, head dimension and precision."""
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -48,6 +49,7 @@ _SINGLE: dict[str, dict[int, Tiles]] = {
 }
 
 
+@functools.cache
 def choose_tiles(
     kernel: str,
     width: int,
