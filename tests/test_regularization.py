@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from entropy_regularization import regularization
 from entropy_regularization.recording.recording import EntropyRecording, LayerEntropy
 from entropy_regularization.regularization import EntropyRegularization, _warn_of_no_gradient
 from entropy_regularization.thresholds import HeadThresholds
@@ -288,6 +289,46 @@ def test_calibrated_strength_does_not_follow_batch_or_length() -> None:
         regularization = EntropyRegularization(1.0, 0.1, penalty="calibrated")
         losses.append(regularization(EntropyRecording([layer])).item())
     assert losses == pytest.approx([0.09] * 3)  # (0.9 - 0.5 - 0.1)^2
+
+
+@pytest.mark.parametrize("most_rows", [regularization.MOST_ROWS, 100, 1])
+@pytest.mark.parametrize("penalty", ["published", "calibrated"])
+def test_layers_are_penalised_together_as_one_by_one(
+    penalty: str, most_rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whichever share a mask, have other heads, or allow each head something else."""
+    generator = torch.Generator().manual_seed(0)
+    counts = [torch.arange(1, 7).expand(1, heads, 6) for heads in (1, 1, 3)]
+    rows = [torch.rand(2, 6, generator=generator) > 0.3 for _ in counts]
+    layers = []
+    for place, mask in enumerate([0, 1, 0, 2, 1, 0, 2, 0]):
+        entropy = torch.rand(2, 2 if place == 5 else 3, 6, generator=generator) * 1.5
+        kind = (f"h.{place}", "self", entropy.double().requires_grad_())
+        layers.append(LayerEntropy(*kind, counts[mask], rows[mask], 6))
+    thresholds = torch.rand(8, 3, generator=generator, dtype=torch.float64).requires_grad_()
+    inputs = [thresholds, *(layer.entropy for layer in layers)]
+    settings = EntropyRegularization(
+        1.0, 0.05, penalty=penalty, reduction="mean", across_ranks=True
+    )
+    counts_in_order = []
+    monkeypatch.setattr(
+        regularization,
+        "mean_count_over_ranks",
+        lambda pairs: counts_in_order.append(pairs[0].count) or pairs,
+    )
+    one_by_one = torch.stack(
+        [
+            settings(EntropyRecording([layer]), vector[: layer.heads])
+            for layer, vector in zip(layers, thresholds, strict=True)
+        ]
+    ).mean()
+    monkeypatch.setattr(regularization, "MOST_ROWS", most_rows)
+    together = settings(EntropyRecording(layers), thresholds)
+    torch.testing.assert_close(together, one_by_one)
+    torch.testing.assert_close(
+        torch.autograd.grad(together, inputs), torch.autograd.grad(one_by_one, inputs)
+    )
+    assert torch.equal(counts_in_order[-1], torch.cat(counts_in_order[:-1]))  # what ranks add up
 
 
 def test_layers_with_different_heads_and_default_thresholds() -> None:

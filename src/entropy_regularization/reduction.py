@@ -30,6 +30,17 @@ class SumAndCount:
         """Join with the rows of another batch."""
         return SumAndCount(self.total + other.total, self.count + other.count)
 
+    @staticmethod
+    def cat(parts: "Sequence[SumAndCount]") -> "SumAndCount":
+        """Join sums of different heads."""
+        totals, counts = [part.total for part in parts], [part.count for part in parts]
+        return SumAndCount(torch.cat(totals), torch.cat(counts))
+
+    def split(self, parts: int) -> "list[SumAndCount]":
+        """Take heads apart again, the same number into every part."""
+        pairs = zip(self.total.chunk(parts), self.count.chunk(parts), strict=True)
+        return [SumAndCount(total, count) for total, count in pairs]
+
     def mean(self) -> Tensor:
         """Divide; 0 where no row counts, with gradient 0."""
         return self.total / self.count.masked_fill(self.count == 0, 1.0)

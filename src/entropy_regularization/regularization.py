@@ -35,6 +35,7 @@ Maximum = Literal["context", "reachable"]
 _PENALTIES = {"published": published_penalty, "calibrated": calibrated_penalty}
 logger = logging.getLogger("entropy_regularization")
 
+MOST_ROWS = 2**22  # of layers penalised together: above, temporary memory would cost more than time
 EPSILON = 1e-9  # the published module adds it inside the logarithm of a stored matrix
 
 
@@ -307,18 +308,31 @@ class EntropyRegularization:
         return 0.5 if self.thresholds is None else self.thresholds
 
     def _reduce(self, layers: list[_Rows], thresholds: list[Tensor], context_size: int) -> Tensor:
+        sums = self._sum(layers, thresholds, context_size)
+        if self.reduction == "mean" and self.across_ranks:
+            (sums,) = mean_count_over_ranks([sums])
+        per_head = sums.mean() if self.reduction == "mean" else sums.total
+        heads = [layer.entropy.shape[1] for layer in layers]
+        if len(set(heads)) > 1:
+            per_head = torch.stack([values.mean() for values in per_head.split(heads)])
+        return self.loss_coeff * per_head.mean()
+
+    def _sum(self, layers: list[_Rows], thresholds: list[Tensor], context_size: int) -> SumAndCount:
+        """Sum the penalty over rows: of every head of the first layer, of the second, and so on.
+
+        Ranks, which may group the layers differently, add up numbers in this order.
+        """
         device = layers[0].entropy.device
-        pairs = [
-            self._penalise(layer, vector, context_size, device)
-            for layer, vector in zip(layers, thresholds, strict=True)
-        ]
-        if self.reduction == "mean":
-            if self.across_ranks:
-                pairs = mean_count_over_ranks(pairs)
-            per_head = [pair.mean() for pair in pairs]
-        else:
-            per_head = [pair.total for pair in pairs]
-        return self.loss_coeff * torch.stack([values.mean() for values in per_head]).mean()
+        of_layer: dict[int, SumAndCount] = {}
+        for places in _alike(layers):
+            joined, vector = layers[places[0]], thresholds[places[0]]
+            if len(places) > 1:
+                entropies = [layers[place].entropy for place in places]
+                joined = joined._replace(entropy=torch.cat(entropies, 1))
+                vector = torch.cat([thresholds[place] for place in places])
+            sums = self._penalise(joined, vector, context_size, device)
+            of_layer |= zip(places, sums.split(len(places)), strict=True)
+        return SumAndCount.cat([of_layer[place] for place in range(len(layers))])
 
     def _penalise(
         self, layer: _Rows, thresholds: Tensor, context_size: int, device: torch.device
@@ -374,6 +388,24 @@ class EntropyRegularization:
                 f"allowed has shape {tuple(allowed.shape)}, which does not broadcast to the "
                 f"matrices' {tuple(matrix.shape)}; pass [batch or 1, 1, queries, keys]."
             ) from error
+
+
+def _alike(layers: list[_Rows]) -> list[list[int]]:
+    """Return the places of layers that can be penalised together, as heads of one.
+
+    A GPU waits for the host to go through a short pass layer by layer; compiled code does not.
+    """
+    if torch.compiler.is_compiling():
+        return [[place] for place in range(len(layers))]
+    found: dict[Any, list[list[int]]] = {}
+    for place, (entropy, allowed, rows) in enumerate(layers):
+        of_all_heads = allowed is None or allowed.shape[1] == 1
+        shared = (id(allowed), id(rows)) if of_all_heads else place
+        groups = found.setdefault((entropy.shape, entropy.dtype, entropy.device, shared), [[]])
+        if groups[-1] and (len(groups[-1]) + 1) * entropy.numel() > MOST_ROWS:
+            groups.append([])
+        groups[-1].append(place)
+    return [group for groups in found.values() for group in groups]
 
 
 @functools.cache
