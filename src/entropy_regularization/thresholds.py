@@ -230,7 +230,8 @@ def thresholds_of_layers(
             f"{name} has shape {tuple(values.shape)} but there are {len(heads)} layers; pass "
             "[heads] for all layers, or one row per layer."
         )
+    rows = values.unbind() if values.dim() == 2 else [values] * len(heads)
     return [
-        (values[layer] if values.dim() == 2 else values)[:count]
-        for layer, count in enumerate(heads)
+        row if row.shape[0] == count else row[:count]
+        for row, count in zip(rows, heads, strict=True)
     ]
