@@ -32,7 +32,10 @@ def main(arguments: list[str] | None = None) -> None:
             f"--length {options.length} is not between 1 and the {longest} positions of "
             f"{options.model}; pass one that is."
         )
-    text = options.text.read_text()
+    try:
+        text = options.text.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        parser.error(f"--text {options.text} cannot be read ({error}); pass a file in UTF-8.")
     if not text.strip():
         parser.error(f"--text {options.text} is empty; pass a file with text in it.")
     ids = tokenizer(text, return_tensors="pt")["input_ids"]

@@ -4,6 +4,8 @@ import importlib.util
 import re
 from pathlib import Path
 
+import pytest
+
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
@@ -57,6 +59,11 @@ def test_watch_heads_prints_every_layer(tmp_path, capsys):
     assert re.search(r"^h\.1\.attn +\d+% +\d+%$", out, re.MULTILINE)
     assert "overloaded=4" in out  # at random initialisation a head attends almost evenly
     assert picture.stat().st_size > 1000
+    text.write_bytes(b"\xff\xfe every head")
+    for unreadable in (text, tmp_path / "missing.txt"):
+        with pytest.raises(SystemExit, match="2"):
+            load("watch_heads").main([*map(str, arguments[:3]), str(unreadable), "--length", "32"])
+        assert f"--text {unreadable} cannot be read (" in capsys.readouterr().err
 
 
 def test_own_attention_keeps_its_heads_from_collapsing():
