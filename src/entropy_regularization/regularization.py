@@ -11,7 +11,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from entropy_regularization.attention.validation import check_flag, check_is_tensor
+from entropy_regularization.attention.validation import check_is_tensor
+from entropy_regularization.checks import check_flag
 from entropy_regularization.penalties import calibrated_penalty, published_penalty
 from entropy_regularization.penalties.validation import (
     check_context_size,

@@ -7,11 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from entropy_regularization.attention.validation import (
-    check_flag,
-    check_positive_integer,
-    is_number,
-)
+from entropy_regularization.checks import check_flag, check_positive_integer, is_number
 
 Thresholds = float | Sequence[float] | Sequence[Sequence[float]] | Tensor
 

@@ -1,69 +1,22 @@
 """Every check on shapes, dtypes and devices, and the sentence read when it fails.
 
-And those on plain numbers and flags, which every room uses.
-
 Shapes and dtypes are always checked; values never, because reading them stops a GPU and breaks
 compilation.
 """
 
-import operator
-from numbers import Real
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from entropy_regularization.checks import FLOAT32, check_flag, is_number
+
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
-
-FLOAT32 = torch.finfo(torch.float32)
 
 # Keys that a side of a window counts at most: more than a tensor can have, and a number that may
 # be added to positions in 64 bits.
 FARTHEST = 2**48
-
-
-def is_number(given: object) -> bool:
-    """Tell a number, of numpy or not, that float32 can hold; a bool is none."""
-    if isinstance(given, bool) or not isinstance(given, int | float | Real):
-        return False
-    return bool(-FLOAT32.max <= given <= FLOAT32.max)  # type: ignore[operator]
-
-
-def as_integer(given: object) -> int | None:
-    """Return an integer, of numpy or torch or not, as Python's; None for what is none."""
-    if isinstance(given, bool):
-        return None
-    try:
-        return operator.index(given)  # type: ignore[arg-type]
-    except TypeError:
-        return None
-
-
-def check_positive_integer(name: str, given: object) -> int:
-    """Return an integer of at least 1.
-
-    Raises:
-        TypeError: if it is no integer.
-        ValueError: if it is below 1.
-    """
-    number = as_integer(given)
-    if number is None:
-        raise TypeError(f"{name} is {given!r}; pass a positive integer.")
-    if number < 1:
-        raise ValueError(f"{name} is {number}; pass a positive integer.")
-    return number
-
-
-def check_flag(name: str, given: object) -> bool:
-    """Return True or False.
-
-    Raises:
-        TypeError: if it is neither.
-    """
-    if not isinstance(given, bool):
-        raise TypeError(f"{name} is {given!r}; pass True or False.")
-    return given
 
 
 class Sizes(NamedTuple):

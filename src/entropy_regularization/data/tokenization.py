@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from entropy_regularization.attention.validation import check_positive_integer
+from entropy_regularization.checks import check_positive_integer
 from entropy_regularization.data.text import DataError, Document
 
 END_OF_TEXT = "<|endoftext|>"

@@ -11,7 +11,7 @@ from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from entropy_regularization.attention.validation import is_number
+from entropy_regularization.checks import is_number
 from entropy_regularization.monitoring.statistics import PerHead, flatten
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from typing import Any, Literal, TypeGuard
 
 from torch import Tensor
 
-from entropy_regularization.attention.validation import as_integer
+from entropy_regularization.checks import as_integer
 from entropy_regularization.monitoring.statistics import HeadStatistics, PerHead
 
 VERSION = 1

@@ -5,11 +5,7 @@ from numbers import Real
 
 from torch import Tensor
 
-from entropy_regularization.attention.validation import (
-    as_integer,
-    check_positive_integer,
-    is_number,
-)
+from entropy_regularization.checks import as_integer, check_positive_integer, is_number
 
 UNSEEN = (
     "load the model with attn_implementation='eager' and pass output_attentions=True, or use "

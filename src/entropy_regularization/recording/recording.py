@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from entropy_regularization.attention.validation import as_integer
+from entropy_regularization.checks import as_integer
 
 
 @dataclass(frozen=True)
