@@ -1,7 +1,7 @@
 """What a layer is called, which kind it is, and whether it was asked for."""
 
 import fnmatch
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from numbers import Integral
 from typing import Any, Literal
 
@@ -9,6 +9,7 @@ from torch import nn
 
 from entropy_regularization.recording.recorder import Layers
 
+Names = Mapping[nn.Module, str]
 CROSS_NAMES = ("cross", "encoder_attn", "encdecattention", "encoder_attention", "multihead_attn")
 
 
@@ -49,14 +50,20 @@ class Wanted:
             for want in self._wanted
         )
 
-    def check(self, model: nn.Module, names: Collection[str]) -> None:
+    def check(self, model: nn.Module, names_of: Callable[[nn.Module], Names]) -> None:
         """Refuse a pattern that no module has.
+
+        Args:
+            model: the model.
+            names_of: gives its modules and their names; called only if patterns were asked for.
 
         Raises:
             ValueError: naming the pattern.
         """
-        for want in self:
-            if isinstance(want, str) and not any(fnmatch.fnmatchcase(name, want) for name in names):
+        patterns = [want for want in self if isinstance(want, str)]
+        names = names_of(model).values() if patterns else ()
+        for want in patterns:
+            if not any(fnmatch.fnmatchcase(name, want) for name in names):
                 raise ValueError(
                     f"layers pattern {want!r} matches no module of {type(model).__name__}; "
                     "named_modules() has the names."

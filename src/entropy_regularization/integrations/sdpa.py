@@ -11,6 +11,7 @@ from entropy_regularization.attention.api import AttentionOutput
 from entropy_regularization.integrations import interception
 from entropy_regularization.integrations.calls import CallRecorder
 from entropy_regularization.integrations.compiled import name_of
+from entropy_regularization.integrations.modules import qualified_names
 from entropy_regularization.integrations.stack import runs_compiled
 from entropy_regularization.recording.recorder import ForwardCall, Layers
 from entropy_regularization.recording.recording import EntropyRecording
@@ -38,9 +39,10 @@ class SdpaRecorder(CallRecorder):
     ) -> None:
         super().__init__(model, layers, **options)
         self._names = {
-            part: name_of(name) or type(part).__name__ for name, part in self.model.named_modules()
+            part: name_of(name) or type(part).__name__
+            for part, name in qualified_names(self.model).items()
         }
-        self.layers.check(self.model, self._names.values())
+        self.layers.check(self.model, lambda _: self._names)
         attentions = [n for p, n in self._names.items() if isinstance(p, nn.MultiheadAttention)]
         if attentions and self._keeps_hooks:
             raise ValueError(

@@ -1,7 +1,7 @@
 """TransformersRecorder: listens to the attention modules of a transformers model."""
 
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -12,8 +12,9 @@ from transformers import PreTrainedModel
 from entropy_regularization.attention.api import AttentionOutput
 from entropy_regularization.integrations import interception
 from entropy_regularization.integrations.calls import CallRecorder
-from entropy_regularization.integrations.compiled import name_of
+from entropy_regularization.integrations.compiled import WRAPPED, name_of
 from entropy_regularization.integrations.layers import kind_of
+from entropy_regularization.integrations.modules import qualified_names
 from entropy_regularization.integrations.stack import calling_module, runs_compiled
 from entropy_regularization.integrations.transformers.attention import RECORDERS
 from entropy_regularization.integrations.transformers.padding import PaddingTracker, arguments_of
@@ -30,25 +31,31 @@ def find_pretrained(model: nn.Module) -> PreTrainedModel | None:
     return next((part for part in model.modules() if isinstance(part, PreTrainedModel)), None)
 
 
-def outermost(model: nn.Module) -> dict[str, PreTrainedModel]:
-    """Return the transformers models inside a model that are in no other one, by their names."""
+def outermost(names: Mapping[nn.Module, str]) -> dict[str, PreTrainedModel]:
+    """Return the transformers models that are in no other one, by their names.
+
+    Args:
+        names: the modules of a model and their qualified names.
+    """
     found: dict[str, PreTrainedModel] = {}
-    for name, part in model.named_modules():
-        inside = any(name.startswith(f"{other}.") or other == "" for other in found)
-        if isinstance(part, PreTrainedModel) and not inside:
+    for part, name in names.items():
+        if isinstance(part, PreTrainedModel) and not _is_inside(found, name):
             found[name] = part
     return found
 
 
-def _handed_on(model: nn.Module) -> str:
+def _is_inside(others: Iterable[str], name: str) -> bool:
+    return any(other == "" or name.startswith(f"{other}.") for other in others)
+
+
+def _handed_on(names: Mapping[nn.Module, str]) -> str:
     """Return the name of the one transformers model that wrappers only hand on; else nothing."""
-    names = list(outermost(model))
-    if len(names) != 1:
+    found = list(outermost(names))
+    if found == [""] or len(found) != 1:
         return ""
-    path = names[0].split(".") if names[0] else []
-    around = [model.get_submodule(".".join(path[:count])) for count in range(len(path))]
+    around = [part for part, name in names.items() if _is_inside([name], found[0])]
     packages = {type(part).__module__.partition(".")[0] for part in around}
-    return names[0] if packages.issubset(WRAPPERS) else ""
+    return found[0] if packages.issubset(WRAPPERS) else ""
 
 
 class TransformersRecorder(CallRecorder):
@@ -80,8 +87,8 @@ class TransformersRecorder(CallRecorder):
         if find_pretrained(model) is None:
             raise ValueError(f"{type(model).__name__} holds no transformers model.")
         super().__init__(model, layers, **options)
-        self.layers.check(self.model, names_of(self.model).values())
-        self._parts = list(outermost(self.model).values())
+        self.layers.check(self.model, names_of)
+        self._parts: list[PreTrainedModel] = []
         self._around = list(around)
         self._switches: list[AttentionSwitch] = []
         self._padding = PaddingTracker()
@@ -96,7 +103,9 @@ class TransformersRecorder(CallRecorder):
     def _start(self, call: ForwardCall | None) -> None:
         self._depth = 0
         # now, not when built: a copied or wrapped model has other modules and names
-        self._names = names_of(self.model)
+        names = qualified_names(self.model)
+        self._parts = list(outermost(names).values())
+        self._names = without_wrappers(names)
         self._switches = [each for part in self._parts for each in switch_on(part, self)]
         with _lock:
             for part in self._names:
@@ -272,9 +281,16 @@ class TransformersRecorder(CallRecorder):
 
 def names_of(model: nn.Module) -> dict[nn.Module, str]:
     """Return the names of the modules as the model in its wrappers has them."""
-    prefix = _handed_on(model)
-    names = {}
-    for name, part in model.named_modules():
+    return without_wrappers(qualified_names(model))
+
+
+def without_wrappers(names: Mapping[nn.Module, str]) -> dict[nn.Module, str]:
+    """Return qualified names as the model in its wrappers has them."""
+    prefix = _handed_on(names)
+    if not prefix and not any(name.endswith(WRAPPED) for name in names.values()):
+        return dict(names)
+    found = {}
+    for part, name in names.items():
         inside = name == prefix or name.startswith(f"{prefix}.")
-        names[part] = name_of(name[len(prefix) + 1 :] if prefix and inside else name)
-    return names
+        found[part] = name_of(name[len(prefix) + 1 :] if prefix and inside else name)
+    return found

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from entropy_regularization.integrations.checkpointing import refuse_lost_gradient
 from entropy_regularization.integrations.layers import Wanted
+from entropy_regularization.integrations.modules import qualified_names
 from entropy_regularization.integrations.stack import backward_enters_checkpoint, runs_forward
 from entropy_regularization.integrations.transformers.accumulation import share_of_step
 from entropy_regularization.integrations.transformers.loading import THRESHOLDS
@@ -92,7 +93,7 @@ def regularize(
             several, its attention cannot be recorded, its configuration does not tell its heads, or
             thresholds do not fit.
     """
-    inside = outermost(model) if isinstance(model, nn.Module) else {}
+    inside = outermost(qualified_names(model)) if isinstance(model, nn.Module) else {}
     if not inside:
         raise TypeError(
             f"model is a {type(model).__name__} without a transformers model inside; for any other "
@@ -117,7 +118,7 @@ def regularize(
             "returned before."
         )
     wanted = Wanted(layers)
-    wanted.check(found, names_of(found).values())
+    wanted.check(found, names_of)
     chosen = thresholds if thresholds is not None else regularization.thresholds
     if chosen is None:
         chosen = HeadThresholds(*_layers_and_heads(found, wanted))
