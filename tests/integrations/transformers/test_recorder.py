@@ -574,6 +574,28 @@ def test_a_start_that_fails_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> N
     assert state_of(model) == before
 
 
+def test_a_start_that_fails_in_a_second_model_puts_the_first_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    towers = Towers()
+    monkeypatch.setattr(type(towers.two), "set_attn_implementation", None)
+    with pytest.raises(TypeError, match="not callable"), record_entropy(towers):
+        pass
+    assert towers.one.config._attn_implementation == "sdpa"
+
+
+def test_configs_of_parts_that_cannot_be_set_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = llama()
+    attention, head = model.model.layers[1].self_attn, model.lm_head
+    attention.config, head.config = copy.deepcopy(model.config), copy.deepcopy(model.config)
+    cannot = classmethod(lambda cls: False)
+    monkeypatch.setattr(type(model.model), "_can_set_attn_implementation", cannot)
+    with record_entropy(model):
+        assert attention.config._attn_implementation == "sdpa"
+        assert model.config._attn_implementation == head.config._attn_implementation != "sdpa"
+    assert model.config._attn_implementation == head.config._attn_implementation == "sdpa"
+
+
 def test_threads_record_their_own_models() -> None:
     models = [llama() for _ in range(4)]
     with record_entropy(models[0]) as recording:

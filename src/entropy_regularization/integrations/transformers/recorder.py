@@ -14,7 +14,7 @@ from entropy_regularization.integrations import interception
 from entropy_regularization.integrations.calls import CallRecorder
 from entropy_regularization.integrations.compiled import WRAPPED, name_of
 from entropy_regularization.integrations.layers import kind_of
-from entropy_regularization.integrations.modules import qualified_names
+from entropy_regularization.integrations.modules import having, qualified_names
 from entropy_regularization.integrations.stack import calling_module, runs_compiled
 from entropy_regularization.integrations.transformers.attention import RECORDERS
 from entropy_regularization.integrations.transformers.padding import PaddingTracker, arguments_of
@@ -106,7 +106,10 @@ class TransformersRecorder(CallRecorder):
         names = qualified_names(self.model)
         self._parts = list(outermost(names).values())
         self._names = without_wrappers(names)
-        self._switches = [each for part in self._parts for each in switch_on(part, self)]
+        for model in self._parts:
+            modules = self._names if model is self.model else qualified_names(model)
+            switches = switch_on(model, modules, self)
+            self._switches += [each for each in switches if each not in self._switches]
         with _lock:
             for part in self._names:
                 part.__dict__[RECORDERS] = (*part.__dict__.get(RECORDERS, ()), self)
@@ -275,8 +278,10 @@ class TransformersRecorder(CallRecorder):
 
     def _recomputes_in_backward(self) -> bool:
         """Tell whether backward, after the context, will run the attention of this pass again."""
-        enabled = any(getattr(part, "gradient_checkpointing", False) for part in self._names)
-        return self._checkpointed or (enabled and self.model.training and self._attended)
+        if self._checkpointed or not (self.model.training and self._attended):
+            return self._checkpointed
+        name = "gradient_checkpointing"
+        return any(getattr(part, name) for part in having(self._names, name))
 
 
 def names_of(model: nn.Module) -> dict[nn.Module, str]:

@@ -2,12 +2,16 @@
 
 import threading
 import weakref
+from collections.abc import Collection, Iterable
 from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
 
+from entropy_regularization.integrations.modules import having
 from entropy_regularization.integrations.transformers.attention import NAME
+
+IMPLEMENTATION = "_attn_implementation"  # attribute of a config: the attention that its model runs
 
 _lock = threading.RLock()  # models of several threads may have been built from one config
 
@@ -69,20 +73,27 @@ class AttentionSwitch:
 _switches: "weakref.WeakValueDictionary[int, AttentionSwitch]" = weakref.WeakValueDictionary()
 
 
-def switch_on(model: PreTrainedModel, holder: object) -> list[AttentionSwitch]:
+def switch_on(
+    model: PreTrainedModel, modules: Collection[nn.Module], holder: object
+) -> list[AttentionSwitch]:
     """Let every part of a model that can run the entropy attention; return what to switch off.
 
     Args:
         model: the model.
+        modules: those of the model, itself among them.
         holder: who needs it, until ``off(holder)`` of every switch.
     """
     with _lock:
-        switches = [AttentionSwitch.of(config, holder) for config in _configs_of(model)]
+        holding = [
+            part for part in having(modules, "config") if hasattr(part.config, IMPLEMENTATION)
+        ]
+        switches = [AttentionSwitch.of(config, holder) for config in _configs_of(holding)]
         try:
-            parts = (part for part in model.modules() if isinstance(part, PreTrainedModel))
-            if any(part._can_set_attn_implementation() for part in parts):
+            parts = [part for part in modules if isinstance(part, PreTrainedModel)]
+            can_set = [part._can_set_attn_implementation() for part in parts]
+            if any(can_set):
                 model.set_attn_implementation(NAME)
-                _set_copies(model, can_set=False)
+                _set_copies(holding if all(can_set) else _in_settable(model, holding))
         except BaseException:
             for switch in switches:
                 switch.off(holder)
@@ -90,24 +101,29 @@ def switch_on(model: PreTrainedModel, holder: object) -> list[AttentionSwitch]:
     return switches
 
 
-def _configs_of(model: PreTrainedModel) -> list[Any]:
-    """Return every config in a model once."""
-    found: dict[int, Any] = {}
-    for part in model.modules():
-        config = getattr(part, "config", None)
-        if config is not None and hasattr(config, "_attn_implementation"):
-            found |= {id(each): each for each in _with_parts(config)}
+def _configs_of(holding: Iterable[nn.Module]) -> list[Any]:
+    """Return every config that modules hold, and those of its parts, once."""
+    held = {id(part.config): part.config for part in holding}
+    found = {id(each): each for config in held.values() for each in _with_parts(config)}
     return list(found.values())
 
 
-def _set_copies(module: nn.Module, can_set: bool) -> None:
+def _set_copies(holding: Iterable[nn.Module]) -> None:
     """Reach the configs that a part holds as a copy (xclip; T5 in 5.17)."""
+    for config in {id(part.config): part.config for part in holding}.values():
+        config._attn_implementation_internal = NAME  # type: ignore[union-attr]
+
+
+def _in_settable(
+    module: nn.Module, holding: Collection[nn.Module], can_set: bool = False
+) -> list[nn.Module]:
+    """Return which modules are in a part that can be set, and in none inside it that cannot."""
     if isinstance(module, PreTrainedModel):
         can_set = module._can_set_attn_implementation()
-    if can_set and hasattr(getattr(module, "config", None), "_attn_implementation"):
-        module.config._attn_implementation_internal = NAME  # type: ignore[union-attr]
+    found = [module] if can_set and module in holding else []
     for child in module.children():
-        _set_copies(child, can_set)
+        found += _in_settable(child, holding, can_set)
+    return found
 
 
 def _with_parts(config: Any) -> list[Any]:
