@@ -56,7 +56,7 @@ MATRIX_PRODUCTS = ("matmul", "bmm", "einsum")  # as source and graphs of torch.j
 FLEX = flex_attention.flex_attention.__code__  # computes everything where no watch sees it
 SWITCHES = (bool, str)  # types of attributes that may choose the code that runs
 # Those of attributes that every module has, or that change from pass to pass.
-NUMBERS_AND_STATE = (int, float, type(None), dict, OrderedDict, list, tuple, set, Tensor)
+NUMBERS_AND_STATE = frozenset((int, float, type(None), dict, OrderedDict, list, tuple, set, Tensor))
 OWN_SOFTMAX = "computes a softmax of its own"
 CALLS_TORCH = "calls torch's own attention, which cannot be heard in a compiled model"
 
@@ -305,14 +305,16 @@ def _kind_of(names: Mapping[nn.Module, str], part: nn.Module, given: Mapping[str
     switches: list[Any] = []
     helpers: dict[int, Any] = {}
     for each in names:  # at every pass: cheap
-        attributes = each.__dict__
-        for value in attributes.values():
+        switches.append(type(each))
+        for value in each.__dict__.values():
+            if type(value) in NUMBERS_AND_STATE:  # nearly all
+                continue
             if type(value) in SWITCHES:
                 switches.append(value)
-            elif type(value) not in NUMBERS_AND_STATE:
+            else:
                 helpers[id(value)] = value
                 switches.append(getattr(value, "__code__", type(value)))
-        switches += [type(each), getattr(type(each), "forward", None)]
+    switches += [getattr(kind, "forward", None) for kind in dict.fromkeys(map(type, names))]
     for helper in helpers.values():  # configs, and processors that hold a module's code
         values = getattr(helper, "__dict__", {}).values()
         switches += [value for value in values if isinstance(value, SWITCHES)]
