@@ -9,7 +9,7 @@ from torch.utils.hooks import RemovableHandle
 from entropy_regularization.attention.api import AttentionOutput
 from entropy_regularization.integrations import interception
 from entropy_regularization.integrations.checkpointing import AtNextForward, refuse_lost_gradient
-from entropy_regularization.integrations.compiled import is_compiled, unwrapped
+from entropy_regularization.integrations.compiled import holds_compiled, unwrapped
 from entropy_regularization.integrations.layers import Wanted, kind_of
 from entropy_regularization.integrations.stack import (
     backward_task,
@@ -57,7 +57,7 @@ class CallRecorder:
         self._grad_at_entry = False
         self._hooks: list[RemovableHandle] = []
         # New hooks at every pass would have a compiled model compiled anew at every pass.
-        self._keeps_hooks = any(map(is_compiled, model.modules()))
+        self.keeps_hooks = holds_compiled(model)
         self._checkpointed = False
         self._started_in = -1  # the backward pass
         self._next_forward = AtNextForward(self._stop_lingering, self._pause, self._resume)

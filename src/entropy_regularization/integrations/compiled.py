@@ -5,13 +5,19 @@ from typing import Any, Protocol, TypeVar
 
 from torch import nn
 
+from entropy_regularization.integrations.modules import qualified_names
+
 # Where torch.compile, its checkpoint wrapper and FSDP keep the module that they wrap.
 WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 KEPT = "_entropy_recorders"  # attribute of a compiled model that holds its recorders
 
 
 class Keepable(Protocol):
-    """A recorder that says whether it is in use."""
+    """A recorder that says whether it is to be kept, and in use."""
+
+    @property
+    def keeps_hooks(self) -> bool:
+        """Whether its model is compiled."""
 
     @property
     def listens(self) -> bool:
@@ -29,12 +35,13 @@ def kept_or_new(make: Callable[..., R], model: nn.Module, **options: Any) -> R:
         model: the model, or what torch.compile returned for it.
         options: arguments of the recorder.
     """
-    if not any(map(is_compiled, model.modules())):
-        return make(model, **options)
+    recorder = make(model, **options)
+    if not recorder.keeps_hooks:
+        return recorder
     kept: dict[str, R] = model.__dict__.setdefault(KEPT, {})
     wanted = repr(sorted(options.items()))
     if wanted not in kept or kept[wanted].listens:  # one recording inside another needs two
-        kept[wanted] = make(model, **options)
+        kept[wanted] = recorder
     return kept[wanted]
 
 
@@ -54,10 +61,12 @@ def name_of(qualified: str) -> str:
     return ".".join(part for part in qualified.split(".") if part not in WRAPPED)
 
 
-def is_compiled(module: nn.Module) -> bool:
-    """Tell whether torch.compile was applied to a module, or to its forward."""
-    return (
-        hasattr(module, "_orig_mod")
-        or getattr(module, "_compiled_call_impl", None) is not None
-        or hasattr(module.forward, "_torchdynamo_orig_callable")
-    )
+def holds_compiled(model: nn.Module) -> bool:
+    """Tell whether torch.compile was applied to a module of a model, or to its forward."""
+    forwards: dict[int, Any] = {}  # most modules share that of their class
+    for part in qualified_names(model):
+        if "_orig_mod" in part._modules or part._compiled_call_impl is not None:
+            return True
+        forward = part.__dict__.get("forward", getattr(type(part), "forward", None))
+        forwards[id(forward)] = forward
+    return any(hasattr(each, "_torchdynamo_orig_callable") for each in forwards.values())

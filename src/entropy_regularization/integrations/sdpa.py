@@ -44,7 +44,7 @@ class SdpaRecorder(CallRecorder):
         }
         self.layers.check(self.model, lambda _: self._names)
         attentions = [n for p, n in self._names.items() if isinstance(p, nn.MultiheadAttention)]
-        if attentions and self._keeps_hooks:
+        if attentions and self.keeps_hooks:
             raise ValueError(
                 f"{attentions[0]} is an nn.MultiheadAttention in a compiled model, which cannot be "
                 "recorded; record the model before torch.compile."
@@ -61,7 +61,7 @@ class SdpaRecorder(CallRecorder):
             for part, name in self._names.items():
                 self._hooks += self._follow(part, name)
         self._watch.begin()
-        if self._keeps_hooks or runs_compiled():
+        if self.keeps_hooks or runs_compiled():
             self._watch.read(self._names, torch_is_heard=True)
         if call is not None:
             self._enter(self._names[self.model], *call)
@@ -103,7 +103,7 @@ class SdpaRecorder(CallRecorder):
         """
         self.listens = False
         self._recording = EntropyRecording()  # a recorder that is kept must not keep the graph
-        while self._hooks and not self._keeps_hooks:  # new ones would be compiled anew
+        while self._hooks and not self.keeps_hooks:  # new ones would be compiled anew
             self._hooks.pop().remove()
         self._watch.leave(finished=False)
         interception.stop_listening(self, lingers=self._checkpointed)
@@ -136,7 +136,7 @@ class SdpaRecorder(CallRecorder):
         """A module has run, or raised: its output is None then."""
         if not self.listens:
             # a copy that was made while its original listened
-            if part is self.model and not self._keeps_hooks:
+            if part is self.model and not self.keeps_hooks:
                 self.abort()
             return
         interception.leave_place(self, name)

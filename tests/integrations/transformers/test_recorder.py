@@ -584,6 +584,18 @@ def test_a_start_that_fails_in_a_second_model_puts_the_first_back(
     assert towers.one.config._attn_implementation == "sdpa"
 
 
+def test_a_part_that_is_exchanged_inside_a_recording_is_left_as_it_was_found() -> None:
+    model = llama()
+    before, other = state_of(model), llama().model.layers[1]
+    layers, replaced = model.model.layers, model.model.layers[1]
+    with record_entropy(model, allow_partial=True):
+        model(tokens())
+        layers[1] = other
+    assert state_of(model) == before
+    layers[1] = replaced
+    assert state_of(model) == before
+
+
 def test_configs_of_parts_that_cannot_be_set_stay(monkeypatch: pytest.MonkeyPatch) -> None:
     model = llama()
     attention, head = model.model.layers[1].self_attn, model.lm_head

@@ -1,12 +1,12 @@
 """Which rows are real: the 2-D attention_mask is an argument of the model, not of its attention."""
 
 import inspect
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
-from transformers import PreTrainedModel
 
 TOKENS = ("input_ids", "decoder_input_ids")  # of which a cache may hold the first ones
 
@@ -29,15 +29,14 @@ class PaddingTracker:
         """A copied model is not listened to."""
         return {"_given": [], "active": False}
 
-    def follow(self, *modules: nn.Module) -> list[RemovableHandle]:
-        """Hook every transformers model in the modules; return the hooks."""
+    def follow(self, models: Iterable[nn.Module]) -> list[RemovableHandle]:
+        """Hook transformers models; return the hooks."""
         handles = []
-        for part in (part for module in modules for part in module.modules()):
-            if isinstance(part, PreTrainedModel):
-                handles += [
-                    part.register_forward_pre_hook(self.enter, with_kwargs=True),
-                    part.register_forward_hook(self.leave, always_call=True),
-                ]
+        for model in models:
+            handles += [
+                model.register_forward_pre_hook(self.enter, with_kwargs=True),
+                model.register_forward_hook(self.leave, always_call=True),
+            ]
         return handles
 
     def enter(self, part: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -89,5 +88,7 @@ class PaddingTracker:
 
 def arguments_of(part: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """Return the arguments that a forward was given, by name."""
+    if not args:
+        return kwargs
     names = inspect.signature(part.forward).parameters
     return {**dict(zip(names, args, strict=False)), **kwargs}

@@ -115,14 +115,14 @@ class TransformersRecorder(CallRecorder):
                 part.__dict__[RECORDERS] = (*part.__dict__.get(RECORDERS, ()), self)
         self._padding.active = True
         self._watch.begin()
-        if self._keeps_hooks or runs_compiled():
+        if self.keeps_hooks or runs_compiled():
             self._watch.read(self._names, torch_is_heard=False)
         if call is not None and not self._kept:
             # Hooks of a module whose pass has begun must not change: torch walks over them.
-            self._kept = self._padding.follow(*self.model.children())
-        elif call is None and self._keeps_hooks and not self._kept:
+            self._kept = self._padding.follow(self._models_inside())
+        elif call is None and self.keeps_hooks and not self._kept:
             self._kept = self._follow()
-        elif call is None and not self._keeps_hooks:
+        elif call is None and not self.keeps_hooks:
             self._hooks = self._follow()
         if call is not None and call[0] is self.model:
             self._enter(*call)
@@ -130,11 +130,17 @@ class TransformersRecorder(CallRecorder):
 
     def _follow(self) -> list[RemovableHandle]:
         """Hook the model, and the transformers models in it, which may be called alone."""
-        parts = [p for p in self._names if p is self.model or isinstance(p, PreTrainedModel)]
+        inside = self._models_inside()
+        parts = [self.model, *inside]
         begins = [part.register_forward_pre_hook(self._enter, with_kwargs=True) for part in parts]
-        masks = self._padding.follow(self.model)
+        masks = self._padding.follow(parts if isinstance(self.model, PreTrainedModel) else inside)
         ends = [part.register_forward_hook(self._leave, always_call=True) for part in parts]
         return [*begins, *masks, *ends]
+
+    def _models_inside(self) -> list[nn.Module]:
+        """Return the transformers models inside the model."""
+        parts = [part for part in self._names if isinstance(part, PreTrainedModel)]
+        return [part for part in parts if part is not self.model]
 
     def close(self) -> None:
         """Remove the hooks that were left for the next pass, and whatever an interrupt left."""
@@ -180,13 +186,13 @@ class TransformersRecorder(CallRecorder):
     def _leave_modules(self) -> None:
         """Deposit no more; what other recorders hear, in other threads too, misses no call."""
         with _lock:
-            for part in self.model.modules():
+            for part in self._names:
                 given = part.__dict__.get(RECORDERS, ())
-                others = tuple(each for each in given if each is not self)
-                if others:
-                    part.__dict__[RECORDERS] = others
-                elif given:
+                if len(given) == 1 and given[0] is self:
                     del part.__dict__[RECORDERS]
+                elif given:
+                    others = tuple(each for each in given if each is not self)
+                    part.__dict__[RECORDERS] = others
 
     def _stop_lingering(self) -> None:
         self._next_forward.cancel()
@@ -250,7 +256,7 @@ class TransformersRecorder(CallRecorder):
     def _enter(self, part: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """The forward pass of the model begins, or of a part."""
         if not self.listens:
-            if not self._keeps_hooks:  # a copy that was made while its original listened
+            if not self.keeps_hooks:  # a copy that was made while its original listened
                 self._stop_lingering()
             return
         self._depth += 1
@@ -266,7 +272,7 @@ class TransformersRecorder(CallRecorder):
     def _leave(self, part: nn.Module, args: Any, output: Any) -> None:
         """The forward pass has ended, or raised: its output is None then."""
         if not self.listens:
-            if not self._keeps_hooks:
+            if not self.keeps_hooks:
                 self.abort()
             return
         self._depth -= 1
