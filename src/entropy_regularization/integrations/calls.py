@@ -180,11 +180,20 @@ class CallRecorder:
         if not self.layers.takes(index, name):
             return
         entropy = found.entropy if self.gradient else found.entropy.detach()
-        rows = (found.allowed_keys > 0).any(1) & self._real_rows(entropy, key_padding)
+        rows = self._rows(found, key_padding)
         self._recording.layers.append(
             LayerEntropy(name, kind_of(name, module), entropy, found.allowed_keys, rows, n_keys)
         )
 
-    def _real_rows(self, entropy: Tensor, key_padding: Tensor | None) -> Tensor:
-        """Return which rows are of real tokens, ``[batch, queries]``: here, all of them."""
-        return entropy.new_ones(entropy.shape[0], entropy.shape[2], dtype=torch.bool)
+    def _rows(self, found: AttentionOutput, key_padding: Tensor | None) -> Tensor:
+        """Return which rows count, ``[batch, queries]``: those of real tokens that see a key."""
+        counts = found.allowed_keys
+        seeing = counts[:, 0] > 0 if counts.shape[1] == 1 else (counts > 0).any(1)
+        real = self._real_rows(found.entropy, key_padding)
+        if real is None:
+            return seeing.expand(found.entropy.shape[0], -1)
+        return seeing & real
+
+    def _real_rows(self, entropy: Tensor, key_padding: Tensor | None) -> Tensor | None:
+        """Return which rows are of real tokens, ``[batch, queries]``; None for all, as here."""
+        return None

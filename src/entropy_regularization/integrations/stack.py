@@ -29,10 +29,10 @@ def _running_modules() -> Iterator[nn.Module]:
 
 
 def _runs(function: str, file: str) -> bool:
-    return any(
-        frame.f_code.co_name == function and frame.f_code.co_filename.endswith(file)
-        for frame in _frames()
-    )
+    for frame in _frames():
+        if frame.f_code.co_name == function and frame.f_code.co_filename.endswith(file):
+            return True
+    return False
 
 
 def runs_forward(module: nn.Module) -> bool:

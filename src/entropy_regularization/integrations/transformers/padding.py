@@ -4,7 +4,6 @@ import inspect
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -64,8 +63,10 @@ class PaddingTracker:
         """Forget all."""
         self._given.clear()
 
-    def rows(self, entropy: Tensor, key_padding: Tensor | None) -> Tensor:
+    def rows(self, entropy: Tensor, key_padding: Tensor | None) -> Tensor | None:
         """Return which rows of ``[batch, heads, queries]`` are real, ``[batch, queries]``.
+
+        None stands for all of them.
 
         Args:
             entropy: of one call.
@@ -83,7 +84,7 @@ class PaddingTracker:
             key_padding = None
         if key_padding is not None and key_padding.shape == (batch, n_queries):
             return key_padding
-        return torch.ones(batch, n_queries, dtype=torch.bool, device=entropy.device)
+        return None
 
 
 def arguments_of(part: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

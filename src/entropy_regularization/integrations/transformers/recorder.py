@@ -1,7 +1,7 @@
 """TransformersRecorder: listens to the attention modules of a transformers model."""
 
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -48,14 +48,14 @@ def _is_inside(others: Iterable[str], name: str) -> bool:
     return any(other == "" or name.startswith(f"{other}.") for other in others)
 
 
-def _handed_on(names: Mapping[nn.Module, str]) -> str:
+def _handed_on(names: Mapping[nn.Module, str], models: Collection[str]) -> str:
     """Return the name of the one transformers model that wrappers only hand on; else nothing."""
-    found = list(outermost(names))
-    if found == [""] or len(found) != 1:
+    if len(models) != 1 or "" in models:
         return ""
-    around = [part for part, name in names.items() if _is_inside([name], found[0])]
+    (found,) = models
+    around = [part for part, name in names.items() if _is_inside([name], found)]
     packages = {type(part).__module__.partition(".")[0] for part in around}
-    return found[0] if packages.issubset(WRAPPERS) else ""
+    return found if packages.issubset(WRAPPERS) else ""
 
 
 class TransformersRecorder(CallRecorder):
@@ -104,8 +104,9 @@ class TransformersRecorder(CallRecorder):
         self._depth = 0
         # now, not when built: a copied or wrapped model has other modules and names
         names = qualified_names(self.model)
-        self._parts = list(outermost(names).values())
-        self._names = without_wrappers(names)
+        models = outermost(names)
+        self._parts = list(models.values())
+        self._names = without_wrappers(names, models)
         for model in self._parts:
             modules = self._names if model is self.model else qualified_names(model)
             switches = switch_on(model, modules, self)
@@ -217,8 +218,9 @@ class TransformersRecorder(CallRecorder):
         """
         if self.listens:  # not a copy
             name = self._names.get(module, type(module).__name__)
-            own = key_padding if kind_of(name, module) == "self" else None  # of its rows too
-            self._take(name, module, found, n_keys, own)
+            if key_padding is not None and kind_of(name, module) == "cross":
+                key_padding = None  # it tells nothing of the rows
+            self._take(name, module, found, n_keys, key_padding)
 
     def deposit_call(self, place: str | None, found: AttentionOutput, n_keys: int) -> None:
         """Take the rows of one call of torch's own attention function.
@@ -230,7 +232,7 @@ class TransformersRecorder(CallRecorder):
         if self._is_own(name):
             self._take(name, self._module_of(name), found, n_keys)
 
-    def _real_rows(self, entropy: Tensor, key_padding: Tensor | None) -> Tensor:
+    def _real_rows(self, entropy: Tensor, key_padding: Tensor | None) -> Tensor | None:
         return self._padding.rows(entropy, key_padding)
 
     def _refuse_unheard(self, recording: EntropyRecording) -> None:
@@ -292,12 +294,20 @@ class TransformersRecorder(CallRecorder):
 
 def names_of(model: nn.Module) -> dict[nn.Module, str]:
     """Return the names of the modules as the model in its wrappers has them."""
-    return without_wrappers(qualified_names(model))
+    names = qualified_names(model)
+    return without_wrappers(names, outermost(names))
 
 
-def without_wrappers(names: Mapping[nn.Module, str]) -> dict[nn.Module, str]:
-    """Return qualified names as the model in its wrappers has them."""
-    prefix = _handed_on(names)
+def without_wrappers(
+    names: Mapping[nn.Module, str], models: Collection[str]
+) -> dict[nn.Module, str]:
+    """Return qualified names as the model in its wrappers has them.
+
+    Args:
+        names: the modules of a model and their qualified names.
+        models: the names of the outermost transformers models.
+    """
+    prefix = _handed_on(names, models)
     if not prefix and not any(name.endswith(WRAPPED) for name in names.values()):
         return dict(names)
     found = {}
