@@ -111,9 +111,7 @@ class TransformersRecorder(CallRecorder):
             modules = self._names if model is self.model else qualified_names(model)
             switches = switch_on(model, modules, self)
             self._switches += [each for each in switches if each not in self._switches]
-        with _lock:
-            for part in self._names:
-                part.__dict__[RECORDERS] = (*part.__dict__.get(RECORDERS, ()), self)
+        self._enter_modules()
         self._padding.active = True
         self._watch.begin()
         if self.keeps_hooks or runs_compiled():
@@ -183,6 +181,14 @@ class TransformersRecorder(CallRecorder):
             self._next_forward.wait({self.model, *self._parts, *self._around})
         else:
             self._stop_lingering()
+
+    def _enter_modules(self) -> None:
+        """Let attention that runs in a module of the model deposit here."""
+        alone = (self,)
+        with _lock:
+            for part in self._names:
+                others = part.__dict__.get(RECORDERS)
+                part.__dict__[RECORDERS] = alone if others is None else (*others, self)
 
     def _leave_modules(self) -> None:
         """Deposit no more; what other recorders hear, in other threads too, misses no call."""
