@@ -84,13 +84,12 @@ def switch_on(
         holder: who needs it, until ``off(holder)`` of every switch.
     """
     with _lock:
-        holding = [
-            part for part in having(modules, "config") if hasattr(part.config, IMPLEMENTATION)
-        ]
+        parts = having(modules, "config")  # every PreTrainedModel has one
+        holding = [part for part in parts if hasattr(part.config, IMPLEMENTATION)]
         switches = [AttentionSwitch.of(config, holder) for config in _configs_of(holding)]
         try:
-            parts = [part for part in modules if isinstance(part, PreTrainedModel)]
-            can_set = [part._can_set_attn_implementation() for part in parts]
+            models = [part for part in parts if isinstance(part, PreTrainedModel)]
+            can_set = [each._can_set_attn_implementation() for each in models]
             if any(can_set):
                 model.set_attn_implementation(NAME)
                 _set_copies(holding if all(can_set) else _in_settable(model, holding))
