@@ -47,6 +47,7 @@ from entropy_regularization import EntropyRegularization, record_entropy
 from entropy_regularization.integrations import interception
 from entropy_regularization.integrations.transformers import regularize
 from entropy_regularization.integrations.transformers.attention import RECORDERS
+from entropy_regularization.recording.recorder import make_recorder
 
 TEXT = {
     "vocab_size": 64,
@@ -594,6 +595,21 @@ def test_a_part_that_is_exchanged_inside_a_recording_is_left_as_it_was_found() -
     assert state_of(model) == before
     layers[1] = replaced
     assert state_of(model) == before
+
+
+def test_models_exchanged_between_the_recordings_of_one_recorder_are_heard() -> None:
+    model = Towers().eval()
+    recorder = make_recorder(model)
+    for tower in (model.one, llama().model):
+        model.one = tower
+        recorder.start()
+        assert tower.config._attn_implementation != "sdpa"
+        model(tokens(), padding("right"))
+        assert [layer.name for layer in recorder.stop()][:2] == [
+            "one.layers.0.self_attn",
+            "one.layers.1.self_attn",
+        ]
+        assert tower.config._attn_implementation == "sdpa"
 
 
 def test_configs_of_parts_that_cannot_be_set_stay(monkeypatch: pytest.MonkeyPatch) -> None:
