@@ -104,6 +104,23 @@ def test_direct_calls(causal: bool, x: Tensor) -> None:
     assert is_restored()
 
 
+def test_layers_of_the_same_limits_share_what_follows_from_them(x: Tensor) -> None:
+    """Other limits and lengths do not."""
+    model = Stack(layers=4)
+    model.blocks[1].causal = False
+    with record_entropy(model) as recording:
+        model(x)
+        model(x[:, :5])
+    for layers, n in ((list(recording)[:4], 7), (list(recording)[4:], 5)):
+        causal, whole, *others = layers
+        assert causal.allowed_keys.flatten().tolist() == list(range(1, n + 1))
+        assert whole.allowed_keys.flatten().tolist() == [n] * n
+        assert all(other.allowed_keys is causal.allowed_keys for other in others)
+        assert all(other.rows is causal.rows for other in others)
+        assert causal.rows.all()
+        assert causal.rows.shape == (2, n)
+
+
 class Memory(SelfAttention):
     """As x-transformers writes it: keys of memory before the others, normalised, a learned bias."""
 

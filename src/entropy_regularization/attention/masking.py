@@ -30,6 +30,11 @@ class Structure(NamedTuple):
     key_padding: Bool[Tensor, "#batch keys"] | None = None
     document: Int[Tensor, "#batch keys"] | None = None
 
+    @property
+    def holds_tensors(self) -> bool:
+        """Whether more than the limits left and right decides."""
+        return any(tensor is not None for tensor in self[2:])
+
     def of_batches(self, batches: slice) -> "Structure":
         """Cut the batch dimension, where there is one that is not broadcast."""
         cut = [

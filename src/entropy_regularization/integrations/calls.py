@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from entropy_regularization.attention.api import AttentionOutput
+from entropy_regularization.attention.masking import Memo, Structure
 from entropy_regularization.integrations import interception
 from entropy_regularization.integrations.checkpointing import AtNextForward, refuse_lost_gradient
 from entropy_regularization.integrations.compiled import holds_compiled, unwrapped
@@ -56,6 +57,8 @@ class CallRecorder:
         self._heard: list[str] = []
         self._grad_at_entry = False
         self._hooks: list[RemovableHandle] = []
+        self._memos: dict[Any, Memo] = {}  # of the limits that calls of this recording had
+        self._shared: dict[Any, tuple[Any, ...]] = {}  # the rows that several of them have
         # New hooks at every pass would have a compiled model compiled anew at every pass.
         self.keeps_hooks = holds_compiled(model)
         self._checkpointed = False
@@ -64,7 +67,7 @@ class CallRecorder:
 
     def __getstate__(self) -> dict[str, Any]:
         """A copied model takes a recorder along; entropies stay here."""
-        return {**self.__dict__, "_recording": EntropyRecording()}
+        return {**self.__dict__, "_recording": EntropyRecording(), "_memos": {}, "_shared": {}}
 
     def start(self, call: ForwardCall | None = None) -> EntropyRecording:
         """Listen; return the recording to fill.
@@ -76,7 +79,7 @@ class CallRecorder:
             RuntimeError: if another thread records the model.
         """
         interception.listen(self)
-        self._recording = EntropyRecording()
+        self._forget()
         self._ran = self._attended = False
         self._index = 0
         self._heard = []
@@ -97,6 +100,11 @@ class CallRecorder:
         """Stop listening; everything is as it was found."""
         raise NotImplementedError
 
+    def _forget(self) -> None:
+        """Let go of the recording: a recorder that is kept must not keep the graph."""
+        self._recording = EntropyRecording()
+        self._memos, self._shared = {}, {}
+
     def _stop_lingering(self) -> None:
         """The next pass begins: nothing is computed again in backward any more."""
         interception.stop_listening(self)
@@ -110,6 +118,12 @@ class CallRecorder:
     def is_running(self) -> bool:
         """Tell whether a module of the model is running in this thread."""
         return calling_module(self._names) is not None
+
+    def memo_of(self, structure: Structure) -> Memo | None:
+        """Return what the calls of this recording that see the same keys share, if limits tell."""
+        if torch.compiler.is_compiling() or structure.holds_tensors:
+            return None
+        return self._memos.setdefault((structure.left, structure.right), {})
 
     def deposit_call(self, place: str | None, found: AttentionOutput, n_keys: int) -> None:
         """Take the rows of one call of torch's own attention function."""
@@ -187,13 +201,21 @@ class CallRecorder:
 
     def _rows(self, found: AttentionOutput, key_padding: Tensor | None) -> Tensor:
         """Return which rows count, ``[batch, queries]``: those of real tokens that see a key."""
-        counts = found.allowed_keys
-        seeing = counts[:, 0] > 0 if counts.shape[1] == 1 else (counts > 0).any(1)
+        counts, batch = found.allowed_keys, found.entropy.shape[0]
         real = self._real_rows(found.entropy, key_padding)
-        if real is None:
-            return seeing.expand(found.entropy.shape[0], -1)
-        return seeing & real
+        if torch.compiler.is_compiling():
+            return _rows_that_count(counts, real, batch)
+        of_these = (id(counts), id(real), batch)
+        if of_these not in self._shared:  # which keeps both, so that their ids stay theirs
+            self._shared[of_these] = (counts, real, _rows_that_count(counts, real, batch))
+        rows: Tensor = self._shared[of_these][-1]
+        return rows
 
     def _real_rows(self, entropy: Tensor, key_padding: Tensor | None) -> Tensor | None:
         """Return which rows are of real tokens, ``[batch, queries]``; None for all, as here."""
         return None
+
+
+def _rows_that_count(counts: Tensor, real: Tensor | None, batch: int) -> Tensor:
+    seeing = counts[:, 0] > 0 if counts.shape[1] == 1 else (counts > 0).any(1)
+    return seeing.expand(batch, -1) if real is None else seeing & real

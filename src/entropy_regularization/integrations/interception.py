@@ -18,7 +18,7 @@ from torch.nn import functional
 from torch.nn.attention.bias import CausalBias, CausalVariant
 
 from entropy_regularization.attention.api import AttentionOutput, attend
-from entropy_regularization.attention.masking import Structure, split_mask
+from entropy_regularization.attention.masking import Memo, Structure, split_mask
 from entropy_regularization.integrations.stack import runs_in_backward
 
 original_attention = functional.scaled_dot_product_attention
@@ -36,6 +36,9 @@ class Listener(Protocol):
 
     def is_running(self) -> bool:
         """Tell whether a module of the model is running in this thread."""
+
+    def memo_of(self, structure: Structure) -> Memo | None:
+        """Return what its calls that see the same keys share, if limits tell which those are."""
 
     def deposit_call(self, place: str | None, found: AttentionOutput, n_keys: int) -> None:
         """Take the rows of one call; ``place`` is the module's name if the listener gave one."""
@@ -174,6 +177,7 @@ def _attention(
         scale=query.shape[-1] ** -0.5 if scale is None else float(scale),
         bias=bias,
         dropout=dropout_p,
+        memo=next(iter(where)).memo_of(structure) if where else None,
     )
     for listener, name in where.items():
         listener.deposit_call(name, found, k.shape[2])

@@ -102,7 +102,7 @@ class SdpaRecorder(CallRecorder):
         If backward computes a part of the pass again, the wrappers stay until the next pass.
         """
         self.listens = False
-        self._recording = EntropyRecording()  # a recorder that is kept must not keep the graph
+        self._forget()
         while self._hooks and not self.keeps_hooks:  # new ones would be compiled anew
             self._hooks.pop().remove()
         self._watch.leave(finished=False)

@@ -27,6 +27,8 @@ from transformers import (
     CLIPSegForImageSegmentation,
     FalconConfig,
     FalconForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
     GitConfig,
     GitForCausalLM,
     GPT2Config,
@@ -127,6 +129,29 @@ def test_padding_queries_are_no_rows(build: Callable[[], PreTrainedModel], side:
         assert torch.equal(layer.allowed_keys[:, 0][layer.rows], places[layer.rows])
         real = layer.rows[:, None].expand_as(wanted)
         torch.testing.assert_close(layer.entropy[real], wanted[real], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("sliding", [False, True])
+def test_layers_of_one_mask_share_what_follows_from_it(sliding: bool) -> None:
+    """And those of another do not; two passes of one recording neither."""
+    kinds = ["full_attention", "sliding_attention" if sliding else "full_attention"] * 2
+    config = Gemma3TextConfig(
+        **TEXT | {"num_hidden_layers": 4}, head_dim=4, layer_types=kinds, sliding_window=3
+    )
+    model = Gemma3ForCausalLM(config)
+    ids = torch.arange(14).view(2, 7)
+    masks = torch.ones(2, 7, dtype=torch.long), torch.tensor([[1] * 7, [0] * 3 + [1] * 4])
+    with record_entropy(model) as recording:
+        for mask in masks:
+            model(input_ids=ids, attention_mask=mask)
+    first, second = list(recording)[:4], list(recording)[4:]
+    for layers, mask in zip((first, second), masks, strict=True):
+        assert len({id(layer.allowed_keys) for layer in layers}) == len(set(kinds))
+        assert len({id(layer.rows) for layer in layers}) == len(set(kinds))
+        for kind, layer in zip(kinds, layers, strict=True):
+            longest = 3 if kind == "sliding_attention" else 7
+            assert layer.allowed_keys.max() == longest
+            assert torch.equal(layer.rows, mask.bool())
 
 
 def test_padding_of_a_model_whose_forward_is_called() -> None:

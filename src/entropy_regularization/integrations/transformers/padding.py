@@ -4,8 +4,11 @@ import inspect
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
+
+from entropy_regularization.attention.masking import Memo, once
 
 TOKENS = ("input_ids", "decoder_input_ids")  # of which a cache may hold the first ones
 
@@ -15,6 +18,7 @@ class _Given(NamedTuple):
 
     mask: Tensor | None
     reads: str
+    memo: Memo  # its end, by length
 
 
 class PaddingTracker:
@@ -52,7 +56,7 @@ class PaddingTracker:
         if "attention_mask" not in given and outer is not None and outer.reads == reads:
             mask = outer.mask
         usable = isinstance(mask, Tensor) and mask.dim() == 2
-        self._given.append(_Given(mask if usable else None, reads))
+        self._given.append(_Given(mask if usable else None, reads, {}))
 
     def leave(self, part: nn.Module, args: Any, output: Any) -> None:
         """Forget the mask of a model whose forward has ended."""
@@ -76,10 +80,13 @@ class PaddingTracker:
                 calls the forward of a model, and so none of its hooks.
         """
         batch, _, n_queries = entropy.shape
-        mask, reads = self._given[-1] if self._given else _Given(None, "")
+        mask, reads, memo = self._given[-1] if self._given else _Given(None, "", {})
         if mask is not None and mask.shape[0] == batch:
             if mask.shape[1] == n_queries or (reads in TOKENS and mask.shape[1] > n_queries):
-                return mask[:, mask.shape[1] - n_queries :].bool().to(entropy.device)
+                what, first = (n_queries, entropy.device), mask.shape[1] - n_queries
+                kept = None if torch.compiler.is_compiling() else memo
+                end: Tensor = once(kept, what, lambda: mask[:, first:].bool().to(entropy.device))
+                return end
         elif self._given:  # a model that was given none
             key_padding = None
         if key_padding is not None and key_padding.shape == (batch, n_queries):

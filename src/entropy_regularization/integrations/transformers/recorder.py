@@ -168,7 +168,7 @@ class TransformersRecorder(CallRecorder):
         If backward computes a part of the pass again, the attention stays until the next pass.
         """
         self._watch.leave(finished=False)
-        self._recording = EntropyRecording()  # a recorder that is kept must not keep the graph
+        self._forget()
         lingers = self._recomputes_in_backward()
         interception.stop_listening(self, lingers=lingers)
         self._leave_modules()
