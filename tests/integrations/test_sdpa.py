@@ -1276,7 +1276,33 @@ def test_an_interrupted_watch_ends_with_the_next_one(x: Tensor) -> None:
     assert not unseen._watching
     assert not unseen._running
     interception._listeners.clear()  # of the model that was dropped
+    interception.places().clear()
     interception._restore()
+
+
+def test_what_runs_after_an_interrupted_pass_is_not_heard(x: Tensor) -> None:
+    """Nor kept, by a recorder that will be asked for its next pass."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    model, other = Stack(), Stack()
+    expected = other(x)
+    recorder = SdpaRecorder(model)
+    recorder.start()
+    hook = model.blocks[1].register_forward_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        model(x)
+    torch.testing.assert_close(other(x), expected)
+    assert not recorder.listens
+    assert not interception.places()
+    assert torch.overrides._get_current_function_mode() is None
+    functional.scaled_dot_product_attention(*torch.zeros(3, 1, 1, 1))
+    assert is_restored()
+    hook.remove()
+    recorder.start()
+    model(x)
+    assert len(recorder.stop()) == 2
 
 
 class InThreads(Stack):

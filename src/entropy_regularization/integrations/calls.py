@@ -16,7 +16,8 @@ from entropy_regularization.integrations.stack import (
     backward_task,
     calling_module,
     in_checkpoint,
-    running_stranger,
+    runs_compiled,
+    runs_with_stranger,
 )
 from entropy_regularization.integrations.unseen import Watch
 from entropy_regularization.recording.recorder import ForwardCall, Layers
@@ -149,7 +150,10 @@ class CallRecorder:
         """
         if torch.compiler.is_compiling() or self._is_computed_again():
             return True
-        stranger = running_stranger(self._names)
+        runs, stranger = runs_with_stranger(self._names)
+        if not runs and not runs_compiled():
+            self.abort()  # an interrupt, of which no hook tells, has ended the pass
+            return False
         # Names may be older than a part; and a whole that runs around the model is none of it.
         if (
             stranger is None

@@ -101,15 +101,15 @@ def calling_module(names: Mapping[nn.Module, str]) -> str | None:
     return None
 
 
-def running_stranger(names: Mapping[nn.Module, str]) -> nn.Module | None:
-    """Return the module that runs inside a model without being a part of it, None if none does.
+def runs_with_stranger(names: Mapping[nn.Module, str]) -> tuple[bool, nn.Module | None]:
+    """Tell whether a model is running, and which module runs inside it without being a part of it.
 
     One without parameters is no model of its own: a function that happens to be a module.
     """
     stranger = None
     for part in _running_modules():
         if part in names:
-            return stranger
+            return True, stranger
         if next(part.parameters(), None) is not None:
             stranger = part
-    return None
+    return False, None
