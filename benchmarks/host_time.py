@@ -142,6 +142,7 @@ def main() -> None:
         parser.error("TRITON_INTERPRET is set, which has a launcher of its own; unset it.")
     transformers.logging.set_verbosity_error()
     torch.set_num_threads(1)
+    torch.set_flush_denormal(True)  # what kernels leave unwritten may hold numbers that are slow
     pretend_gpu()
     result = {
         "torch": torch.__version__,
