@@ -34,6 +34,17 @@ from entropy_regularization.integrations.transformers import regularize
 
 RESULTS = Path(__file__).parent / "results" / "host_time.json"
 BATCH, TOKENS, LAYERS, HEADS, VOCABULARY = 2, 32, 12, 2, 100
+# what starts no kernel on a GPU
+FREE = {
+    f"aten::{name}"
+    for name in (
+        "alias", "as_strided", "as_strided_", "broadcast_tensors", "chunk", "detach", "empty",
+        "empty_like", "empty_strided", "expand", "item", "lift_fresh", "_local_scalar_dense",
+        "narrow", "new_empty", "permute", "promote_types", "reshape", "_reshape_alias", "resize_",
+        "result_type", "select", "set_", "slice", "split", "split_with_sizes", "squeeze", "t",
+        "to", "_to_copy", "transpose", "unbind", "unsqueeze", "_unsafe_view", "view", "view_as",
+    )
+}  # fmt: skip
 MODELS = ("gpt2", "gpt2 with padding", "gpt2, regularize", "llama of 32 layers with LoRA")
 
 
@@ -101,6 +112,19 @@ def step_of(model: torch.nn.Module, batch: dict[str, Any]) -> Callable[[], Any]:
     return step
 
 
+def count_operations(step: Callable[[], Any]) -> int:
+    """Count the operations of torch in a step that would each start a kernel on a GPU."""
+
+    def counts(event: Any) -> bool:
+        return event.name.startswith("aten::") and event.name not in FREE
+
+    with torch.profiler.profile() as profile:
+        step()
+    return sum(
+        counts(event) and not any(map(counts, event.cpu_children)) for event in profile.events()
+    )
+
+
 def measure(name: str, turns: int, seconds: float = 0.2) -> dict[str, Any]:
     """Let both arms take turns, each for a while; return milliseconds a step."""
     plain, ours, layers = steps_of(name)
@@ -122,11 +146,13 @@ def measure(name: str, turns: int, seconds: float = 0.2) -> dict[str, Any]:
         "ours_milliseconds_median": mine,
         "ratio_median": statistics.median(both[1] / both[0] for both in taken),
         "added_microseconds_a_layer": 1e3 * added / layers,
+        "added_operations_a_layer": (count_operations(ours) - count_operations(plain)) / layers,
         "layers": layers,
     }
     print(
         f"{name}: sdpa {base:.1f} ms, ours {mine:.1f} ms, {found['ratio_median']:.2f} times; "
-        f"added to each of {layers} layers: {found['added_microseconds_a_layer']:.0f} us",
+        f"added to each of {layers} layers: {found['added_microseconds_a_layer']:.0f} us, "
+        f"{found['added_operations_a_layer']:.1f} operations",
         flush=True,
     )
     return found

@@ -41,7 +41,7 @@ class Problem(NamedTuple):
     @property
     def wide(self) -> torch.dtype:
         """The dtype of scores and sums; float64 only under the interpreter."""
-        return torch.promote_types(self.query.dtype, torch.float32)
+        return torch.float64 if self.query.dtype == torch.float64 else torch.float32
 
     @property
     def loaded(self) -> bool:
@@ -205,8 +205,9 @@ def forward(problem: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     query, key, value = problem.query, problem.key, problem.value
     batch, heads, n_queries, _ = query.shape
     output = rows_like(query, value.shape[-1])
+    wide = problem.wide
     entropy, log_normalizer, max_score, log2_normalizer = (
-        query.new_empty(batch, heads, n_queries, dtype=problem.wide) for _ in range(4)
+        query.new_empty(batch, heads, n_queries, dtype=wide) for _ in range(4)
     )
     tiles = tiles_for("forward", query, value, problem.loaded)
     blocks = tiles_in(n_queries, tiles.rows)
