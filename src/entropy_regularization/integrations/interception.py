@@ -280,6 +280,8 @@ def _knows_autocast(device: str) -> bool:
 def _broadcast(query: Tensor, key: Tensor, value: Tensor, grouped: bool) -> list[Tensor]:
     """Give all the same dimensions before the last two; but grouped keys keep their heads."""
     given, own = (query, key, value), 3 if grouped else 2
+    if query.shape[:-own] == key.shape[:-own] == value.shape[:-own]:  # nearly always
+        return list(given)
     shape = torch.broadcast_shapes(*(tensor.shape[:-own] for tensor in given))
     return [tensor.expand(*shape, *tensor.shape[-own:]) for tensor in given]
 
