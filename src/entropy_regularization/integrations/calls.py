@@ -170,6 +170,16 @@ class CallRecorder:
             )
         return False
 
+    def _refuse_nothing(self, recording: EntropyRecording) -> None:
+        """Refuse a choice of layers that keeps none of what attended.
+
+        Raises:
+            ValueError: naming what attended.
+        """
+        left_out = self._training_only and not self._heard  # passes without a gradient alone
+        if self._attended and not recording.layers and not left_out:
+            self.layers.refuse_nothing(self.model, self._heard)
+
     def _take(
         self,
         name: str,

@@ -92,8 +92,7 @@ class SdpaRecorder(CallRecorder):
                 "torch.nn.functional.scaled_dot_product_attention there, or pass "
                 "allow_partial=True to leave it out."
             )
-        if self._attended and not recording.layers:
-            self.layers.refuse_nothing(self.model, self._heard)
+        self._refuse_nothing(recording)
         return recording
 
     def abort(self) -> None:

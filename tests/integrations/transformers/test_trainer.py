@@ -448,6 +448,22 @@ def test_callback_leaves_out_what_is_generated_within_a_step(tmp_path: Path) -> 
     assert found[0] == found[1]
 
 
+def test_callback_says_once_that_no_pass_trains_the_model(tmp_path: Path, caplog) -> None:
+    class Probing(Trainer):  # trains a part that reads what the model says
+        def compute_loss(self, model, inputs, *args, **options):
+            with torch.no_grad():
+                said = model(inputs["input_ids"], output_hidden_states=True).hidden_states[-1]
+            return model.lm_head(said).square().mean()
+
+    callback = EntropyCallback()
+    args = arguments(tmp_path)
+    trainer = Probing(model=build(), args=args, train_dataset=data(), callbacks=[callback])
+    trainer.train()
+    assert callback.history == []
+    assert len(lines(trainer, "loss")) > 1
+    assert caplog.text.count("no pass of the model had a gradient in a step that is logged") == 1
+
+
 def test_refusals(tmp_path: Path) -> None:
     common = {"args": arguments(tmp_path), "train_dataset": data()}
     with pytest.raises(

@@ -1,5 +1,7 @@
 """EntropyCallback: watch the heads with any Trainer, without a penalty."""
 
+import functools
+import logging
 from typing import Any
 
 from torch import nn
@@ -8,6 +10,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from entropy_regularization.monitoring.monitor import EntropyMonitor
 from entropy_regularization.monitoring.statistics import HeadStatistics
 from entropy_regularization.recording.recorder import Layers, Recorder, make_recorder
+
+logger = logging.getLogger("entropy_regularization.integrations.transformers")
 
 
 class EntropyCallback(TrainerCallback):
@@ -100,7 +104,19 @@ class EntropyCallback(TrainerCallback):
     def _take(self) -> None:
         if self._listening and self._recorder is not None:
             self._listening = False
-            self._monitor.update(self._recorder.stop())
+            recording = self._recorder.stop()
+            if recording.layers:
+                self._monitor.update(recording)
+            else:
+                _warn_of_no_training_pass()
+
+
+@functools.cache
+def _warn_of_no_training_pass() -> None:
+    logger.warning(
+        "no pass of the model had a gradient in a step that is logged, so that there are no "
+        "entropies to log: EntropyCallback records the passes that train it."
+    )
 
 
 def _is_logged(args: TrainingArguments, state: TrainerState, step: int) -> bool:

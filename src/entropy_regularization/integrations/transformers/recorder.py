@@ -158,8 +158,7 @@ class TransformersRecorder(CallRecorder):
         recording = self._recording
         self.abort()
         self._refuse_unheard(recording)
-        if self._attended and not recording.layers:
-            self.layers.refuse_nothing(self.model, self._heard)
+        self._refuse_nothing(recording)
         return recording
 
     def abort(self) -> None:
