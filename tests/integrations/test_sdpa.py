@@ -834,11 +834,27 @@ class ComputesAgain(torch.autograd.Function):
         return found[0], None, *found[1:]
 
 
-def test_checkpoints_of_other_libraries_are_refused(x: Tensor) -> None:
+class ComputesAgainInTwoSteps(ComputesAgain):
+    """Its forward sees no context."""
+
+    @staticmethod
+    def forward(*given: Any) -> Tensor:
+        return given[1](given[0])
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.module = inputs[1]
+        ctx.save_for_backward(inputs[0])
+
+
+@pytest.mark.parametrize("function", [ComputesAgain, ComputesAgainInTwoSteps])
+def test_checkpoints_of_other_libraries_are_refused(
+    function: type[ComputesAgain], x: Tensor
+) -> None:
     class Foreign(Stack):
         def forward(self, x: Tensor) -> Tensor:
             for block in self.blocks:
-                x = ComputesAgain.apply(x, block, *block.parameters())
+                x = function.apply(x, block, *block.parameters())
             return x
 
     model = Foreign()

@@ -3,11 +3,10 @@
 import sys
 from collections.abc import Iterator, Mapping
 from types import FrameType
-from typing import Any
 
 import torch
 from torch import nn
-from torch.autograd.function import FunctionCtx
+from torch.autograd.function import Function, FunctionCtx
 
 
 def _frames() -> Iterator[FrameType]:
@@ -48,31 +47,31 @@ def runs_compiled() -> bool:
     return torch.compiler.is_compiling() or _runs("compile_wrapper", "eval_frame.py")
 
 
-def _reentrant_checkpoints() -> Iterator[Any]:
-    """Walk over the nodes of autograd of the reentrant checkpoints that are running.
+_APPLY = vars(Function)["apply"].__func__.__code__
+
+
+def in_reentrant_checkpoint() -> bool:
+    """Tell whether this runs inside a reentrant checkpoint, which cuts gradients of what leaves.
 
     Of torch or another library (fairscale, DeepSpeed, Megatron, reversible layers): a module that
     runs inside the forward of an autograd.Function is computed again in its backward.
     """
-    for frame in _frames():
-        code = frame.f_code
-        if code.co_name == "forward" and code.co_argcount > 0:
-            node = frame.f_locals.get(code.co_varnames[0])
-            if isinstance(node, FunctionCtx):
-                yield node
-
-
-def in_reentrant_checkpoint() -> bool:
-    """Tell whether this runs inside a reentrant checkpoint, which cuts gradients of what leaves."""
-    return next(_reentrant_checkpoints(), None) is not None
+    return any(frame.f_code is _APPLY for frame in _frames())
 
 
 def backward_enters_checkpoint() -> bool:
     """Tell whether backward will compute a reentrant checkpoint around this again.
 
-    Not so under an outer ``no_grad``, or where no input of the checkpoint has a gradient.
+    Not so under an outer ``no_grad``, or where no input of the checkpoint has a gradient. One whose
+    forward is not given its node first cannot be asked and is taken for none.
     """
-    return any(node.next_functions for node in _reentrant_checkpoints())
+    for frame in _frames():
+        code = frame.f_code
+        if code.co_name == "forward" and code.co_argcount > 0:
+            node = frame.f_locals.get(code.co_varnames[0])
+            if isinstance(node, FunctionCtx) and node.next_functions:  # type: ignore[attr-defined]
+                return True
+    return False
 
 
 def in_checkpoint() -> bool:
