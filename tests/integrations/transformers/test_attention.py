@@ -9,7 +9,9 @@ from entropy_regularization.integrations.transformers.attention import RECORDERS
 class Listener:
     """Keeps what would be recorded."""
 
-    def deposit(self, module: nn.Module, found: object, n_keys: int, padding: object) -> None:
+    def deposit(
+        self, module: nn.Module, name: str, found: object, n_keys: int, padding: object
+    ) -> None:
         self.found = found
 
 
@@ -19,7 +21,7 @@ def attend(mask: Tensor | None = None, **options: object) -> tuple[Tensor, objec
         torch.randn(2, 3, 5, 8, generator=generator, dtype=torch.float64) for _ in range(3)
     )
     module, listener = nn.Module(), Listener()
-    module.__dict__[RECORDERS] = (listener,)
+    module.__dict__[RECORDERS] = ((listener, "attn"),)
     output, _ = entropy_attention(module, query, key, value, mask, **options)
     return output, listener.found
 

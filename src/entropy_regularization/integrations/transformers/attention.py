@@ -14,7 +14,8 @@ from entropy_regularization.integrations.transformers.masks import (
 )
 
 NAME = "entropy_regularization"
-RECORDERS = "_entropy_listeners"  # attribute of a module: the recorders that listen to it
+# Attribute of a module: the recorders that listen to it, each with the name it has for the module.
+RECORDERS = "_entropy_listeners"
 
 
 def entropy_attention(
@@ -81,8 +82,8 @@ def entropy_attention(
     )
     if options.get("sinks") is not None:
         found = _with_row_sinks(found, options["sinks"])
-    for recorder in getattr(module, RECORDERS, ()):
-        recorder.deposit(module, found, key.shape[2], structure.key_padding)
+    for recorder, name in getattr(module, RECORDERS, ()):
+        recorder.deposit(module, name, found, key.shape[2], structure.key_padding)
     return found.output.to(value.dtype).transpose(1, 2).contiguous(), None
 
 
@@ -122,7 +123,8 @@ def _mask_of(
         return Structure(), None, None
     if isinstance(mask, StructuredMask):
         if mask.structure is not None and mask.shape[-2:] == (query.shape[2], key.shape[2]):
-            return mask.structure, None, mask.memo
+            memo = None if torch.compiler.is_compiling() else mask.memo  # outlives a graph
+            return mask.structure, None, memo
         mask = mask.make_dense()
     mask = mask[..., : key.shape[2]]  # a mask may be longer than the keys
     while mask.dim() < 4:

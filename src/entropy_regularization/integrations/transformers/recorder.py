@@ -182,23 +182,24 @@ class TransformersRecorder(CallRecorder):
             self._stop_lingering()
 
     def _enter_modules(self) -> None:
-        """Let attention that runs in a module of the model deposit here."""
-        alone = (self,)
+        """Let attention that runs in a module of the model deposit here.
+
+        With its name: the compiler cannot look up a module that may be compiled by itself.
+        """
         with _lock:
-            for part in self._names:
-                others = part.__dict__.get(RECORDERS)
-                part.__dict__[RECORDERS] = alone if others is None else (*others, self)
+            for part, name in self._names.items():
+                part.__dict__[RECORDERS] = (*part.__dict__.get(RECORDERS, ()), (self, name))
 
     def _leave_modules(self) -> None:
         """Deposit no more; what other recorders hear, in other threads too, misses no call."""
         with _lock:
             for part in self._names:
                 given = part.__dict__.get(RECORDERS, ())
-                if len(given) == 1 and given[0] is self:
-                    del part.__dict__[RECORDERS]
-                elif given:
-                    others = tuple(each for each in given if each is not self)
+                others = tuple(each for each in given if each[0] is not self)
+                if others:
                     part.__dict__[RECORDERS] = others
+                elif given:
+                    del part.__dict__[RECORDERS]
 
     def _stop_lingering(self) -> None:
         self._next_forward.cancel()
@@ -214,7 +215,12 @@ class TransformersRecorder(CallRecorder):
         self._switches = [switch.resumed(self) for switch in self._switches]
 
     def deposit(
-        self, module: nn.Module, found: AttentionOutput, n_keys: int, key_padding: Tensor | None
+        self,
+        module: nn.Module,
+        name: str,
+        found: AttentionOutput,
+        n_keys: int,
+        key_padding: Tensor | None,
     ) -> None:
         """Take the rows of one call of the attention interface.
 
@@ -222,7 +228,6 @@ class TransformersRecorder(CallRecorder):
             RuntimeError: if reentrant checkpointing has cut the gradient of the entropy.
         """
         if self.listens:  # not a copy
-            name = self._names.get(module, type(module).__name__)
             if key_padding is not None and kind_of(name, module) == "cross":
                 key_padding = None  # it tells nothing of the rows
             self._take(name, module, found, n_keys, key_padding)
