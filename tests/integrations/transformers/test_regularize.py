@@ -416,6 +416,20 @@ def test_a_loss_that_is_not_used_is_refused_at_the_next_pass() -> None:
         (output.logits.square().mean() + handle.unadded).backward()
 
 
+def test_losses_of_several_passes_that_are_not_used_are_refused() -> None:
+    """As a preference loss by hand would train; a teacher's pass beside a loss is let pass."""
+    model = build("llama")
+    regularize(model)
+    first, second = model(**batch_of()), model(**batch_of())
+    (second.loss + (first.logits - second.logits.detach()).square().mean()).backward()
+    chosen, rejected = model(**batch_of()).logits, model(**batch_of()).logits
+    (rejected - chosen).logsumexp(-1).mean().backward()
+    with pytest.raises(ValueError, match="LlamaForCausalLM was trained through its outputs, not"):
+        model(**batch_of())
+    model(**batch_of()).loss.backward()  # said once
+    model(**batch_of())
+
+
 def test_thresholds_that_an_offloading_hook_loads() -> None:
     batch, found = batch_of(), []
     for offloads in ("no", "after", "before"):

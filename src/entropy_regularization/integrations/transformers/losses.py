@@ -50,14 +50,15 @@ def depends_on(tensor: Tensor, node: Node) -> bool:
 
 
 class LossUse:
-    """Finds out in backward whether a loss was used, or only what else the model returned.
+    """Finds out in backward whether losses were used, or only what else the model returned.
 
-    It knows of one pass, and what came to it before the next: a backward that comes later, after
-    several passes, is not noticed.
+    Several passes may come before one backward; more than MOST are forgotten.
     """
 
+    MOST = 64
+
     def __init__(self) -> None:
-        self._reached: set[str] = set()
+        self._reached: deque[set[str]] = deque(maxlen=self.MOST)  # one of each pass
 
     def watch(self, loss: Tensor, output: Any) -> None:
         """Note where gradients come: to the loss, or to the other outputs.
@@ -66,28 +67,30 @@ class LossUse:
             loss: with the penalty.
             output: what the model returns, the loss without the penalty among it.
         """
-        reached = self._reached
+        reached: set[str] = set()
+        self._reached.append(reached)
         if loss.requires_grad:
             loss.register_hook(lambda _: reached.add("loss"))
         for tensor in tree_leaves(output if isinstance(output, tuple) else dict(output)):
             if isinstance(tensor, Tensor) and tensor.grad_fn is not None and tensor.dim() > 0:
                 tensor.register_hook(lambda _: reached.add("outputs"))
 
-    def checked(self, name: str) -> "LossUse":
-        """Return a new one for the next pass of the model with this name.
+    def check(self, name: str) -> None:
+        """Look at the backward passes since the last look, as the model with this name runs again.
 
         Raises:
-            ValueError: if backward came through the outputs alone.
+            ValueError: if they came through outputs alone.
         """
-        if self._reached == {"outputs"}:
-            self._reached.clear()
+        reached = set().union(*self._reached)
+        waiting = [each for each in self._reached if not each]
+        self._reached = deque(waiting, maxlen=self.MOST)
+        if reached == {"outputs"}:
             raise ValueError(
                 f"{name} was trained through its outputs, not through the loss that it returned, "
                 "to which the entropy penalty was added; leave out the labels and add the handle's "
                 "`unadded` to your loss, or mix the trainer: class MyTrainer("
                 "EntropyRegularizedTrainer, SFTTrainer)."
             )
-        return LossUse()
 
 
 def loss_of(output: Any, given: dict[str, Any]) -> Tensor | None:

@@ -270,7 +270,7 @@ class Regularized:
             )
         if model.training:
             self.unadded = None
-            self._use = self._use.checked(type(model).__name__)
+            self._use.check(type(model).__name__)
             self._recorder.start((model, args, kwargs))
             self._listening = True
 
