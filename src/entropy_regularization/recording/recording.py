@@ -16,6 +16,8 @@ from entropy_regularization.checks import as_integer
 class LayerEntropy:
     """The entropies of one attention call.
 
+    Layers that are given one mask share ``allowed_keys`` and ``rows``, which are not for writing.
+
     Attributes:
         name: qualified module name, for instance ``transformer.h.0.attn``.
         kind: "self" or "cross" attention.
