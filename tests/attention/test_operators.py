@@ -123,6 +123,21 @@ def test_checkpointing_computes_the_same_again(dropout: float) -> None:
     assert worst_error(list(torch.autograd.grad(total, inputs)), list(expected)) <= 1e-12
 
 
+def test_transforms_of_what_attention_does_not_depend_on() -> None:
+    """A frozen encoder, and a head that is differentiated."""
+    query = torch.randn(1, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+
+    def loss(weight: torch.Tensor) -> torch.Tensor:
+        found = attention_with_entropy(query, query, query, causal=True)
+        return (found.output * weight).sum()
+
+    expected = attention_with_entropy(query, query, query, causal=True).output.sum((0, 1, 2))
+    weight = torch.ones(4)
+    for transform in (torch.func.grad, torch.func.jacrev):
+        torch.testing.assert_close(transform(loss)(weight), expected)
+    torch.testing.assert_close(torch.func.vjp(loss, weight)[0], expected.sum())
+
+
 def test_second_derivative_is_refused_in_a_sentence_and_the_reference_has_it() -> None:
     inputs, _ = CASES[0].build(torch.float64)
     for implementation in ("blockwise", "reference"):

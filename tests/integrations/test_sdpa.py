@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import functools
 import gc
 import io
 import itertools
@@ -16,7 +17,11 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from torch.nn import functional
 from torch.nn.attention import flex_attention
 from torch.nn.attention.bias import causal_lower_right, causal_upper_left
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
 
 from entropy_regularization import EntropyRegularization, record_entropy
 from entropy_regularization.integrations import interception, unseen
@@ -865,6 +870,52 @@ def test_checkpoints_of_other_libraries_are_refused(
     assert len(recording) == 2
 
 
+class Busy(Stack):
+    """Computes, after attention, what recording computes: a result found by number is mistaken."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = x + block(x)
+            places = torch.arange(0, x.shape[1]).clamp(0, 2) + torch.zeros(1, dtype=torch.int64)
+            seen = (places > 0).clone()
+            x = x * (places + seen)[:, None]
+        return x
+
+
+@pytest.mark.parametrize("saved", ["all", "no products", "products"])
+def test_selective_checkpointing(saved: str, x: Tensor) -> None:
+    def policy(context: object, operator: Any, *_: Any, **__: Any) -> CheckpointPolicy:
+        product = operator in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
+        kept = {"all": True, "products": product, "no products": not product}[saved]
+        return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+    class Selective(Busy):
+        def forward(self, x: Tensor) -> Tensor:
+            contexts = functools.partial(create_selective_checkpoint_contexts, policy)
+            for place in range(len(self.blocks)):
+                part = Busy(layers=0)
+                part.blocks = self.blocks[place : place + 1]
+                x = checkpoint(part, x, use_reentrant=False, context_fn=contexts)
+            return x
+
+    plain, model = Busy(layers=3), Selective(layers=3)
+    model.load_state_dict(plain.state_dict())
+    expected = penalised(plain, x)
+    for got, wanted in zip(penalised(model, x), expected, strict=True):
+        torch.testing.assert_close(got, wanted)
+
+
+def test_an_evaluation_and_a_training_pass_in_one_recording(x: Tensor) -> None:
+    model = Stack()
+    with record_entropy(model) as recording:
+        with torch.inference_mode():
+            model(x)
+        model(x)
+    trained = list(recording)[2:]
+    sum((a.entropy * a.rows[:, None] * a.allowed_keys).sum() for a in trained).backward()
+    assert model.blocks[0].project.weight.grad.abs().max() > 0
+
+
 def test_names_are_those_without_wrappers(x: Tensor) -> None:
     model = Stack()
     for index, block in enumerate(model.blocks):
@@ -1304,21 +1355,34 @@ def test_what_runs_after_an_interrupted_pass_is_not_heard(x: Tensor) -> None:
 
     model, other = Stack(), Stack()
     expected = other(x)
-    recorder = SdpaRecorder(model)
-    recorder.start()
-    hook = model.blocks[1].register_forward_hook(interrupt)
-    with pytest.raises(KeyboardInterrupt):
+    with record_entropy(model) as recording:
+        hook = model.blocks[1].register_forward_hook(interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            model(x)
+        hook.remove()
+        assert interception.places()
+        torch.testing.assert_close(other(x), expected)
+        assert not interception.places()
+        assert torch.overrides._get_current_function_mode() is None
+        heard = len(recording)
         model(x)
-    torch.testing.assert_close(other(x), expected)
-    assert not recorder.listens
-    assert not interception.places()
-    assert torch.overrides._get_current_function_mode() is None
-    functional.scaled_dot_product_attention(*torch.zeros(3, 1, 1, 1))
-    assert is_restored()
-    hook.remove()
-    recorder.start()
-    model(x)
-    assert len(recorder.stop()) == 2
+    assert [layer.name for layer in recording][heard:] == ["blocks.0", "blocks.1"]
+    assert not any(layer.name.startswith("Stack") for layer in recording)
+
+
+def test_replicas_of_data_parallel_are_heard(x: Tensor) -> None:
+    """They share the hooks of the model, and are no modules of it."""
+    model = Stack()
+    with record_entropy(model) as recording:
+        for _ in range(2):
+            replica = model._replicate_for_data_parallel()
+            replica.blocks = nn.ModuleList(
+                block._replicate_for_data_parallel() for block in model.blocks
+            )
+            for copy_of, block in zip(replica.blocks, model.blocks, strict=True):
+                copy_of.project, copy_of.out = block.project, block.out
+            replica(x)
+    assert [layer.name for layer in recording] == ["blocks.0", "blocks.1"] * 2
 
 
 class InThreads(Stack):

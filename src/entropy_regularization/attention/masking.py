@@ -60,16 +60,21 @@ Memo = dict[Any, Any]
 def once(memo: Memo | None, what: Any, compute: Callable[[], Any]) -> Any:
     """Return what was computed for an earlier layer that was given the same mask, if any was.
 
+    Which operations run must not depend on it where they are counted or traced: in compiled code,
+    and under modes such as selective checkpointing, which finds saved results by their number.
+
     Args:
         memo: lives as long as the mask, of which nothing may change meanwhile; None computes.
         what: names what is computed, and all that it depends on but the mask.
         compute: computes it.
     """
-    if memo is None:
+    traced = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+    if memo is None or traced:
         return compute()
-    if what not in memo:
-        memo[what] = compute()
-    return memo[what]
+    key = (what, torch.is_inference_mode_enabled())  # whose tensors cannot serve in training
+    if key not in memo:
+        memo[key] = compute()
+    return memo[key]
 
 
 class Tile(NamedTuple):

@@ -1,7 +1,7 @@
 """Operators of torch.library, and their gradients.
 
-``torch.library.custom_op`` says the same in fewer words, but reads the operator's schema anew at
-every call that needs a gradient: a quarter of what a call took the host (docs/kernel.md).
+``torch.library.custom_op`` does it too, but reads the operator's schema anew at every call that
+needs a gradient: a quarter of what a call took the host (docs/kernel.md).
 """
 
 from collections.abc import Callable
@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo  # the compiler has nothing to trace in an operator
 
 from entropy_regularization.attention.transforms import one_by_one
 
@@ -32,7 +33,7 @@ def as_operator(fake: Callable[..., Results]) -> Callable[[Callable[..., Results
         name = function.__name__
         schema = torch.library.infer_schema(function, mutates_args=())
         _library.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
-        _library.impl(name, function, "CompositeExplicitAutograd")
+        _library.impl(name, _disable_dynamo(function), "CompositeExplicitAutograd")
         operator = getattr(getattr(torch.ops, NAMESPACE), name).default
         torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
         torch.library.register_vmap(f"{NAMESPACE}::{name}", one_by_one(operator), lib=_library)
@@ -70,9 +71,9 @@ def define_gradient(
     differentiable: Any = type(name, (torch.autograd.Function,), methods)
 
     def compute_and_follow(*arguments: Any) -> Results:
-        if not torch.is_grad_enabled():
+        if not torch.is_grad_enabled() or not torch._C._any_requires_grad(*arguments):
             return compute(*arguments)
         results: tuple[Tensor, ...] = differentiable.apply(*arguments)
         return list(results) if returns_list else results
 
-    _library.impl(name, compute_and_follow, "Autograd")
+    _library.impl(name, _disable_dynamo(compute_and_follow), "Autograd")

@@ -4,10 +4,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.hooks import RemovableHandle
 
 from entropy_regularization.attention.api import AttentionOutput
-from entropy_regularization.attention.masking import Memo, Structure
+from entropy_regularization.attention.masking import Memo, Structure, once
 from entropy_regularization.integrations import interception
 from entropy_regularization.integrations.checkpointing import AtNextForward, refuse_lost_gradient
 from entropy_regularization.integrations.compiled import holds_compiled, unwrapped
@@ -59,7 +60,7 @@ class CallRecorder:
         self._grad_at_entry = False
         self._hooks: list[RemovableHandle] = []
         self._memos: dict[Any, Memo] = {}  # of the limits that calls of this recording had
-        self._shared: dict[Any, tuple[Any, ...]] = {}  # the rows that several of them have
+        self._shared: Memo = {}  # the rows that several of them have
         # New hooks at every pass would have a compiled model compiled anew at every pass.
         self.keeps_hooks = holds_compiled(model)
         self._checkpointed = False
@@ -122,7 +123,7 @@ class CallRecorder:
 
     def memo_of(self, structure: Structure) -> Memo | None:
         """Return what the calls of this recording that see the same keys share, if limits tell."""
-        if torch.compiler.is_compiling() or structure.holds_tensors:
+        if structure.holds_tensors:
             return None
         return self._memos.setdefault((structure.left, structure.right), {})
 
@@ -144,6 +145,8 @@ class CallRecorder:
     def _is_own(self, name: str) -> bool:
         """Tell whether a part of the model calls torch's function; a stranger's call is left out.
 
+        A pass that an interrupt has ended, of which no hook tells, is left.
+
         Raises:
             RuntimeError: naming the stranger, if its call is asked for and leaving it out was not
                 accepted.
@@ -152,7 +155,7 @@ class CallRecorder:
             return True
         runs, stranger = runs_with_stranger(self._names)
         if not runs and not runs_compiled():
-            self.abort()  # an interrupt, of which no hook tells, has ended the pass
+            self._leave_interrupted()
             return False
         # Names may be older than a part; and a whole that runs around the model is none of it.
         if (
@@ -169,6 +172,11 @@ class CallRecorder:
                 "allow_partial=True to leave it out."
             )
         return False
+
+    def _leave_interrupted(self) -> None:
+        """Be where the model does not run."""
+        interception.leave_places(self)
+        self._watch.leave(finished=False)
 
     def _refuse_nothing(self, recording: EntropyRecording) -> None:
         """Refuse a choice of layers that keeps none of what attended.
@@ -215,14 +223,19 @@ class CallRecorder:
 
     def _rows(self, found: AttentionOutput, key_padding: Tensor | None) -> Tensor:
         """Return which rows count, ``[batch, queries]``: those of real tokens that see a key."""
-        counts, batch = found.allowed_keys, found.entropy.shape[0]
-        real = self._real_rows(found.entropy, key_padding)
         if torch.compiler.is_compiling():
-            return _rows_that_count(counts, real, batch)
-        of_these = (id(counts), id(real), batch)
-        if of_these not in self._shared:  # which keeps both, so that their ids stay theirs
-            self._shared[of_these] = (counts, real, _rows_that_count(counts, real, batch))
-        rows: Tensor = self._shared[of_these][-1]
+            return _rows_that_count(found, self._real_rows(found.entropy, key_padding))
+        # Backward, which may compute the call again, does not ask for rows: selective
+        # checkpointing, which finds saved results by their number, must not see these operations.
+        with _disable_current_modes():
+            real = self._real_rows(found.entropy, key_padding)
+            of_these = (id(found.allowed_keys), id(real), found.entropy.shape[0])
+            kept: tuple[Any, ...] = once(
+                self._shared,
+                of_these,
+                lambda: (found.allowed_keys, real, _rows_that_count(found, real)),
+            )
+        rows: Tensor = kept[-1]  # what has these ids is kept with them
         return rows
 
     def _real_rows(self, entropy: Tensor, key_padding: Tensor | None) -> Tensor | None:
@@ -230,6 +243,7 @@ class CallRecorder:
         return None
 
 
-def _rows_that_count(counts: Tensor, real: Tensor | None, batch: int) -> Tensor:
+def _rows_that_count(found: AttentionOutput, real: Tensor | None) -> Tensor:
+    counts = found.allowed_keys
     seeing = counts[:, 0] > 0 if counts.shape[1] == 1 else (counts > 0).any(1)
-    return seeing.expand(batch, -1) if real is None else seeing & real
+    return seeing.expand(found.entropy.shape[0], -1).clone() if real is None else seeing & real

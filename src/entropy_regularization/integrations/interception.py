@@ -92,7 +92,7 @@ def stop_listening(listener: Listener, *, lingers: bool = False) -> None:
         if lingers:
             _lingering.add(listener)
         _restore()
-    places()[:] = [place for place in places() if place[0] is not listener]
+    leave_places(listener)
 
 
 def _restore() -> None:
@@ -127,6 +127,11 @@ def places() -> list[tuple[Listener, str | None]]:
         _thread.places = []
     result: list[tuple[Listener, str | None]] = _thread.places
     return result
+
+
+def leave_places(listener: Listener) -> None:
+    """Drop all places of a listener in this thread."""
+    places()[:] = [place for place in places() if place[0] is not listener]
 
 
 def leave_place(listener: Listener, name: str | None) -> None:

@@ -107,7 +107,7 @@ def runs_with_stranger(names: Mapping[nn.Module, str]) -> tuple[bool, nn.Module 
     """
     stranger = None
     for part in _running_modules():
-        if part in names:
+        if part in names or getattr(part, "_is_replica", False):  # of nn.DataParallel
             return True, stranger
         if next(part.parameters(), None) is not None:
             stranger = part

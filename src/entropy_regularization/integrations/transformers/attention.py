@@ -123,8 +123,7 @@ def _mask_of(
         return Structure(), None, None
     if isinstance(mask, StructuredMask):
         if mask.structure is not None and mask.shape[-2:] == (query.shape[2], key.shape[2]):
-            memo = None if torch.compiler.is_compiling() else mask.memo  # outlives a graph
-            return mask.structure, None, memo
+            return mask.structure, None, mask.memo
         mask = mask.make_dense()
     mask = mask[..., : key.shape[2]]  # a mask may be longer than the keys
     while mask.dim() < 4:

@@ -4,7 +4,6 @@ import inspect
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -84,8 +83,7 @@ class PaddingTracker:
         if mask is not None and mask.shape[0] == batch:
             if mask.shape[1] == n_queries or (reads in TOKENS and mask.shape[1] > n_queries):
                 what, first = (n_queries, entropy.device), mask.shape[1] - n_queries
-                kept = None if torch.compiler.is_compiling() else memo
-                end: Tensor = once(kept, what, lambda: mask[:, first:].bool().to(entropy.device))
+                end: Tensor = once(memo, what, lambda: mask[:, first:].bool().to(entropy.device))
                 return end
         elif self._given:  # a model that was given none
             key_padding = None

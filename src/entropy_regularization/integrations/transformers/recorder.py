@@ -201,6 +201,11 @@ class TransformersRecorder(CallRecorder):
                 elif given:
                     del part.__dict__[RECORDERS]
 
+    def _leave_interrupted(self) -> None:
+        super()._leave_interrupted()
+        self._padding.clear()
+        self._depth = 0
+
     def _stop_lingering(self) -> None:
         self._next_forward.cancel()
         super()._stop_lingering()

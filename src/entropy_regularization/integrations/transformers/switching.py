@@ -92,7 +92,7 @@ def switch_on(
             can_set = [each._can_set_attn_implementation() for each in models]
             if any(can_set):
                 model.set_attn_implementation(NAME)
-                _set_copies(holding if all(can_set) else _in_settable(model, holding))
+                _set_copies(holding if all(can_set) else _in_settable(model, set(holding)))
         except BaseException:
             for switch in switches:
                 switch.off(holder)
