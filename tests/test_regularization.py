@@ -351,9 +351,7 @@ def test_numbers_break_no_compiled_graph(thresholds: object) -> None:
         fullgraph=True,
         backend="eager",
     )
-    expected = regularization.compute_loss(GOOD, thresholds, 3, 2)
-    assert expected > 0
-    torch.testing.assert_close(compiled(*GOOD), expected)
+    assert compiled(*GOOD) == regularization.compute_loss(GOOD, thresholds, 3, 2) > 0
 
 
 def test_a_penalty_that_cannot_train_is_said_once(caplog: pytest.LogCaptureFixture) -> None:

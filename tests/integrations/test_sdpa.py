@@ -124,6 +124,8 @@ def test_layers_of_the_same_limits_share_what_follows_from_them(x: Tensor) -> No
         assert all(other.rows is causal.rows for other in others)
         assert causal.rows.all()
         assert causal.rows.shape == (2, n)
+        causal.rows[0, 3:] = False
+        assert causal.rows[1].all()
 
 
 class Memory(SelfAttention):

@@ -174,7 +174,7 @@ class CallRecorder:
         return False
 
     def _leave_interrupted(self) -> None:
-        """Be where the model does not run."""
+        """Forget that the model was running."""
         interception.leave_places(self)
         self._watch.leave(finished=False)
 

@@ -1,7 +1,6 @@
 """From tensors to kernel launches: views, tile sizes, grids."""
 
 import contextlib
-import functools
 import math
 from typing import Any, NamedTuple
 
@@ -16,7 +15,7 @@ from entropy_regularization.attention.triton.key_gradient import key_gradient_ke
 from entropy_regularization.attention.triton.query_gradient import query_gradient_kernel
 from entropy_regularization.attention.triton.recomputation import row_constants_kernel
 from entropy_regularization.attention.triton.skipping import Bounds, visible_keys, visible_rows
-from entropy_regularization.attention.triton.tiles import LARGE_SHARED_BYTES, Tiles, choose_tiles
+from entropy_regularization.attention.triton.tiles import Tiles, choose_tiles, shared_bytes_of
 
 LOG2_E = 1.0 / math.log(2.0)
 
@@ -156,15 +155,7 @@ def tiles_for(kernel: str, query: Tensor, value: Tensor, loaded: bool = False) -
     ``loaded``: a bias or a dense mask takes shared memory and registers too.
     """
     width = max(query.shape[-1], value.shape[-1])
-    return choose_tiles(kernel, width, query.dtype, shared_bytes(query.device), loaded)
-
-
-@functools.cache
-def shared_bytes(device: torch.device) -> int:
-    """Return the bytes of shared memory that a program may have on a device."""
-    if device.type != "cuda":
-        return LARGE_SHARED_BYTES
-    return torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor
+    return choose_tiles(kernel, width, query.dtype, shared_bytes_of(query.device), loaded)
 
 
 def bounds_of(kernel: str, problem: Problem, memo: Memo | None = None) -> Tensor | None:

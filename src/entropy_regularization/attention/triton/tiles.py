@@ -50,6 +50,14 @@ _SINGLE: dict[str, dict[int, Tiles]] = {
 
 
 @functools.cache
+def shared_bytes_of(device: torch.device) -> int:
+    """Return the bytes of shared memory that a program may have on a device."""
+    if device.type != "cuda":
+        return LARGE_SHARED_BYTES
+    return torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor
+
+
+@functools.cache
 def choose_tiles(
     kernel: str,
     width: int,
