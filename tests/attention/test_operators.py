@@ -138,6 +138,26 @@ def test_transforms_of_what_attention_does_not_depend_on() -> None:
     torch.testing.assert_close(torch.func.vjp(loss, weight)[0], expected.sum())
 
 
+def test_the_compiler_does_not_trace_into_an_operator() -> None:
+    """Not even where a break of the graph leaves its call to Python."""
+
+    class Breaking(torch.nn.Module):
+        def forward(self, query: torch.Tensor) -> torch.Tensor:
+            for _ in range(2):  # a break in a loop: the whole frame is left
+                torch._dynamo.graph_break()
+                options = (*[None] * 7, 0, 0.5, None, 0.0, False)
+                query = query + blockwise_forward(query, query, query, *options)[0]
+            return query.sum()
+
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    query = torch.randn(1, 2, 5, 4, requires_grad=True)
+    expected = torch.autograd.grad(Breaking()(query), query)
+    compiled = torch.compile(Breaking(), backend="eager")
+    assert torch.equal(torch.autograd.grad(compiled(query), query)[0], expected[0])
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 0
+
+
 def test_second_derivative_is_refused_in_a_sentence_and_the_reference_has_it() -> None:
     inputs, _ = CASES[0].build(torch.float64)
     for implementation in ("blockwise", "reference"):
