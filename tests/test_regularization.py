@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from entropy_regularization import regularization
+from entropy_regularization.penalties import layers as penalised_layers
 from entropy_regularization.recording.recording import EntropyRecording, LayerEntropy
 from entropy_regularization.regularization import EntropyRegularization, _warn_of_no_gradient
 from entropy_regularization.thresholds import HeadThresholds
@@ -291,7 +292,7 @@ def test_calibrated_strength_does_not_follow_batch_or_length() -> None:
     assert losses == pytest.approx([0.09] * 3)  # (0.9 - 0.5 - 0.1)^2
 
 
-@pytest.mark.parametrize("most_rows", [regularization.MOST_ROWS, 100, 1])
+@pytest.mark.parametrize("most_rows", [penalised_layers.MOST_ROWS, 100, 1])
 @pytest.mark.parametrize("penalty", ["published", "calibrated"])
 def test_layers_are_penalised_together_as_one_by_one(
     penalty: str, most_rows: int, monkeypatch: pytest.MonkeyPatch
@@ -322,7 +323,7 @@ def test_layers_are_penalised_together_as_one_by_one(
             for layer, vector in zip(layers, thresholds, strict=True)
         ]
     ).mean()
-    monkeypatch.setattr(regularization, "MOST_ROWS", most_rows)
+    monkeypatch.setattr(penalised_layers, "MOST_ROWS", most_rows)
     together = settings(EntropyRecording(layers), thresholds)
     torch.testing.assert_close(together, one_by_one)
     torch.testing.assert_close(

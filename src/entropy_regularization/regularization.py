@@ -5,7 +5,7 @@ import logging
 import math
 import struct
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Bool, Float
@@ -14,6 +14,7 @@ from torch import Tensor
 from entropy_regularization.attention.validation import check_is_tensor
 from entropy_regularization.checks import check_flag
 from entropy_regularization.penalties import calibrated_penalty, published_penalty
+from entropy_regularization.penalties.layers import LayerRows, sum_layers
 from entropy_regularization.penalties.validation import (
     check_context_size,
     check_matrices,
@@ -36,16 +37,7 @@ Maximum = Literal["context", "reachable"]
 _PENALTIES = {"published": published_penalty, "calibrated": calibrated_penalty}
 logger = logging.getLogger("entropy_regularization")
 
-MOST_ROWS = 2**22  # of layers penalised together: above, temporary memory would cost more than time
 EPSILON = 1e-9  # the published module adds it inside the logarithm of a stored matrix
-
-
-class _Rows(NamedTuple):
-    """One layer as the penalties see it: [batch, heads, queries] and what broadcasts to it."""
-
-    entropy: Tensor
-    allowed_keys: Tensor | None
-    rows: Tensor | None
 
 
 class EntropyRegularization:
@@ -186,7 +178,7 @@ class EntropyRegularization:
             raise ValueError(
                 "the recording is empty; run a forward pass inside record_entropy(model) first."
             )
-        layers = [_Rows(layer.entropy, layer.allowed_keys, layer.rows) for layer in recording]
+        layers = [LayerRows(layer.entropy, layer.allowed_keys, layer.rows) for layer in recording]
         wanted = torch.is_grad_enabled() and not torch.compiler.is_compiling()
         if wanted and not any(layer.entropy.requires_grad for layer in layers):
             _warn_of_no_gradient()
@@ -228,7 +220,7 @@ class EntropyRegularization:
         """
         check_matrices("attentions", attentions, num_heads, num_layers)
         layers = [
-            _Rows(
+            LayerRows(
                 self.compute_entropy(matrix)[:, :num_heads],
                 self._count_allowed(allowed, matrix, num_heads),
                 None,
@@ -308,8 +300,11 @@ class EntropyRegularization:
             return given
         return 0.5 if self.thresholds is None else self.thresholds
 
-    def _reduce(self, layers: list[_Rows], thresholds: list[Tensor], context_size: int) -> Tensor:
-        sums = self._sum(layers, thresholds, context_size)
+    def _reduce(
+        self, layers: list[LayerRows], thresholds: list[Tensor], context_size: int
+    ) -> Tensor:
+        penalise = functools.partial(self._penalise, context_size=context_size)
+        sums = sum_layers(layers, thresholds, penalise)
         if self.reduction == "mean" and self.across_ranks:
             (sums,) = mean_count_over_ranks([sums])
         per_head = sums.mean() if self.reduction == "mean" else sums.total
@@ -318,26 +313,7 @@ class EntropyRegularization:
             per_head = torch.stack([values.mean() for values in per_head.split(heads)])
         return self.loss_coeff * per_head.mean()
 
-    def _sum(self, layers: list[_Rows], thresholds: list[Tensor], context_size: int) -> SumAndCount:
-        """Sum the penalty over rows: of every head of the first layer, of the second, and so on.
-
-        Ranks, which may group the layers differently, add up numbers in this order.
-        """
-        device = layers[0].entropy.device
-        of_layer: dict[int, SumAndCount] = {}
-        for places in _alike(layers):
-            joined, vector = layers[places[0]], thresholds[places[0]]
-            if len(places) > 1:
-                entropies = [layers[place].entropy for place in places]
-                joined = joined._replace(entropy=torch.cat(entropies, 1))
-                vector = torch.cat([thresholds[place] for place in places])
-            sums = self._penalise(joined, vector, context_size, device)
-            of_layer |= zip(places, sums.split(len(places)), strict=True)
-        return SumAndCount.cat([of_layer[place] for place in range(len(layers))])
-
-    def _penalise(
-        self, layer: _Rows, thresholds: Tensor, context_size: int, device: torch.device
-    ) -> SumAndCount:
+    def _penalise(self, layer: LayerRows, thresholds: Tensor, *, context_size: int) -> SumAndCount:
         entropy = layer.entropy
         counted = self._counted(layer)
         if counted is not None:  # what does not count, be it NaN, reaches neither sum nor gradient
@@ -352,11 +328,9 @@ class EntropyRegularization:
             maximum,
             tolerance=self.tolerance_margin_factor,
         )
-        pair = sum_rows(penalty, counted)
-        # layers of a model spread over several devices meet on the first one
-        return SumAndCount(pair.total.to(device), pair.count.to(device))
+        return sum_rows(penalty, counted)
 
-    def _counted(self, layer: _Rows) -> Tensor | None:
+    def _counted(self, layer: LayerRows) -> Tensor | None:
         """Return which rows enter, broadcastable to [batch, heads, queries]; None for all."""
         fewest = 2 if self.maximum == "reachable" else 1
         conditions = []
@@ -389,24 +363,6 @@ class EntropyRegularization:
                 f"allowed has shape {tuple(allowed.shape)}, which does not broadcast to the "
                 f"matrices' {tuple(matrix.shape)}; pass [batch or 1, 1, queries, keys]."
             ) from error
-
-
-def _alike(layers: list[_Rows]) -> list[list[int]]:
-    """Return the places of layers that can be penalised together, as heads of one.
-
-    A GPU waits for the host to go through a short pass layer by layer; compiled code does not.
-    """
-    if torch.compiler.is_compiling():
-        return [[place] for place in range(len(layers))]
-    found: dict[Any, list[list[int]]] = {}
-    for place, (entropy, allowed, rows) in enumerate(layers):
-        of_all_heads = allowed is None or allowed.shape[1] == 1
-        shared = (id(allowed), id(rows)) if of_all_heads else place
-        groups = found.setdefault((entropy.shape, entropy.dtype, entropy.device, shared), [[]])
-        if groups[-1] and (len(groups[-1]) + 1) * entropy.numel() > MOST_ROWS:
-            groups.append([])
-        groups[-1].append(place)
-    return [group for groups in found.values() for group in groups]
 
 
 @functools.cache
