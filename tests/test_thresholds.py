@@ -26,6 +26,17 @@ def test_initial_values_and_learnable() -> None:
         HeadThresholds(2, 3, learnable="no")
 
 
+@pytest.mark.parametrize("initial", [0.25, [0.25, 0.5, 0.75], np.array([[0.25] * 3] * 2)])
+def test_thresholds_of_a_model_that_is_built_on_meta(initial: object) -> None:
+    with torch.device("meta"):
+        module = HeadThresholds(2, 3, initial)
+        with pytest.raises(ValueError, match=r"initial has 1\.5, which is not in"):
+            HeadThresholds(2, 3, 1.5)
+    assert module().is_meta
+    module.to_empty(device="cpu").reset_parameters()
+    assert torch.equal(module(), HeadThresholds(2, 3, initial)())
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "sentence"),
     [

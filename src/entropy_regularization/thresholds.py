@@ -52,10 +52,17 @@ class HeadThresholds(nn.Module):
                 f"initial has shape {tuple(values.shape)}; pass a number, ({heads},) or "
                 f"({layers}, {heads})."
             )
-        _check_fractions(values, "initial")
-        values = values.expand(layers, heads).to(torch.get_default_dtype(), copy=True)
-        values = values.contiguous()
-        self.fraction_bias = nn.Parameter(values, requires_grad=learnable)
+        # Numbers of Python: where torch.device("meta") is in force, tensors hold none.
+        self._initial = initial if values.is_meta else values.tolist()
+        _check_fractions(self._initial, "initial")
+        empty = torch.empty(layers, heads, device=values.device)
+        self.fraction_bias = nn.Parameter(empty, requires_grad=learnable)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Set the thresholds to their initial values, as when a model leaves the meta device."""
+        with torch.no_grad():
+            self.fraction_bias.copy_(as_tensor(self._initial, "initial"))
 
     @property
     def layers(self) -> int:
@@ -211,7 +218,9 @@ def thresholds_of_layers(
         TypeError: if thresholds are not numbers.
         ValueError: if there are not as many as heads of the widest layer, or not one row per layer.
     """
-    values = as_tensor(thresholds, name).to(like)
+    values = as_tensor(thresholds, name)
+    # Numbers go to a GPU without waiting for it; what comes from there is waited for.
+    values = values.to(like, non_blocking=values.device.type == "cpu")
     widest = max(heads)
     if values.dim() == 0:
         values = values.expand(widest)
