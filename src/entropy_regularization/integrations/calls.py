@@ -13,6 +13,7 @@ from entropy_regularization.integrations import interception
 from entropy_regularization.integrations.checkpointing import AtNextForward, refuse_lost_gradient
 from entropy_regularization.integrations.compiled import holds_compiled, unwrapped
 from entropy_regularization.integrations.layers import Wanted, kind_of
+from entropy_regularization.integrations.sharding import join_heads
 from entropy_regularization.integrations.stack import (
     backward_task,
     calling_module,
@@ -215,6 +216,7 @@ class CallRecorder:
             self._checkpointed |= torch.is_grad_enabled() and in_checkpoint()
         if not self.layers.takes(index, name):
             return
+        found = join_heads(found, module, name)
         entropy = found.entropy if self.gradient else found.entropy.detach()
         rows = self._rows(found, key_padding)
         self._recording.layers.append(

@@ -19,6 +19,7 @@ from torch.nn.attention.bias import CausalBias, CausalVariant
 
 from entropy_regularization.attention.api import AttentionOutput, attend
 from entropy_regularization.attention.masking import Memo, Structure, split_mask
+from entropy_regularization.integrations.sharding import is_distributed
 from entropy_regularization.integrations.stack import runs_in_backward
 
 original_attention = functional.scaled_dot_product_attention
@@ -162,6 +163,7 @@ def _attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
     refuse_nested("query, key or value", query, key, value)
+    refuse_context_parallel()
     query, key, value, attn_mask = _as_autocast(query, key, value, attn_mask)
     query, key, value = _broadcast(query, key, value, enable_gqa)
     q, k, v = (_four(tensor, enable_gqa) for tensor in (query, key, value))
@@ -241,6 +243,8 @@ _WRAPPERS: dict[str, Callable[..., Any]] = {
     "scaled_dot_product_attention": _attention,
     "multi_head_attention_forward": _multi_head,
 }
+for _name, _wrapper in _WRAPPERS.items():
+    _wrapper.__name__ = _name  # others that wrap them go by it, as context_parallel does
 
 
 def _causal_mask(bias: CausalBias, query: Tensor, key: Tensor) -> Tensor:
@@ -259,6 +263,23 @@ def refuse_nested(what: str, *tensors: object) -> None:
         raise ValueError(
             f"{what} came as a nested tensor, whose entropies cannot be recorded; pad it "
             "(torch.nested.to_padded_tensor) and pass a mask."
+        )
+
+
+def refuse_context_parallel() -> None:
+    """Refuse attention inside ``torch.distributed.tensor.experimental.context_parallel``.
+
+    Raises:
+        NotImplementedError: if it is asked for, by the function in the place of torch's.
+    """
+    name = "scaled_dot_product_attention"
+    if torch.compiler.is_compiling():
+        return
+    if any(is_distributed(each) for each in (getattr(functional, name), _found.get(name))):
+        raise NotImplementedError(
+            "attention runs under context parallelism, where a rank sees a part of the sequence "
+            "and its entropies cannot be recorded; record the model without it (data, fully "
+            "sharded and tensor parallelism are fine)."
         )
 
 

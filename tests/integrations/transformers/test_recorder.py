@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import functools
 import io
 import math
 import threading
@@ -14,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
     AutoModelForCausalLM,
     BartConfig,
     BartForConditionalGeneration,
@@ -44,6 +47,8 @@ from transformers import (
     Wav2Vec2Config,
     Wav2Vec2Model,
 )
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from entropy_regularization import EntropyRegularization, record_entropy
 from entropy_regularization.integrations import interception
@@ -152,6 +157,25 @@ def test_layers_of_one_mask_share_what_follows_from_it(sliding: bool) -> None:
             longest = 3 if kind == "sliding_attention" else 7
             assert layer.allowed_keys.max() == longest
             assert torch.equal(layer.rows, mask.bool())
+
+
+def test_attention_that_somebody_registered_is_refused() -> None:
+    """It may be something else: one that divides the sequence over ranks, for instance."""
+
+    def attend(*args: Tensor, **options: object) -> tuple[Tensor, None]:
+        return ALL_ATTENTION_FUNCTIONS["sdpa"](*args, **options)
+
+    AttentionInterface.register("own", functools.partial(attend))
+    AttentionMaskInterface.register("own", ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+    model = llama(attn_implementation="own")
+    sentence = "the model attends by 'own', a function of .*test_recorder that a recording would"
+    with pytest.raises(ValueError, match=sentence), record_entropy(model):
+        model(tokens())
+    assert model.config._attn_implementation == "own"
+    model.set_attn_implementation("sdpa")
+    with record_entropy(model) as recording:
+        model(tokens())
+    assert len(recording) == 2
 
 
 def test_padding_of_a_model_whose_forward_is_called() -> None:

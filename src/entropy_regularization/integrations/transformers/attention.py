@@ -8,6 +8,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from entropy_regularization.attention.api import AttentionOutput, attend
 from entropy_regularization.attention.masking import Memo, Structure, split_mask
+from entropy_regularization.integrations.interception import refuse_context_parallel
 from entropy_regularization.integrations.transformers.masks import (
     StructuredMask,
     entropy_mask,
@@ -51,12 +52,14 @@ def entropy_attention(
 
     Raises:
         ValueError: if weights are asked for, which are never made.
+        NotImplementedError: under context parallelism.
     """
     if options.get("output_attentions"):
         raise ValueError(
             "output_attentions=True was asked for while entropies are recorded, but no attention "
             "matrix is ever made; leave it out, the recording holds the entropies."
         )
+    refuse_context_parallel()
     structure, bias, memo = _mask_of(attention_mask, query, key)
     if options.get("indices") is not None:
         structure = structure._replace(allowed=_chosen(options["indices"], structure, key))

@@ -1,5 +1,6 @@
 """Which attention a model runs is a field of its configs; it is set, and put back exactly."""
 
+import functools
 import threading
 import weakref
 from collections.abc import Collection, Iterable
@@ -7,6 +8,7 @@ from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from entropy_regularization.integrations.modules import having
 from entropy_regularization.integrations.transformers.attention import NAME
@@ -82,10 +84,15 @@ def switch_on(
         model: the model.
         modules: those of the model, itself among them.
         holder: who needs it, until ``off(holder)`` of every switch.
+
+    Raises:
+        ValueError: if the model runs an attention function that transformers did not bring.
     """
     with _lock:
         parts = having(modules, "config")  # every PreTrainedModel has one
         holding = [part for part in parts if hasattr(part.config, IMPLEMENTATION)]
+        for part in holding:
+            _refuse_registered(getattr(part.config, IMPLEMENTATION))
         switches = [AttentionSwitch.of(config, holder) for config in _configs_of(holding)]
         try:
             models = [part for part in parts if isinstance(part, PreTrainedModel)]
@@ -98,6 +105,26 @@ def switch_on(
                 switch.off(holder)
             raise
     return switches
+
+
+def _refuse_registered(name: str | None) -> None:
+    """Refuse an attention function that somebody registered, which may attend differently.
+
+    One that divides the sequence over ranks, for instance, gets a part of the keys. Kernels of the
+    hub, which have a slash in their names, are other ways to the same numbers.
+    """
+    if name is None or name not in ALL_ATTENTION_FUNCTIONS or "/" in name:
+        return
+    function: Any = ALL_ATTENTION_FUNCTIONS[name]
+    while isinstance(function, functools.partial):
+        function = function.func
+    module = getattr(function, "__module__", None) or type(function).__module__
+    if module.partition(".")[0] not in ("transformers", "entropy_regularization"):
+        raise ValueError(
+            f"the model attends by {name!r}, a function of {module} that a recording would replace "
+            "by softmax attention; if that computes the same, call "
+            "model.set_attn_implementation('sdpa') first."
+        )
 
 
 def _configs_of(holding: Iterable[nn.Module]) -> list[Any]:
