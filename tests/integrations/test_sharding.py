@@ -21,8 +21,8 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return torch.load(folder / "found.pt")
 
 
-def test_tensor_parallel_training_is_that_of_one_process(found: dict[str, Any]) -> None:
-    """Under checkpointing and the compiler too, thresholds learned."""
+def test_training_is_that_of_one_process(found: dict[str, Any]) -> None:
+    """Tensor parallel, under checkpointing and the compiler too, and fully sharded."""
     expected = found["expected gradients"]
     assert "entropy_thresholds.fraction_bias" in expected
     for name, gradients in found["gradients"].items():
