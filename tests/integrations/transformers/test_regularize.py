@@ -455,8 +455,11 @@ def test_a_model_that_data_parallelism_has_wrapped_is_refused() -> None:
     model = DistributedDataParallel(build("llama"))
     with pytest.raises(ValueError, match="wrapped by DistributedDataParallel, which learns of no"):
         regularize(model)
-    assert regularize(model, thresholds=0.5).penalty is None
-    assert torch.isfinite(model(**batch_of()).loss)
+    for fixed in (0.5, HeadThresholds(2, 4, learnable=False)):
+        handle = regularize(model, thresholds=fixed)
+        assert torch.isfinite(model(**batch_of()).loss)
+        assert handle.penalty > 0
+        handle.remove()
 
 
 def test_thresholds_that_are_frozen_later_are_warned_of(caplog: pytest.LogCaptureFixture) -> None:

@@ -129,7 +129,8 @@ def regularize(
             "would find; pass HeadThresholds(layers, heads, initial=tensor)."
         )
     wrapper = next((part for part in model.modules() if _shards(part)), None)
-    if wrapper is not None and isinstance(chosen, HeadThresholds):
+    learned = isinstance(chosen, HeadThresholds) and chosen.fraction_bias.requires_grad
+    if wrapper is not None and learned:
         raise ValueError(
             f"the model is wrapped by {type(wrapper).__name__}, which learns of no thresholds that "
             "are added now, so that every rank would learn its own; call regularize before it "
