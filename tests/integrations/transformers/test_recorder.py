@@ -928,6 +928,64 @@ def test_packed_documents_by_position_ids() -> None:
     assert recording[1].allowed_keys.flatten().tolist() == [1, 2, 3, 4, 1, 2, 3, 4, 5]
 
 
+FLAT = torch.cat((torch.arange(4), torch.arange(5)))[None]
+LENGTHS = torch.tensor([0, 4, 9], dtype=torch.int32)
+VARLEN = {"cu_seq_lens_q": LENGTHS, "cu_seq_lens_k": LENGTHS, "max_length_q": 5, "max_length_k": 5}
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"position_ids": FLAT},
+        {"position_ids": FLAT + 2},
+        {"position_ids": FLAT, "attention_mask": torch.ones(1, 9, dtype=torch.long)},
+        VARLEN,
+        {"position_ids": FLAT, **VARLEN},
+    ],
+)
+def test_flattened_texts_are_apart_where_flash_attention_takes_them_apart(
+    given: dict[str, object],
+) -> None:
+    """With a cache too, as in training by default: the masks of other attentions say nothing."""
+    model, ids = llama().train(), tokens(9, batch=1)
+    model.config._attn_implementation_internal = "flash_attention_2"  # which no CPU can run
+    with record_entropy(model) as recording:
+        model(ids, **given)
+    assert model.config._attn_implementation == "flash_attention_2"
+    with record_entropy(model) as apart:
+        model(ids[:, :4])
+        model(ids[:, 4:])
+    for layer in (0, 1):
+        expected = torch.cat((apart[layer].entropy, apart[layer + 2].entropy), -1)
+        torch.testing.assert_close(recording[layer].entropy, expected, rtol=0, atol=1e-5)
+        assert recording[layer].allowed_keys.flatten().tolist() == [1, 2, 3, 4, 1, 2, 3, 4, 5]
+        assert recording[layer].rows.all()
+    assert recording[0].allowed_keys is recording[1].allowed_keys
+
+
+@pytest.mark.parametrize(
+    "given", [{"position_ids": FLAT}, VARLEN, {"position_ids": torch.arange(9)[None] + 3}]
+)
+def test_one_text_remains_one(given: dict[str, object]) -> None:
+    """As the model's own attention has it, which takes no note of lengths, or is given one text."""
+    model, ids = llama(), tokens(9, batch=1)
+    if "position_ids" in given and given["position_ids"] is not FLAT:
+        model.config._attn_implementation_internal = "flash_attention_2"
+    with record_entropy(model) as recording:
+        output = model(ids, **given)
+    assert recording[1].allowed_keys.flatten().tolist() == list(range(1, 10))
+    model.config._attn_implementation_internal = "sdpa"
+    torch.testing.assert_close(output.logits, model(ids, **given).logits)
+
+
+def test_lengths_of_flattened_texts_in_several_rows_are_refused() -> None:
+    model = llama()
+    model.config._attn_implementation_internal = "flash_attention_2"
+    sentence = "cu_seq_lens came for a query of 2 x 9 and 9 keys; pass flattened texts as one row"
+    with pytest.raises(NotImplementedError, match=sentence), record_entropy(model):
+        model(tokens(), **VARLEN)
+
+
 def test_penalty_of_a_recording_and_its_means() -> None:
     model = llama()
     with record_entropy(model) as recording:

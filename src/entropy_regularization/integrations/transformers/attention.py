@@ -1,5 +1,6 @@
 """The attention function that transformers models call, registered in its attention interface."""
 
+import functools
 from typing import Any
 
 import torch
@@ -9,12 +10,14 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from entropy_regularization.attention.api import AttentionOutput, attend
 from entropy_regularization.attention.masking import Memo, Structure, split_mask
 from entropy_regularization.integrations.interception import refuse_context_parallel
+from entropy_regularization.integrations.transformers.flattened import taken_apart
 from entropy_regularization.integrations.transformers.masks import (
     StructuredMask,
     entropy_mask,
 )
 
 NAME = "entropy_regularization"
+FLATTENED = "entropy_regularization_flattened"  # in the place of flash attention
 # Attribute of a module: the recorders that listen to it, each with the name it has for the module.
 RECORDERS = "_entropy_listeners"
 
@@ -28,6 +31,8 @@ def entropy_attention(
     dropout: float = 0.0,
     scaling: float | None = None,
     is_causal: bool | None = None,
+    *,
+    flattened: bool = False,
     **options: Any,
 ) -> tuple[Tensor, None]:
     """Attend as eager attention does, and hand the entropy of every row to the recorders, if any.
@@ -44,6 +49,8 @@ def entropy_attention(
         dropout: rate; acts on the output, not on the entropy.
         scaling: factor of the scores; 1/sqrt(dim) unless given.
         is_causal: ignored, see above.
+        flattened: take several texts in one row apart where flash attention does, by
+            ``cu_seq_lens_q`` and its like or by ``position_ids`` that start again.
         options: ``softcap``, ``s_aux`` (sinks), ``sinks`` (one of every row), ``position_bias`` and
             ``indices`` (of the keys chosen for each query) act; the others are hints.
 
@@ -52,7 +59,8 @@ def entropy_attention(
 
     Raises:
         ValueError: if weights are asked for, which are never made.
-        NotImplementedError: under context parallelism.
+        NotImplementedError: under context parallelism, or for lengths of flattened texts in several
+            rows or beside a cache.
     """
     if options.get("output_attentions"):
         raise ValueError(
@@ -61,6 +69,8 @@ def entropy_attention(
         )
     refuse_context_parallel()
     structure, bias, memo = _mask_of(attention_mask, query, key)
+    if flattened:
+        structure, memo = taken_apart(structure, memo, query, key, options)
     if options.get("indices") is not None:
         structure = structure._replace(allowed=_chosen(options["indices"], structure, key))
         memo = None
@@ -139,9 +149,11 @@ def _mask_of(
 
 
 def register() -> None:
-    """Make the attention and its masks known to transformers under NAME."""
+    """Make the attention and its masks known to transformers."""
     AttentionInterface.register(NAME, entropy_attention)
-    AttentionMaskInterface.register(NAME, entropy_mask)
+    AttentionInterface.register(FLATTENED, functools.partial(entropy_attention, flattened=True))
+    for name in (NAME, FLATTENED):
+        AttentionMaskInterface.register(name, entropy_mask)
 
 
 register()

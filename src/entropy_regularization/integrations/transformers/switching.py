@@ -8,10 +8,11 @@ from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.integrations.flash_attention import flash_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from entropy_regularization.integrations.modules import having
-from entropy_regularization.integrations.transformers.attention import NAME
+from entropy_regularization.integrations.transformers.attention import FLATTENED, NAME
 
 IMPLEMENTATION = "_attn_implementation"  # attribute of a config: the attention that its model runs
 
@@ -46,6 +47,12 @@ class AttentionSwitch:
         if not any(each is holder for each in switch._holders):
             switch._holders.append(holder)
         return switch
+
+    def follow_flash_attention(self) -> None:
+        """Let a config that ran flash attention take several texts in one row apart, as it does."""
+        switched = self._config._attn_implementation == NAME
+        if switched and _function_of(self._implementation) is flash_attention_forward:
+            self._config._attn_implementation_internal = FLATTENED
 
     def off(self, holder: object) -> None:
         """Put the config back as it was, if nobody else needs the entropy attention."""
@@ -100,11 +107,23 @@ def switch_on(
             if any(can_set):
                 model.set_attn_implementation(NAME)
                 _set_copies(holding if all(can_set) else _in_settable(model, set(holding)))
+            for switch in switches:
+                switch.follow_flash_attention()
         except BaseException:
             for switch in switches:
                 switch.off(holder)
             raise
     return switches
+
+
+def _function_of(name: str | None) -> Any:
+    """Return the function that is registered for an attention, None for the models' own."""
+    if name is None or name not in ALL_ATTENTION_FUNCTIONS:
+        return None
+    function: Any = ALL_ATTENTION_FUNCTIONS[name]
+    while isinstance(function, functools.partial):
+        function = function.func
+    return function
 
 
 def _refuse_registered(name: str | None) -> None:
@@ -113,11 +132,9 @@ def _refuse_registered(name: str | None) -> None:
     One that divides the sequence over ranks, for instance, gets a part of the keys. Kernels of the
     hub, which have a slash in their names, are other ways to the same numbers.
     """
-    if name is None or name not in ALL_ATTENTION_FUNCTIONS or "/" in name:
+    function = _function_of(name)
+    if function is None or "/" in str(name):
         return
-    function: Any = ALL_ATTENTION_FUNCTIONS[name]
-    while isinstance(function, functools.partial):
-        function = function.func
     module = getattr(function, "__module__", None) or type(function).__module__
     if module.partition(".")[0] not in ("transformers", "entropy_regularization"):
         raise ValueError(
