@@ -26,15 +26,23 @@ def test_initial_values_and_learnable() -> None:
         HeadThresholds(2, 3, learnable="no")
 
 
-@pytest.mark.parametrize("initial", [0.25, [0.25, 0.5, 0.75], np.array([[0.25] * 3] * 2)])
-def test_thresholds_of_a_model_that_is_built_on_meta(initial: object) -> None:
+def test_thresholds_of_a_model_that_is_built_on_meta() -> None:
+    given = [0.25, 0.5, 0.75]
     with torch.device("meta"):
-        module = HeadThresholds(2, 3, initial)
+        module = HeadThresholds(2, 3, given)
+        of_tensor = HeadThresholds(2, 3, torch.tensor(given, device="cpu"))
         with pytest.raises(ValueError, match=r"initial has 1\.5, which is not in"):
             HeadThresholds(2, 3, 1.5)
+        with pytest.raises(
+            ValueError, match="initial lies on the meta device and holds no numbers"
+        ):
+            HeadThresholds(2, 3, module)
+    assert of_tensor().tolist() == [given] * 2
     assert module().is_meta
-    module.to_empty(device="cpu").reset_parameters()
-    assert torch.equal(module(), HeadThresholds(2, 3, initial)())
+    given[0] = 7.0  # the list is not kept
+    with torch.device("meta"):
+        module.to_empty(device="cpu").reset_parameters()
+    assert module().tolist() == [[0.25, 0.5, 0.75]] * 2
 
 
 @pytest.mark.parametrize(

@@ -46,23 +46,39 @@ class HeadThresholds(nn.Module):
         layers = check_positive_integer("layers", layers)
         heads = check_positive_integer("heads", heads)
         check_flag("learnable", learnable)
-        values = as_tensor(initial, "initial").detach()
+        with torch.device(
+            "cpu"
+        ):  # torch.device("meta") may be in force, whose tensors hold nothing
+            values = as_tensor(initial, "initial").detach()
+        if values.is_meta:
+            raise ValueError("initial lies on the meta device and holds no numbers; pass numbers.")
         if tuple(values.shape) not in ((), (heads,), (layers, heads)):
             raise ValueError(
                 f"initial has shape {tuple(values.shape)}; pass a number, ({heads},) or "
                 f"({layers}, {heads})."
             )
-        # Numbers of Python: where torch.device("meta") is in force, tensors hold none.
-        self._initial = initial if values.is_meta else values.tolist()
-        _check_fractions(self._initial, "initial")
-        empty = torch.empty(layers, heads, device=values.device)
+        _check_fractions(values, "initial")
+        self._initial = values.cpu().clone()
+        device = values.device if isinstance(initial, Tensor | HeadThresholds) else None
+        empty = torch.empty(layers, heads, device=device)
         self.fraction_bias = nn.Parameter(empty, requires_grad=learnable)
-        self.reset_parameters()
+        if not empty.is_meta:
+            self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Set the thresholds to their initial values, as when a model leaves the meta device."""
+        """Set the thresholds to ``initial``, as FSDP does for a model that was made on meta.
+
+        transformers does not: a model of its own that holds thresholds calls this where it
+        initialises weights (``_init_weights``).
+        """
+        values = self._initial.expand(self.layers, self.heads)
+        weight: Any = self.fraction_bias
+        if hasattr(weight, "placements"):  # a DTensor; not every torch has these
+            from torch.distributed.tensor import distribute_tensor
+
+            values = distribute_tensor(values, weight.device_mesh, weight.placements)
         with torch.no_grad():
-            self.fraction_bias.copy_(as_tensor(self._initial, "initial"))
+            weight.copy_(values)
 
     @property
     def layers(self) -> int:

@@ -767,6 +767,7 @@ def test_a_function_that_a_user_put_in_place_of_torchs_stays(
         calls.append(args)
         return ORIGINAL(*args, **options)
 
+    mine.__module__ = None  # as that of a function made by exec
     monkeypatch.setattr(functional, "scaled_dot_product_attention", mine)
     for each in (Stack(), Checkpointed()):
         with record_entropy(each) as recording:

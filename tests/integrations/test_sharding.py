@@ -40,6 +40,10 @@ def test_weights_that_fsdp_divides_are_no_heads(found: dict[str, Any]) -> None:
     torch.testing.assert_close(found["sharded"], found["expected sharded"])
 
 
+def test_thresholds_that_fsdp_divided_on_meta_are_reset(found: dict[str, Any]) -> None:
+    torch.testing.assert_close(found["thresholds"], torch.tensor([[0.1, 0.2, 0.3, 0.4]] * 2))
+
+
 def test_what_cannot_be_joined_is_refused(found: dict[str, Any]) -> None:
     refused = found["refused"]
     assert (

@@ -17,7 +17,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_modul
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from entropy_regularization import EntropyRegularization, record_entropy
+from entropy_regularization import EntropyRegularization, HeadThresholds, record_entropy
 from entropy_regularization.integrations.transformers import regularize
 
 TOKENS = 12
@@ -29,7 +29,7 @@ class Attention(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.projection = nn.Linear(16, 16)
+        self.projection = nn.Sequential(nn.Linear(16, 16))
 
     def forward(self, x: Tensor) -> Tensor:
         heads = self.projection(x).unflatten(-1, (-1, 8)).transpose(1, 2)
@@ -150,13 +150,20 @@ def main() -> None:
     x, attention = torch.randn(2, TOKENS, 16), Attention()
     expected = entropies(attention, x)
     part = Attention()
-    parallelize_module(part, mesh, {"projection": ColwiseParallel()})
+    parallelize_module(part, mesh, {"projection.0": ColwiseParallel()})
     found["refused"]["unknown heads"] = sentence(lambda: entropies(part, x))
 
     sharded = copy.deepcopy(attention)
+    sharded.config = LlamaConfig(num_attention_heads=4)  # as many as two ranks have
     fully_shard(sharded.projection, mesh=mesh)  # divided again when attention comes
     fully_shard(sharded, mesh=mesh)
     found["expected sharded"], found["sharded"] = expected, entropies(sharded, x)
+
+    with torch.device("meta"):
+        thresholds = HeadThresholds(2, 4, [0.1, 0.2, 0.3, 0.4])
+    fully_shard(thresholds, mesh=mesh)
+    thresholds.to_empty(device="cpu").reset_parameters()
+    found["thresholds"] = whole(thresholds.fraction_bias.data)
 
     # Last: torch 2.11 does not leave it after an exception.
     for name, each, given in (("llama", model, ids()), ("torch", attention, x)):

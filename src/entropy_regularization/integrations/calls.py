@@ -80,6 +80,7 @@ class CallRecorder:
 
         Raises:
             RuntimeError: if another thread records the model.
+            NotImplementedError: under context parallelism.
         """
         interception.listen(self)
         self._forget()
@@ -90,6 +91,7 @@ class CallRecorder:
         self._started_in = backward_task()
         self._next_forward.cancel()
         try:
+            interception.refuse_context_parallel()  # here too: compiled code does not ask
             self._start(call)
         except BaseException:
             self.abort()
@@ -216,11 +218,14 @@ class CallRecorder:
             self._checkpointed |= torch.is_grad_enabled() and in_checkpoint()
         if not self.layers.takes(index, name):
             return
+        if not self.gradient:
+            found = found._replace(entropy=found.entropy.detach())
         found = join_heads(found, module, name)
-        entropy = found.entropy if self.gradient else found.entropy.detach()
         rows = self._rows(found, key_padding)
         self._recording.layers.append(
-            LayerEntropy(name, kind_of(name, module), entropy, found.allowed_keys, rows, n_keys)
+            LayerEntropy(
+                name, kind_of(name, module), found.entropy, found.allowed_keys, rows, n_keys
+            )
         )
 
     def _rows(self, found: AttentionOutput, key_padding: Tensor | None) -> Tensor:

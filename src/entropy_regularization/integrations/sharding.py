@@ -1,8 +1,8 @@
 """Attention that several ranks share."""
 
-import sys
+from collections.abc import Iterator
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,13 @@ from torch.utils._python_dispatch import _disable_current_modes
 from entropy_regularization.attention.api import AttentionOutput
 from entropy_regularization.reduction import has_ranks
 
-_DTENSOR = "torch.distributed.tensor"  # where it was never imported, nothing is sharded
+
+class Division(NamedTuple):
+    """Over which dimension of which mesh tensor parallelism divides a weight, and the weight."""
+
+    mesh: Any
+    dimension: int
+    weight: Any
 
 
 def join_heads(found: AttentionOutput, module: nn.Module, name: str) -> AttentionOutput:
@@ -22,7 +28,7 @@ def join_heads(found: AttentionOutput, module: nn.Module, name: str) -> Attentio
 
     Args:
         found: of the heads of this rank.
-        module: the one that attends.
+        module: the one that attends; its configuration tells how many heads there are.
         name: its name.
 
     Returns:
@@ -32,57 +38,74 @@ def join_heads(found: AttentionOutput, module: nn.Module, name: str) -> Attentio
     Raises:
         RuntimeError: if it cannot be told how the heads are divided.
     """
-    mesh = _mesh_of(module)
     heads = found.entropy.shape[1]
     total = getattr(getattr(module, "config", None), "num_attention_heads", None)
-    if mesh is None or heads == total:  # the latter where they were joined before the attention
+    if heads == total or not has_ranks():
         return found
-    if heads * mesh.size() != total:
+    division = next(_divisions(module), None)
+    if division is None or (total is None and not _projects(module, found)):
+        return found
+    ranks = division.mesh.size(division.dimension)
+    if heads * ranks != total:
         of_all = "nothing tells of how many" if total is None else f"the model has {total}"
         raise RuntimeError(
-            f"{name} attends with {heads} heads on each of {mesh.size()} ranks (tensor "
-            f"parallelism), and {of_all}; record the model without tensor parallelism, or a "
-            "transformers model whose heads are divided evenly."
+            f"{name} attends with {heads} heads on each of {ranks} ranks (tensor parallelism), and "
+            f"{of_all}; record the model without tensor parallelism, or a transformers model whose "
+            "heads are divided evenly."
         )
     counts = found.allowed_keys
     return found._replace(
-        entropy=_join(found.entropy, mesh),
-        allowed_keys=counts if counts.shape[1] == 1 else _join(counts, mesh),
+        entropy=_join(found.entropy, division),
+        allowed_keys=counts if counts.shape[1] == 1 else _join(counts, division),
     )
 
 
-def _join(rows: Tensor, mesh: Any) -> Tensor:
-    from torch.distributed.tensor import DTensor, Shard
+# torch.distributed.tensor is imported where there are ranks: not every torch has it.
 
+
+def _join(rows: Tensor, division: Division) -> Tensor:
+    from torch.distributed.tensor import DTensor, Replicate, Shard
+
+    placements: list[Any] = [Replicate()] * division.mesh.ndim
+    placements[division.dimension] = Shard(1)
     # Backward, which may compute the call again, joins nothing: see CallRecorder._rows.
     with nullcontext() if torch.compiler.is_compiling() else _disable_current_modes():
-        joined = DTensor.from_local(rows, mesh, [Shard(1)], run_check=False)
+        joined = DTensor.from_local(rows, division.mesh, placements, run_check=False)
         result: Tensor = joined.full_tensor()
     return result
 
 
-def _mesh_of(module: nn.Module) -> Any:
-    """Return the mesh over which the weights of a module that runs are divided, None if none is.
+def _divisions(part: nn.Module, apart: bool = False) -> Iterator[Division]:
+    """Walk over the weights, inside a module that runs, that tensor parallelism divides.
 
-    Those that FSDP divided are whole while the module runs that it was told to gather.
+    Args:
+        part: the module, or one inside it.
+        apart: whether FSDP, which gathers the weights of what runs, has divided those again. It
+            then comes first among the dimensions of the mesh.
     """
-    if not has_ranks() or _DTENSOR not in sys.modules:
-        return None
     from torch.distributed.fsdp import FSDPModule
     from torch.distributed.tensor import DTensor
 
-    for part in module.modules():
-        if part is not module and isinstance(part, FSDPModule):
-            continue
-        for weight in part.parameters(recurse=False):
-            if isinstance(weight, DTensor):
-                mesh: Any = weight.device_mesh
-                divided = [at for at, each in enumerate(weight.placements) if each.is_shard()]
-                if len(divided) == 1:
-                    return mesh if mesh.ndim == 1 else mesh[mesh.mesh_dim_names[divided[0]]]
-    return None
+    for weight in part.parameters(recurse=False):
+        if isinstance(weight, DTensor):
+            divided = [at for at, each in enumerate(weight.placements) if each.is_shard()]
+            if len(divided) == 1 + apart:
+                yield Division(weight.device_mesh, divided[-1], weight)
+    for child in part.children():
+        yield from _divisions(child, apart or isinstance(child, FSDPModule))
+
+
+def _projects(module: nn.Module, found: AttentionOutput) -> bool:
+    """Tell whether a weight, divided by its rows, makes as many heads as there are here."""
+    rows = found.output.shape[1] * found.output.shape[-1]
+    return any(
+        each.weight.placements[each.dimension].is_shard(0)
+        and each.weight.to_local().shape[0] in (rows, 3 * rows)
+        for each in _divisions(module)
+    )
 
 
 def is_distributed(function: object) -> bool:
     """Tell whether a function is one of torch's that compute over several ranks."""
-    return getattr(function, "__module__", "").startswith(_DTENSOR)
+    module = getattr(function, "__module__", None) or ""
+    return bool(module.startswith("torch.distributed."))

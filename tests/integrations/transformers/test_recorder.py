@@ -47,6 +47,7 @@ from transformers import (
     Wav2Vec2Config,
     Wav2Vec2Model,
 )
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -159,13 +160,14 @@ def test_layers_of_one_mask_share_what_follows_from_it(sliding: bool) -> None:
             assert torch.equal(layer.rows, mask.bool())
 
 
-def test_attention_that_somebody_registered_is_refused() -> None:
+@pytest.mark.parametrize("made", [functools.partial, functools.wraps(sdpa_attention_forward)])
+def test_attention_that_somebody_registered_is_refused(made: Callable) -> None:
     """It may be something else: one that divides the sequence over ranks, for instance."""
 
     def attend(*args: Tensor, **options: object) -> tuple[Tensor, None]:
         return ALL_ATTENTION_FUNCTIONS["sdpa"](*args, **options)
 
-    AttentionInterface.register("own", functools.partial(attend))
+    AttentionInterface.register("own", made(attend))
     AttentionMaskInterface.register("own", ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
     model = llama(attn_implementation="own")
     sentence = "the model attends by 'own', a function of .*test_recorder that a recording would"

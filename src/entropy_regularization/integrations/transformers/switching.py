@@ -135,12 +135,13 @@ def _refuse_registered(name: str | None) -> None:
     function = _function_of(name)
     if function is None or "/" in str(name):
         return
-    module = getattr(function, "__module__", None) or type(function).__module__
+    # what functools.wraps leaves as it is
+    module = getattr(function, "__globals__", {}).get("__name__") or type(function).__module__
     if module.partition(".")[0] not in ("transformers", "entropy_regularization"):
         raise ValueError(
             f"the model attends by {name!r}, a function of {module} that a recording would replace "
             "by softmax attention; if that computes the same, call "
-            "model.set_attn_implementation('sdpa') first."
+            f"model.set_attn_implementation({'eager' if name == 'sdpa' else 'sdpa'!r}) first."
         )
 
 
