@@ -38,12 +38,11 @@ def join_heads(found: AttentionOutput, module: nn.Module, name: str) -> Attentio
     Raises:
         RuntimeError: if it cannot be told how the heads are divided.
     """
-    heads = found.entropy.shape[1]
-    total = getattr(getattr(module, "config", None), "num_attention_heads", None)
-    if heads == total or not has_ranks():
+    division = next(_divisions(module), None) if has_ranks() else None
+    if division is None:
         return found
-    division = next(_divisions(module), None)
-    if division is None or (total is None and not _projects(module, found)):
+    heads, total = found.entropy.shape[1], heads_of(getattr(module, "config", None))
+    if heads == total or (total is None and not _projects(module, found)):
         return found
     ranks = division.mesh.size(division.dimension)
     if heads * ranks != total:
@@ -58,6 +57,14 @@ def join_heads(found: AttentionOutput, module: nn.Module, name: str) -> Attentio
         entropy=_join(found.entropy, division),
         allowed_keys=counts if counts.shape[1] == 1 else _join(counts, division),
     )
+
+
+def heads_of(config: Any) -> Any:
+    """Return the number of heads that a configuration tells, None if it tells none for all."""
+    try:
+        return getattr(config, "num_attention_heads", None)
+    except RuntimeError:  # transformers' own, of a configuration whose layers differ
+        return None
 
 
 # torch.distributed.tensor is imported where there are ranks: not every torch has it.

@@ -443,6 +443,22 @@ def test_thresholds_that_an_offloading_hook_loads() -> None:
     assert found[0] == found[1] == found[2]
 
 
+def test_a_configuration_whose_layers_differ_tells_no_heads(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As that of dots3_note, which raises an error of its own when asked."""
+
+    def refuse(config: object) -> int:
+        raise RuntimeError("'num_attention_heads' is a per-layer attribute")
+
+    model = build("llama")
+    monkeypatch.setattr(type(model.config), "num_attention_heads", property(refuse), raising=False)
+    with pytest.raises(ValueError, match="pass thresholds=HeadThresholds"):
+        regularize(model)
+    regularize(model, thresholds=HeadThresholds(2, 4))
+    assert torch.isfinite(model(**batch_of()).loss)
+
+
 def test_a_model_that_data_parallelism_has_wrapped_is_refused() -> None:
     class DistributedDataParallel(nn.Module):  # the real one needs a process group
         def __init__(self, module: nn.Module) -> None:

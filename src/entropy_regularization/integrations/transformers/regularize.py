@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from entropy_regularization.integrations.checkpointing import refuse_lost_gradient
 from entropy_regularization.integrations.layers import Wanted
 from entropy_regularization.integrations.modules import qualified_names
+from entropy_regularization.integrations.sharding import heads_of
 from entropy_regularization.integrations.stack import backward_enters_checkpoint, runs_forward
 from entropy_regularization.integrations.transformers.accumulation import share_of_step
 from entropy_regularization.integrations.transformers.loading import THRESHOLDS
@@ -363,7 +364,7 @@ def _layers_and_heads(model: PreTrainedModel, layers: Wanted) -> tuple[int, int]
     Patterns are held against the modules that are attention by the names of their classes.
     """
     config = model.config.get_text_config()
-    heads = getattr(config, "num_attention_heads", None)
+    heads = heads_of(config)
     if isinstance(heads, list | tuple):
         heads = max(heads)
     calls = getattr(config, "num_hidden_layers", None)
