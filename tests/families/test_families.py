@@ -19,7 +19,8 @@ from entropy_regularization import record_entropy
 _FAST = """
     albert apertus arcee aya_vision bart beit bert bert-generation biogpt bitnet blenderbot
     camembert clip cohere cohere2 ctrl data2vec-text deepseek_v3 deepseek_v32 deit dinov2
-    distilbert doge dots3_note_text electra ernie exaone4 falcon gemma gemma2 gemma3_text glm glm4 gpt2 gpt_bigcode gpt_neo
+    distilbert doge dots3_note_text electra ernie exaone4 falcon gemma gemma2 gemma3_text glm glm4
+    gpt2 gpt_bigcode gpt_neo
     gpt_neox gpt_oss granite granite_swa granitemoe helium hubert inkling2_text jamba jetmoe
     lfm2 llama llava m2m_100 marian mbart megatron-bert mistral mixtral modernbert mpt nemotron
     olmo olmo2 olmoe opt pegasus persimmon phi phi3 pixtral plbart qwen2 qwen2_moe qwen2_vl
