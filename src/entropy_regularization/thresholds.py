@@ -46,9 +46,8 @@ class HeadThresholds(nn.Module):
         layers = check_positive_integer("layers", layers)
         heads = check_positive_integer("heads", heads)
         check_flag("learnable", learnable)
-        with torch.device(
-            "cpu"
-        ):  # torch.device("meta") may be in force, whose tensors hold nothing
+        # torch.device("meta") may be in force, whose tensors hold no numbers
+        with torch.device("cpu"):
             values = as_tensor(initial, "initial").detach()
         if values.is_meta:
             raise ValueError("initial lies on the meta device and holds no numbers; pass numbers.")

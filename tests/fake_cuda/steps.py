@@ -9,7 +9,6 @@ import json
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -105,14 +104,7 @@ class NoWaiting(TorchDispatchMode):
         return result
 
 
-@contextmanager
-def on(device: str) -> Iterator[None]:
-    """Make what is made inside on a device; what runs later must find its device by itself."""
-    with torch.device(device):
-        yield
-
-
-# The steps
+# The steps. Models are made on their device; what runs later must find it by itself.
 
 
 def make(kind: str, device: str = "cuda", **size: Any) -> nn.Module:
@@ -120,7 +112,7 @@ def make(kind: str, device: str = "cuda", **size: Any) -> nn.Module:
     config.pad_token_id = config.bos_token_id = config.eos_token_id = 0
     config.decoder_start_token_id = 0
     heads = {"Bert": "ForMaskedLM", "T5": "ForConditionalGeneration"}
-    with on(device):
+    with torch.device(device):
         model = getattr(transformers, kind + heads.get(kind, "ForCausalLM"))(config)
     return model.train()
 
@@ -130,7 +122,7 @@ def gpt2(**size: Any) -> nn.Module:
         n_layer=2, n_embd=32, n_head=HEADS, n_positions=TOKENS, vocab_size=VOCABULARY,
         bos_token_id=0, eos_token_id=0, **size,
     )  # fmt: skip
-    with on("cuda"):
+    with torch.device("cuda"):
         return transformers.GPT2LMHeadModel(config).train()
 
 
@@ -142,8 +134,8 @@ def batch(padding: bool = True) -> dict[str, torch.Tensor]:
     return given
 
 
-def train(model: nn.Module, *, passes: int = 2, padding: bool = True) -> None:
-    for _ in range(passes):  # the first is watched
+def train(model: nn.Module, *, padding: bool = True) -> None:
+    for _ in range(2):  # the first is watched
         with NoWaiting():
             model(**batch(padding), **without_cache(model)).loss.backward()
 
@@ -152,12 +144,12 @@ def without_cache(model: nn.Module) -> dict[str, bool]:
     return {"use_cache": False} if hasattr(model.config, "use_cache") else {}
 
 
-def record(model: nn.Module, regularization: EntropyRegularization, **options: Any) -> None:
+def record(model: nn.Module, regularization: EntropyRegularization) -> None:
     thresholds = HeadThresholds(2, HEADS)
     values = thresholds.fraction_bias.to("cuda").detach().requires_grad_()
     for given in (values, None, [0.5] * HEADS):
         with NoWaiting():
-            with record_entropy(model, **options) as recording:
+            with record_entropy(model) as recording:
                 loss = model(**batch(), **without_cache(model)).loss
             (loss + regularization(recording, given)).backward()
 
@@ -247,7 +239,7 @@ def biases_and_cross_attention() -> None:
 
 @a_step
 def torch_layers_are_recorded() -> None:
-    with on("cuda"):
+    with torch.device("cuda"):
         layer = nn.TransformerEncoderLayer(32, HEADS, 32, batch_first=True)
         model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
     padding = torch.zeros(BATCH, TOKENS, dtype=torch.bool, device="cuda")

@@ -55,14 +55,17 @@ def whole(tensor: Any) -> Tensor:
 
 
 def gradients(
-    folder: Path, change: Callable[[PreTrainedModel], Any] = lambda model: None, **options: Any
+    folder: Path,
+    change: Callable[[PreTrainedModel], Any] = lambda model: None,
+    given: slice = slice(None),
+    **options: Any,
 ) -> dict[str, Tensor]:
     """Return the gradients of a step with the penalty, thresholds learned."""
     model = LlamaForCausalLM.from_pretrained(folder, **options).train()
     regularize(model, EntropyRegularization.calibrated(10.0, 0.0))
     changed = change(model)
     run = model if changed is None else changed
-    run(input_ids=ids(), labels=ids(), use_cache=False).loss.backward()
+    run(input_ids=ids()[given], labels=ids()[given], use_cache=False).loss.backward()
     return {name: whole(each.grad) for name, each in model.named_parameters()}
 
 
@@ -136,7 +139,8 @@ def main() -> None:
     for name, change in CHANGES.items():
         found["gradients"][name] = gradients(folder, change, tp_plan="auto")
 
-    found["gradients"]["fully sharded"] = gradients(folder, shard_fully)
+    own = slice(distributed.get_rank(), distributed.get_rank() + 1)  # a text for every rank
+    found["gradients"]["fully sharded"] = gradients(folder, shard_fully, own)
 
     model = LlamaForCausalLM.from_pretrained(folder)
     found["expected entropies"] = entropies(model, ids())
@@ -148,16 +152,16 @@ def main() -> None:
     mesh = init_device_mesh("cpu", (2,))
     torch.manual_seed(0)
     x, attention = torch.randn(2, TOKENS, 16), Attention()
-    expected = entropies(attention, x)
     part = Attention()
     parallelize_module(part, mesh, {"projection.0": ColwiseParallel()})
     found["refused"]["unknown heads"] = sentence(lambda: entropies(part, x))
 
+    found["expected sharded"] = entropies(attention, x)
     sharded = copy.deepcopy(attention)
     sharded.config = LlamaConfig(num_attention_heads=4)  # as many as two ranks have
     fully_shard(sharded.projection, mesh=mesh)  # divided again when attention comes
     fully_shard(sharded, mesh=mesh)
-    found["expected sharded"], found["sharded"] = expected, entropies(sharded, x)
+    found["sharded"] = entropies(sharded, x)
 
     with torch.device("meta"):
         thresholds = HeadThresholds(2, 4, [0.1, 0.2, 0.3, 0.4])
@@ -166,10 +170,16 @@ def main() -> None:
     found["thresholds"] = whole(thresholds.fraction_bias.data)
 
     # Last: torch 2.11 does not leave it after an exception.
-    for name, each, given in (("llama", model, ids()), ("torch", attention, x)):
-        for inside in (True, False):
-            refused = sentence(in_context_parallel(each, given, inside))
-            found["refused"][f"context parallel, {name}, {inside}"] = refused
+    compiled = torch.compile(model, backend="eager")
+    for name, each, given, inside in (
+        ("compiled", compiled, ids(), True),
+        ("llama", model, ids(), True),
+        ("llama", model, ids(), False),
+        ("torch", attention, x, True),
+        ("torch", attention, x, False),
+    ):
+        refused = sentence(in_context_parallel(each, given, inside))
+        found["refused"][f"context parallel, {name}, {inside}"] = refused
 
     if distributed.get_rank() == 0:
         torch.save(found, folder / "found.pt")

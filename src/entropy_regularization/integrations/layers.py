@@ -93,3 +93,11 @@ def kind_of(name: str, module: nn.Module | None = None) -> Literal["self", "cros
         return "cross"
     last = [part for part in name.lower().split(".") if not part.isdigit()][-2:]
     return "cross" if any(word in part for word in CROSS_NAMES for part in last) else "self"
+
+
+def heads_of(config: Any) -> Any:
+    """Return the number of heads that a configuration tells, None if it tells none for all."""
+    try:
+        return getattr(config, "num_attention_heads", None)
+    except RuntimeError:  # transformers' own, of a configuration whose layers differ
+        return None

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
 from entropy_regularization.attention.api import AttentionOutput
+from entropy_regularization.integrations.layers import heads_of
 from entropy_regularization.reduction import has_ranks
 
 
@@ -57,14 +58,6 @@ def join_heads(found: AttentionOutput, module: nn.Module, name: str) -> Attentio
         entropy=_join(found.entropy, division),
         allowed_keys=counts if counts.shape[1] == 1 else _join(counts, division),
     )
-
-
-def heads_of(config: Any) -> Any:
-    """Return the number of heads that a configuration tells, None if it tells none for all."""
-    try:
-        return getattr(config, "num_attention_heads", None)
-    except RuntimeError:  # transformers' own, of a configuration whose layers differ
-        return None
 
 
 # torch.distributed.tensor is imported where there are ranks: not every torch has it.

@@ -11,9 +11,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from entropy_regularization.integrations.checkpointing import refuse_lost_gradient
-from entropy_regularization.integrations.layers import Wanted
+from entropy_regularization.integrations.layers import Wanted, heads_of
 from entropy_regularization.integrations.modules import qualified_names
-from entropy_regularization.integrations.sharding import heads_of
 from entropy_regularization.integrations.stack import backward_enters_checkpoint, runs_forward
 from entropy_regularization.integrations.transformers.accumulation import share_of_step
 from entropy_regularization.integrations.transformers.loading import THRESHOLDS
