@@ -35,7 +35,9 @@ OPTIONS = (
     "everything",
 )  # fmt: skip
 # bytes of shared memory that a program may have, by compute capability
-SHARED_LIMIT = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024}
+SHARED_LIMIT = {
+    80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024,
+}  # fmt: skip
 
 
 def build_problem(options: str, dim: int, dtype: torch.dtype, n: int = 4096) -> launch.Problem:
@@ -158,9 +160,11 @@ def compile_kernel(
     found = dict(re.findall(r"(REG|STACK):(\d+)", dump(compiled.asm["cubin"], "-res-usage")))
     loops = inner_loops(dump(compiled.asm["cubin"], "-sass"))
     spills = sum(bool(re.search(r"\b(LDL|STL)\b", text)) for loop in loops for text in loop)
-    # the shortest loop is the one without masks; a warp has 32 threads, each some of the scores
+    # Of the loops that compute scores (others wait for memory) the shortest has no masks; a warp
+    # has 32 threads, each some of the scores.
+    lengths = [len(loop) for loop in loops if any("MUFU.EX2" in text for text in loop)]
     threads, scores = 32 * tiles.warps, tiles.rows * tiles.keys
-    per_score = min(map(len, loops)) * threads / scores if loops and scores else None
+    per_score = min(lengths) * threads / scores if lengths and scores else None
     return {
         "registers": int(found["REG"]),
         "stack_bytes": int(found["STACK"]),

@@ -235,6 +235,7 @@ def test_pretrained_model_without_penalty(text: Path, whole: Path, tmp_path: Pat
                 "--penalty=none", "--precision=bfloat16", "--accumulation=2",
                 "--gradient-checkpointing", "--evaluation-steps=1"])  # fmt: skip
     assert done.returncode == 0, done.stderr
+    assert "deprecated" not in done.stderr
     records = read_records(output)
     assert all(line["penalty"] == 0 for line in records.train)
     assert [line.step for line in records.lines if line.when == "during"] == [1, 2]

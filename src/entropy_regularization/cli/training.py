@@ -165,7 +165,10 @@ class Run:
         self.starting_band = self.band = Band.of(settings, options.threshold)
         if options.gradient_checkpointing:
             # Reentrant checkpointing would lose the gradient of the penalty.
-            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+            enable = getattr(self.model, "activation_checkpointing_enable", None)
+            if enable is None:  # its name in transformers 5.17
+                enable = self.model.gradient_checkpointing_enable
+            enable({"use_reentrant": False})
         shapes = layers_and_heads(self.model, options.model)
         common: dict[str, Any] = {
             "model": self.model,

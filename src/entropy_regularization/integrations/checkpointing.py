@@ -74,6 +74,6 @@ def refuse_lost_gradient(model: nn.Module, name: str) -> None:
             f"{name} runs without a gradient inside a forward pass that has one, as reentrant "
             "checkpointing does (in any library), which would lose the penalty silently; use "
             "checkpoint(..., use_reentrant=False), or of transformers "
-            "gradient_checkpointing_enable(gradient_checkpointing_kwargs="
-            "{'use_reentrant': False})."
+            "activation_checkpointing_kwargs={'use_reentrant': False} (in older versions "
+            "gradient_checkpointing_kwargs)."
         )

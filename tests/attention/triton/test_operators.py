@@ -266,6 +266,12 @@ class TestSupport:
         reason = support.unsupported_reason(*tensors, Structure(), scale=1.0)
         assert reason == "the device has compute capability 7.5; the kernels need 8.0."
 
+    def test_rocm(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        tensors = self.on_cuda(monkeypatch, (9, 4))
+        monkeypatch.setattr(torch.version, "hip", "7.0")
+        reason = support.unsupported_reason(*tensors, Structure(), scale=1.0)
+        assert reason == "torch is built for ROCm; the kernels are for NVIDIA devices."
+
     def test_auto_takes_blockwise_and_says_so_once(
         self, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
     ) -> None:

@@ -42,16 +42,9 @@ def unsupported_reason(
     if not is_installed():
         return "the package triton is not installed; it comes with torch for CUDA."
     interpreted = is_interpreted()
-    if query.device.type != "cuda" and not interpreted:
-        return (
-            f"the inputs are on {query.device.type}; the kernels need a CUDA device "
-            "(or Triton's interpreter: set TRITON_INTERPRET=1 before starting Python)."
-        )
-    if query.device.type == "cuda" and not interpreted:
-        capability = compute_capability(query.device.index)
-        if capability < (8, 0):
-            version = ".".join(map(str, capability))
-            return f"the device has compute capability {version}; the kernels need 8.0."
+    reason = None if interpreted else _unsupported_device(query.device)
+    if reason is not None:
+        return reason
     for name, tensor in (("query", query), ("bias", bias), ("sinks", sinks)):
         if tensor is not None and tensor.dtype == torch.float64 and not interpreted:
             return f"{name} is float64; the kernels take float16, bfloat16 and float32."
@@ -63,6 +56,22 @@ def unsupported_reason(
             )
     if value.shape[-1] == 0:
         return "value has head dimension 0; the kernels need at least 1."
+    return None
+
+
+def _unsupported_device(device: torch.device) -> str | None:
+    if device.type != "cuda":
+        return (
+            f"the inputs are on {device.type}; the kernels need a CUDA device "
+            "(or Triton's interpreter: set TRITON_INTERPRET=1 before starting Python)."
+        )
+    if torch.version.hip is not None:
+        # Triton's compiler for them ends the process on some of the kernels
+        return "torch is built for ROCm; the kernels are for NVIDIA devices."
+    capability = compute_capability(device.index)
+    if capability < (8, 0):
+        version = ".".join(map(str, capability))
+        return f"the device has compute capability {version}; the kernels need 8.0."
     return None
 
 
