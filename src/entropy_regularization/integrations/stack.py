@@ -1,8 +1,9 @@
 """What is running around a call, read from the stack of Python frames."""
 
+import inspect
 import sys
 from collections.abc import Iterator, Mapping
-from types import FrameType
+from types import CodeType, FrameType
 
 import torch
 from torch import nn
@@ -47,7 +48,11 @@ def runs_compiled() -> bool:
     return torch.compiler.is_compiling() or _runs("compile_wrapper", "eval_frame.py")
 
 
-_APPLY = vars(Function)["apply"].__func__.__code__
+def _forwards_of(function: type[Function]) -> Iterator[CodeType | None]:
+    """Yield the code of what the subclasses of an autograd.Function compute, without decorators."""
+    for subclass in function.__subclasses__():
+        yield getattr(inspect.unwrap(subclass.forward), "__code__", None)
+        yield from _forwards_of(subclass)
 
 
 def in_reentrant_checkpoint() -> bool:
@@ -56,7 +61,8 @@ def in_reentrant_checkpoint() -> bool:
     Of torch or another library (fairscale, DeepSpeed, Megatron, reversible layers): a module that
     runs inside the forward of an autograd.Function is computed again in its backward.
     """
-    return any(frame.f_code is _APPLY for frame in _frames())
+    forwards = set(_forwards_of(Function))
+    return any(frame.f_code in forwards for frame in _frames())
 
 
 def backward_enters_checkpoint() -> bool:
