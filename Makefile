@@ -4,7 +4,7 @@ BIN := .venv/bin
 RUN ?= runs/demo
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test oldest families check format clean
+.PHONY: help install demo test oldest newest families check format clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -27,6 +27,11 @@ oldest: ## run the tests on the oldest versions that pyproject.toml admits (abou
 	.venv-oldest/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-oldest.txt -e '.[tests]'
 	.venv-oldest/bin/python -m pytest --numprocesses 2 --dist worksteal
 
+newest: ## run the tests on the newest versions that pip finds (about 3 GB into .venv-newest)
+	test -x .venv-newest/bin/python || $(PYTHON) -m venv .venv-newest
+	.venv-newest/bin/python -m pip install --quiet --disable-pip-version-check --upgrade --upgrade-strategy eager -e '.[tests]'
+	.venv-newest/bin/python -m pytest --numprocesses 2 --dist worksteal
+
 families: .venv/installed ## check the recording of every transformers family; write docs/families.md
 	$(BIN)/python scripts/families
 
@@ -41,4 +46,4 @@ format: .venv/installed ## rewrite the code in the project's format
 	$(BIN)/ruff check --fix .
 
 clean: ## remove what the other targets made, except runs/
-	rm -rf .venv .venv-oldest build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-oldest .venv-newest build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
