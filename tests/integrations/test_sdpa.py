@@ -873,6 +873,29 @@ def test_checkpoints_of_other_libraries_are_refused(
     assert len(recording) == 2
 
 
+def test_a_part_under_a_no_grad_decorator_is_no_checkpoint(x: Tensor) -> None:
+    class Decorated(ComputesAgain):
+        """All functions under this decorator run the code of one wrapper."""
+
+        forward = staticmethod(torch.no_grad()(ComputesAgain.forward))
+
+    class HalfFrozen(Stack):
+        @torch.no_grad()
+        def embed(self, x: Tensor) -> Tensor:
+            return self.blocks[0](x)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.blocks[1](self.embed(x))
+
+    model = HalfFrozen()
+    with record_entropy(model) as recording:
+        model(x)
+    assert [layer.entropy.requires_grad for layer in recording] == [False, True]
+    model.embed = lambda x: Decorated.apply(x, model.blocks[0], *model.blocks[0].parameters())
+    with pytest.raises(RuntimeError, match=r"blocks.0 runs without a gradient"):
+        penalised(model, x)
+
+
 class Busy(Stack):
     """Computes, after attention, what recording computes: a result found by number is mistaken."""
 
