@@ -1,5 +1,5 @@
 # One environment, .venv, holds everything; it is made once and reused.
-PYTHON ?= python3.11
+PYTHON ?= $(shell command -v python3.11 || command -v python3 || echo python3)
 BIN := .venv/bin
 RUN ?= runs/demo
 
@@ -22,12 +22,12 @@ demo: .venv/installed ## train a small GPT-2 with and without the penalty; write
 test: .venv/installed ## run the tests
 	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 
-oldest: ## run the tests on the oldest versions that pyproject.toml admits (about 3 GB into .venv-oldest)
+oldest: ## run the tests on the oldest versions that pyproject.toml admits (5 GB into .venv-oldest)
 	test -x .venv-oldest/bin/python || $(PYTHON) -m venv .venv-oldest
 	.venv-oldest/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-oldest.txt -e '.[tests]'
 	.venv-oldest/bin/python -m pytest --numprocesses 2 --dist worksteal
 
-newest: ## run the tests on the newest versions that pip finds (about 3 GB into .venv-newest)
+newest: ## run the tests on the newest versions that pip finds (6 GB into .venv-newest)
 	test -x .venv-newest/bin/python || $(PYTHON) -m venv .venv-newest
 	.venv-newest/bin/python -m pip install --quiet --disable-pip-version-check --upgrade --upgrade-strategy eager -e '.[tests]'
 	.venv-newest/bin/python -m pytest --numprocesses 2 --dist worksteal

@@ -4,12 +4,16 @@ import itertools
 import tomllib
 from pathlib import Path
 
+import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 ROOT = Path(__file__).parents[1]
 EXACT = {"import-linter", "mypy", "ruff", "trl"}  # run on the exact versions alone
+# What torch for Linux with CUDA requires, from its metadata: the build for CPUs alone, which CI may
+# find, requires none, so that only users would meet a conflict.
+TRITON_OF = {Version("2.11.0"): Version("3.6.0"), Version("2.13.0"): Version("3.7.1")}
 
 
 def lower_bounds() -> dict[str, Version]:
@@ -40,3 +44,9 @@ def test_exact_versions_are_within_the_bounds() -> None:
     exact = exact_versions("constraints.txt")
     for name, bound in lower_bounds().items():
         assert exact[name] >= bound, name
+
+
+@pytest.mark.parametrize("file", ["constraints.txt", "constraints-oldest.txt"])
+def test_torch_with_cuda_can_be_installed(file: str) -> None:
+    exact = exact_versions(file)
+    assert exact["triton"] == TRITON_OF[exact["torch"]]
