@@ -9,6 +9,8 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
+from entropy_regularization.integrations.transformers.support import OLDEST
+
 ROOT = Path(__file__).parents[1]
 EXACT = {"import-linter", "mypy", "ruff", "trl"}  # run on the exact versions alone
 # What torch for Linux with CUDA requires, from its metadata: the build for CPUs alone, which CI may
@@ -44,6 +46,10 @@ def test_exact_versions_are_within_the_bounds() -> None:
     exact = exact_versions("constraints.txt")
     for name, bound in lower_bounds().items():
         assert exact[name] >= bound, name
+
+
+def test_oldest_transformers_is_told_as_it_is_asked_for() -> None:
+    assert Version(OLDEST) == lower_bounds()["transformers"]
 
 
 @pytest.mark.parametrize("file", ["constraints.txt", "constraints-oldest.txt"])

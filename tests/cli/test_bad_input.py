@@ -208,6 +208,21 @@ def test_package_that_is_not_installed(arguments: str, blocked: str, tmp_path: P
     assert not output.exists()
 
 
+@pytest.mark.parametrize("command", ["train", "demo"])
+def test_transformers_that_is_too_old(command: str, tmp_path: Path) -> None:
+    program = (
+        "import runpy, sys, transformers; transformers.__version__ = '4.57.6'; "
+        f"sys.argv[1:] = [{command!r}, '--output', {str(tmp_path / 'run')!r}]; "
+        "runpy.run_module('entropy_regularization')"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("entropy-reg: transformers 4.57.6 is installed")
+    assert line.endswith("run: pip install --upgrade 'transformers>=5.17'")
+    assert not (tmp_path / "run").exists()
+
+
 def test_report_of_a_file_of_a_run(tmp_path: Path) -> None:
     (tmp_path / "records.jsonl").write_text("")
     found, errors = call("report", str(tmp_path / "records.jsonl"))

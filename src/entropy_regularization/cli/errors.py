@@ -1,5 +1,6 @@
 """How a command fails: one sentence and an exit code; a traceback only with --debug."""
 
+import importlib
 import importlib.util
 
 import click
@@ -13,7 +14,7 @@ def require(*packages: str) -> None:
     """Check, before a command begins, that the packages that it imports are installed.
 
     Raises:
-        RunProblem: if one of them is not.
+        RunProblem: if one of them is not, or transformers is too old.
     """
     missing = [name for name in packages if importlib.util.find_spec(name) is None]
     if missing:
@@ -21,6 +22,11 @@ def require(*packages: str) -> None:
             f"this command needs {' and '.join(missing)}; run: "
             "pip install 'entropy-regularization[all]'"
         )
+    if "transformers" in packages:
+        try:
+            importlib.import_module("entropy_regularization.integrations.transformers")
+        except ImportError as error:
+            raise RunProblem(str(error)) from error
 
 
 class UsageProblem(click.ClickException):

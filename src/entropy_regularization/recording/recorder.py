@@ -51,17 +51,17 @@ def make_recorder(
     Raises:
         TypeError: if the model is not a torch module.
         ValueError: if no host can see this model's attention; the sentence names what was found.
+        ImportError: if it is a model of an older transformers than is supported.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}; pass a torch.nn.Module.")
     keeping = importlib.import_module("entropy_regularization.integrations.compiled")
     host = importlib.import_module("entropy_regularization.integrations.sdpa").SdpaRecorder
     # A model of a host that was never imported cannot exist, so nothing is imported in vain.
-    if "transformers" in sys.modules:
+    modeling = sys.modules.get("transformers.modeling_utils")
+    if modeling and any(isinstance(part, modeling.PreTrainedModel) for part in model.modules()):
         name = "entropy_regularization.integrations.transformers.recorder"
-        transformers_host = importlib.import_module(name)
-        if transformers_host.find_pretrained(model) is not None:
-            host = transformers_host.TransformersRecorder
+        host = importlib.import_module(name).TransformersRecorder
     recorder: Recorder = keeping.kept_or_new(
         host,
         model,
@@ -97,6 +97,7 @@ def record_entropy(
     Raises:
         TypeError: if the model is not a torch module.
         ValueError: if the model, or a part of it, cannot be seen; the sentence names the modules.
+        ImportError: if it is a model of an older transformers than is supported.
 
     Example:
         >>> with record_entropy(model) as recording:  # doctest: +SKIP

@@ -3,6 +3,11 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from entropy_regularization.integrations.transformers.support import unsupported_reason
+
+if reason := unsupported_reason():
+    raise ImportError(reason, name="transformers")
+
 from entropy_regularization.integrations.transformers.loading import load_thresholds
 from entropy_regularization.integrations.transformers.regularize import Regularized, regularize
 
