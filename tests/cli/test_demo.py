@@ -34,7 +34,7 @@ def test_both_arms_side_by_side_and_nothing_twice(tmp_path: Path) -> None:
     assert first.exit_code == 0, first.output
     for words in ("held-out perplexity", "without penalty", "with penalty", "(tokens/s)", "(nats)"):
         assert words in first.stdout
-    page = (output / "report.html").read_text()
+    page = (output / "report.html").read_text("utf-8")
     assert "without penalty" in page
     assert (output / "baseline" / "result.json").is_file()
     kept = (output / "records.jsonl").read_bytes()

@@ -31,7 +31,9 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("text")
     for module in (json, subprocess, signal, tempfile_module()):
         source = Path(str(module.__file__))
-        (folder / f"{source.parent.name}-{source.name}").write_text(source.read_text()[:12_000])
+        (folder / f"{source.parent.name}-{source.name}").write_text(
+            source.read_text("utf-8")[:12_000], "utf-8"
+        )
     return folder
 
 
@@ -46,9 +48,13 @@ def command(text: Path, output: Path, *more: str) -> list[str]:
     return [*start, f"--data={text}", f"--output={output}", *TINY, *more]
 
 
+# files are UTF-8 whatever the locale says, as on Windows
+FOREIGN = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+ENVIRONMENT = {**os.environ, **FOREIGN, "OMP_NUM_THREADS": "1"}
+
+
 def run(arguments: list[str]) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(arguments, capture_output=True, text=True, env=environment, timeout=240)
+    return subprocess.run(arguments, capture_output=True, text=True, env=ENVIRONMENT, timeout=240)
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +75,7 @@ def test_folder_of_a_run(whole: Path) -> None:
     assert config["options"]["width"] == 16
     assert config["options"]["loss_coeff"] is None
     assert config["in_effect"]["loss_coeff"] == 1.0
-    assert "loss_coeff" in write_report(whole, output=whole.parent / "page.html").read_text()
+    assert "loss_coeff" in write_report(whole, output=whole.parent / "page.html").read_text("utf-8")
     assert config["versions"]["torch"] == metadata.version("torch")
     records = read_records(whole)
     assert [line.step for line in records.train] == [1, 2, 4, 6, 8, 10, 12, 14, 16]
@@ -120,9 +126,8 @@ def test_killed_run_goes_on_to_the_same_result(
 ) -> None:
     """Kill -9 before the first checkpoint, and in the middle."""
     output = tmp_path / "killed"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with subprocess.Popen(
-        command(text, output, "--steps=16"), stdout=subprocess.PIPE, text=True, env=environment
+        command(text, output, "--steps=16"), stdout=subprocess.PIPE, text=True, env=ENVIRONMENT
     ) as process:
         assert process.stdout is not None
         for line in process.stdout:
@@ -145,13 +150,12 @@ def test_signal_leaves_a_checkpoint(
     number: signal.Signals, code: int, text: Path, whole: Path, tmp_path: Path
 ) -> None:
     output = tmp_path / "stopped"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with subprocess.Popen(
         command(text, output, "--steps=16"),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env=environment,
+        env=ENVIRONMENT,
     ) as process:
         assert process.stdout is not None
         assert process.stderr is not None

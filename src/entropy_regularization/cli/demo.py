@@ -113,7 +113,7 @@ def table_of(output: Path) -> "Table":
         folder = folder_of(output, penalty)
         if not folder.finished:
             raise RunProblem(f"{folder.path} is not finished; run entropy-reg demo again.")
-        results.append(json.loads(folder.result.read_text()))
+        results.append(json.loads(folder.result.read_bytes()))
     options = options_of("calibrated", STEPS)
     table = Table(
         title="the same GPT-2, text and seed, before -> after training",

@@ -119,7 +119,7 @@ def _check_tokenizer(folder: RunFolder) -> None:
     for name in ("tokenizer.json", "tokenizer_config.json"):
         path = folder.tokenizer / name
         try:
-            json.loads(path.read_text())
+            json.loads(path.read_bytes())
         except (OSError, ValueError):
             raise RunProblem(
                 f"{path} is missing or damaged; copy the one of a checkpoint in "

@@ -107,7 +107,7 @@ class RunFolder:
             RunProblem: if they cannot be read.
         """
         try:
-            saved = dict(json.loads(self.config.read_text())["options"])
+            saved = dict(json.loads(self.config.read_bytes())["options"])
         except (ValueError, KeyError, TypeError):
             raise RunProblem(
                 f"{self.config} is damaged, so the run cannot be resumed; start a new one."
@@ -244,7 +244,7 @@ class RunFolder:
 def _damage_of(checkpoint: Path) -> str | None:
     """Return what is wrong with a checkpoint: a file that is not what was written."""
     try:
-        sums = json.loads((checkpoint / COMPLETE).read_text()).get("crc32", {})
+        sums = json.loads((checkpoint / COMPLETE).read_bytes()).get("crc32", {})
     except (OSError, ValueError, AttributeError):
         return f"{checkpoint / COMPLETE} cannot be read"
     for name, expected in sums.items():
@@ -270,7 +270,7 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write a JSON file that is there whole or not at all; not finite becomes null."""
     beside = path.with_name(path.name + ".new")
     try:
-        with beside.open("w") as file:
+        with beside.open("w", encoding="utf-8") as file:
             json.dump(_finite(content), file, indent=1, allow_nan=False)
             file.write("\n")
             file.flush()
@@ -290,7 +290,7 @@ def _finite(content: Any) -> Any:
 def _processor() -> str:
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.is_file():
-        for line in cpuinfo.read_text().splitlines():
+        for line in cpuinfo.read_text("utf-8").splitlines():
             if line.startswith("model name"):
                 return line.split(":", 1)[1].strip()
     return platform.processor() or platform.machine()

@@ -143,10 +143,10 @@ def _cache() -> Path:
 def _fingerprint(compiler: list[str]) -> str:
     """Hash all that decides what the compiled file is: source, flags, compiler, processor."""
     processor = Path("/proc/cpuinfo")
-    lines = processor.read_text().splitlines() if processor.exists() else []
+    lines = processor.read_text("utf-8").splitlines() if processor.exists() else []
     features = sorted({line for line in lines if line.startswith(("model name", "flags", "Feat"))})
     version = _run([*compiler, "--version"])
-    parts = (SOURCE.read_text(), *FLAGS, *compiler, version, platform.machine(), *features)
+    parts = (SOURCE.read_text("utf-8"), *FLAGS, *compiler, version, platform.machine(), *features)
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 
