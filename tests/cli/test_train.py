@@ -48,9 +48,10 @@ def command(text: Path, output: Path, *more: str) -> list[str]:
     return [*start, f"--data={text}", f"--output={output}", *TINY, *more]
 
 
-# files are UTF-8 whatever the locale says, as on Windows
+# Files are UTF-8 where the locale is not, as on Windows. (torch cannot be imported there from a path
+# that the locale cannot write.)
 FOREIGN = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
-ENVIRONMENT = {**os.environ, **FOREIGN, "OMP_NUM_THREADS": "1"}
+ENVIRONMENT = {**os.environ, **(FOREIGN if __file__.isascii() else {}), "OMP_NUM_THREADS": "1"}
 
 
 def run(arguments: list[str]) -> subprocess.CompletedProcess[str]:
