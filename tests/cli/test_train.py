@@ -48,8 +48,8 @@ def command(text: Path, output: Path, *more: str) -> list[str]:
     return [*start, f"--data={text}", f"--output={output}", *TINY, *more]
 
 
-# Files are UTF-8 where the locale is not, as on Windows. (torch cannot be imported there from a path
-# that the locale cannot write.)
+# Files are UTF-8 where the locale is not, as on Windows. (Operators of torch cannot be registered
+# there from a path that the locale cannot write.)
 FOREIGN = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
 ENVIRONMENT = {**os.environ, **(FOREIGN if __file__.isascii() else {}), "OMP_NUM_THREADS": "1"}
 
