@@ -6,6 +6,7 @@ to their launch. Run by test_fake_cuda.py in a process of its own.
 """
 
 import json
+import os
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -299,6 +300,10 @@ def main() -> None:
                 continue
         results[name] = {"launched": sorted(set(launched))}
     json.dump(results, sys.stdout)
+    sys.stdout.flush()
+    # A device's thread lets go of the modes of a backward pass after it has returned; where the
+    # interpreter is ending by then, torch aborts the process.
+    os._exit(0)
 
 
 if __name__ == "__main__":
