@@ -180,6 +180,18 @@ def test_diverged_run_ends_with_json_and_a_sentence(
     assert result["after"]["perplexity"] is None
 
 
+def failure_after(before: str, arguments: str) -> str:
+    """Return the one line that a command says as it fails in a process where something is wrong."""
+    program = (
+        f"import runpy, sys; {before}; sys.argv[1:] = {arguments.split()!r}; "
+        "runpy.run_module('entropy_regularization')"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    return line
+
+
 @pytest.mark.parametrize(
     ("arguments", "blocked"),
     [
@@ -194,14 +206,8 @@ def test_diverged_run_ends_with_json_and_a_sentence(
 )
 def test_package_that_is_not_installed(arguments: str, blocked: str, tmp_path: Path) -> None:
     output = tmp_path / "run"
-    program = (
-        f"import runpy, sys; sys.modules[{blocked!r}] = None; "
-        f"sys.argv[1:] = {arguments.format(output=output).split()!r}; "
-        "runpy.run_module('entropy_regularization')"
-    )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert done.returncode == 1
-    (line,) = done.stderr.splitlines()
+    before = f"sys.modules[{blocked!r}] = None"
+    line = failure_after(before, arguments.format(output=output))
     assert line.startswith("entropy-reg: ")
     assert f"needs {blocked}" in line or f"needs the package {blocked}" in line
     assert line.endswith("pip install 'entropy-regularization[all]'")
@@ -210,14 +216,8 @@ def test_package_that_is_not_installed(arguments: str, blocked: str, tmp_path: P
 
 @pytest.mark.parametrize("command", ["train", "demo"])
 def test_transformers_that_is_too_old(command: str, tmp_path: Path) -> None:
-    program = (
-        "import runpy, sys, transformers; transformers.__version__ = '4.57.6'; "
-        f"sys.argv[1:] = [{command!r}, '--output', {str(tmp_path / 'run')!r}]; "
-        "runpy.run_module('entropy_regularization')"
-    )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert done.returncode == 1
-    (line,) = done.stderr.splitlines()
+    before = "import transformers; transformers.__version__ = '4.57.6'"
+    line = failure_after(before, f"{command} --output={tmp_path / 'run'}")
     assert line.startswith("entropy-reg: transformers 4.57.6 is installed")
     assert line.endswith("run: pip install --upgrade 'transformers>=5.17'")
     assert not (tmp_path / "run").exists()

@@ -5,7 +5,6 @@ import sys
 
 import pytest
 import torch
-import transformers
 from torch import nn
 
 from entropy_regularization import record_entropy
@@ -15,11 +14,11 @@ from entropy_regularization.integrations.transformers.support import unsupported
 
 def test_a_version_that_is_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
     for version in ("4.57.6", "5.9.0", "5.17.0rc1"):
-        monkeypatch.setattr(transformers, "__version__", version)
+        monkeypatch.setattr(sys.modules["transformers"], "__version__", version)
         with pytest.raises(ImportError, match=rf"transformers {version} is installed, .* 5\.17 or"):
             importlib.reload(host)
     for version in ("5.17.0", "5.18.0.dev0", "6.0"):
-        monkeypatch.setattr(transformers, "__version__", version)
+        monkeypatch.setattr(sys.modules["transformers"], "__version__", version)
         assert unsupported_reason() is None
 
 

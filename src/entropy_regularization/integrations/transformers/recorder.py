@@ -26,11 +26,6 @@ _lock = threading.Lock()  # threads may record models that share modules
 WRAPPERS = ("torch", "peft", "accelerate")  # packages whose classes only hand a model on
 
 
-def find_pretrained(model: nn.Module) -> PreTrainedModel | None:
-    """Return the outermost transformers model inside any wrapper, or None."""
-    return next((part for part in model.modules() if isinstance(part, PreTrainedModel)), None)
-
-
 def outermost(names: Mapping[nn.Module, str]) -> dict[str, PreTrainedModel]:
     """Return the transformers models that are in no other one, by their names.
 
@@ -84,7 +79,7 @@ class TransformersRecorder(CallRecorder):
         around: Iterable[nn.Module] = (),
         **options: bool,
     ) -> None:
-        if find_pretrained(model) is None:
+        if not any(isinstance(part, PreTrainedModel) for part in model.modules()):
             raise ValueError(f"{type(model).__name__} holds no transformers model.")
         super().__init__(model, layers, **options)
         self.layers.check(self.model, names_of)
