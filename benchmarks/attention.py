@@ -19,6 +19,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -384,11 +385,19 @@ def hardware() -> dict[str, Any]:
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def positive(text: str) -> int:
+    """Return the number in an argument."""
+    if text.isdecimal() and int(text):
+        return int(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number.")
+
+
+def parse_options() -> argparse.Namespace:
+    """Read the arguments; what would fail only when all is measured fails here."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--quick", action="store_true", help="N up to 2048, no memory at 65536")
-    parser.add_argument("--lengths", type=int, nargs="+", help="numbers of tokens")
-    parser.add_argument("--turns", type=int, help="turns at each length; by length unless given")
+    parser.add_argument("--lengths", type=positive, nargs="+", help="numbers of tokens")
+    parser.add_argument("--turns", type=positive, help="turns at each length; if not, by length")
     parser.add_argument("--skip-agreement", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument(
         "--output",
@@ -398,13 +407,33 @@ def main() -> None:
     parser.add_argument("--memory-of", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.memory_of:
+        return options
+    for package in ("pytest", "matplotlib"):
+        if find_spec(package) is None:
+            parser.error(f"{package} is not installed; run: pip install -e '.[tests]'")
+    partly = options.quick or options.lengths
+    output = options.output or (HERE.parent / "build" / RESULTS.name if partly else RESULTS)
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.open("a").close()
+    except OSError as error:
+        parser.error(f"{output} cannot be written ({error.strerror}); pass another --output.")
+    options.output = output
+    options.lengths = options.lengths or [
+        n for n in (512, 1024, 2048, 4096, 8192, 16384, 32768) if n <= 2048 or not options.quick
+    ]
+    return options
+
+
+def main() -> None:
+    options = parse_options()
+    if options.memory_of:
         name, n, heads = options.memory_of
         report_memory(name, int(n), int(heads))
         return
     if not options.skip_agreement:
         agreement()
-    lengths = options.lengths or [512, 1024, 2048, 4096, 8192, 16384, 32768]
-    lengths = [n for n in lengths if not options.quick or n <= 2048]
+    lengths, output = options.lengths, options.output
     result: dict[str, Any] = {"environment": hardware(), "shape": [1, HEADS, "N", DIM]}
     result["times"] = measure_times(lengths, options.turns)
     result["memory"] = {
@@ -422,9 +451,6 @@ def main() -> None:
         result["precision"] = measure_precision()
         result["65536_tokens_2_heads"] = measure_memory("ours", 65536, 2)
         result["flex_forward_2048"] = flex_attention_forward(2048)
-    partly = options.quick or options.lengths
-    output = options.output or (HERE.parent / "build" / RESULTS.name if partly else RESULTS)
-    output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(json.dumps(result, indent=1) + "\n")
     draw(result, output.with_suffix(".png"))
     print(f"written: {output} and {output.with_suffix('.png')}")

@@ -9,13 +9,11 @@ import click
 from entropy_regularization.cli.errors import RunProblem
 
 
-@click.command(context_settings={"ignore_unknown_options": True})
+# --help is the script's too, so that its options are described where they are taken
+@click.command(context_settings={"ignore_unknown_options": True}, add_help_option=False)
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
 def bench(arguments: tuple[str, ...]) -> None:
-    """Time attention with entropy against plain attention.
-
-    ARGUMENTS go to benchmarks/attention.py; its own --help lists them.
-    """
+    """Time attention with entropy against plain attention."""
     script = Path(__file__).parents[3] / "benchmarks" / "attention.py"
     if not script.is_file():
         raise RunProblem(
