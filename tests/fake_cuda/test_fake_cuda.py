@@ -32,6 +32,7 @@ def build_device(folder: Path) -> Path:
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="needs Triton")
 @pytest.mark.skipif(torch.backends.cuda.is_built(), reason="this torch is built with CUDA")
 @pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler")
 def test_steps(tmp_path: Path) -> None:
