@@ -1,6 +1,9 @@
 """A run whose files were damaged goes on from what is whole, or says what is not."""
 
+import errno
+import fcntl
 import json
+import os
 import resource
 import shutil
 import subprocess
@@ -10,6 +13,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
+from entropy_regularization.cli import runs
 from entropy_regularization.cli.main import main
 
 NANO = (
@@ -50,6 +54,28 @@ FILES = (
     "optimizer.pt", "scheduler.pt", "rng_state.pth", "model.safetensors", "trainer_state.json",
     "tokenizer.json", "config.json", "complete",
 )  # fmt: skip
+
+
+def test_only_files_that_may_be_written_are_synchronized(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Windows refuses the others."""
+
+    def synchronize(number: int) -> None:
+        if fcntl.fcntl(number, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
+            raise OSError(errno.EBADF, "Bad file descriptor")
+        synchronized.append(number)
+
+    synchronized: list[int] = []
+    monkeypatch.setattr(runs.os, "fsync", synchronize)
+    folder = runs.RunFolder(tmp_path)
+    checkpoint = folder.checkpoints / "checkpoint-3"
+    (checkpoint / "model").mkdir(parents=True)
+    (checkpoint / "model" / "weights").write_bytes(b"1234")
+    folder.mark_complete(3)
+    assert len(synchronized) == 2  # the file and the mark
+    assert folder.last_checkpoint() == (3, checkpoint)
+    assert (checkpoint / "model" / "weights").read_bytes() == b"1234"
 
 
 @pytest.mark.parametrize("damage", [cut, Path.unlink])

@@ -178,7 +178,7 @@ class RunFolder:
         sums = {}
         for path in folder.rglob("*"):
             if path.is_file() and path.name != COMPLETE:
-                with path.open("rb") as file:
+                with path.open("r+b") as file:  # Windows synchronizes no file opened to be read
                     os.fsync(file.fileno())
                 sums[path.relative_to(folder).as_posix()] = _sum_of(path)
         write_json(folder / COMPLETE, {"step": step, "crc32": sums})
