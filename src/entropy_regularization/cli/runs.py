@@ -178,7 +178,8 @@ class RunFolder:
         sums = {}
         for path in folder.rglob("*"):
             if path.is_file() and path.name != COMPLETE:
-                with path.open("r+b") as file:  # Windows synchronizes no file opened to be read
+                # Windows synchronizes no file opened to be read; a copied one may be read-only
+                with path.open("r+b" if os.access(path, os.W_OK) else "rb") as file:
                     os.fsync(file.fileno())
                 sums[path.relative_to(folder).as_posix()] = _sum_of(path)
         write_json(folder / COMPLETE, {"step": step, "crc32": sums})
