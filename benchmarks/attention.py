@@ -324,7 +324,7 @@ def agreement() -> None:
     tests = [str(folder / name) for name in ("test_agreement.py", "test_compiled.py")]
     done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-x", *tests], check=False)
     if done.returncode:
-        raise SystemExit("the agreement tests failed, so nothing is measured; see above.")
+        raise SystemExit("the agreement tests did not pass, so nothing is measured; see above.")
 
 
 def draw(result: dict[str, Any], path: Path) -> None:
@@ -413,9 +413,14 @@ def parse_options() -> argparse.Namespace:
             parser.error(f"{package} is not installed; run: pip install -e '.[tests]'")
     partly = options.quick or options.lengths
     output = options.output or (HERE.parent / "build" / RESULTS.name if partly else RESULTS)
+    if output.suffix != ".json":
+        parser.error(f"{output} is no name of a JSON file; the picture lies beside it, as .png.")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
+        new = not output.exists()
         output.open("a").close()
+        if new:
+            output.unlink()  # nothing is left where nothing is measured
     except OSError as error:
         parser.error(f"{output} cannot be written ({error.strerror}); pass another --output.")
     options.output = output

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner
@@ -180,13 +181,8 @@ def test_diverged_run_ends_with_json_and_a_sentence(
     assert result["after"]["perplexity"] is None
 
 
-def failure_after(before: str, arguments: str) -> str:
-    """Return the one line that a command says as it fails in a process where something is wrong."""
-    program = (
-        f"import runpy, sys; {before}; sys.argv[1:] = {arguments.split()!r}; "
-        "runpy.run_module('entropy_regularization')"
-    )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+def the_line_of(done: subprocess.CompletedProcess[str]) -> str:
+    """Return the one line that a command said as it failed."""
     assert done.returncode == 1
     (line,) = done.stderr.splitlines()
     return line
@@ -204,10 +200,12 @@ def failure_after(before: str, arguments: str) -> str:
         ("demo --output={output}", "jinja2"),
     ],
 )
-def test_package_that_is_not_installed(arguments: str, blocked: str, tmp_path: Path) -> None:
+def test_package_that_is_not_installed(
+    arguments: str, blocked: str, tmp_path: Path, run_after: Any
+) -> None:
     output = tmp_path / "run"
     before = f"sys.modules[{blocked!r}] = None"
-    line = failure_after(before, arguments.format(output=output))
+    line = the_line_of(run_after(before, *arguments.format(output=output).split()))
     assert line.startswith("entropy-reg: ")
     assert f"needs {blocked}" in line or f"needs the package {blocked}" in line
     assert line.endswith("pip install 'entropy-regularization[all]'")
@@ -215,9 +213,9 @@ def test_package_that_is_not_installed(arguments: str, blocked: str, tmp_path: P
 
 
 @pytest.mark.parametrize("command", ["train", "demo"])
-def test_transformers_that_is_too_old(command: str, tmp_path: Path) -> None:
+def test_transformers_that_is_too_old(command: str, tmp_path: Path, run_after: Any) -> None:
     before = "import transformers; transformers.__version__ = '4.57.6'"
-    line = failure_after(before, f"{command} --output={tmp_path / 'run'}")
+    line = the_line_of(run_after(before, command, f"--output={tmp_path / 'run'}"))
     assert line.startswith("entropy-reg: transformers 4.57.6 is installed")
     assert line.endswith("run: pip install --upgrade 'transformers>=5.17'")
     assert not (tmp_path / "run").exists()

@@ -1,10 +1,8 @@
 """entropy-reg bench hands its arguments to the benchmark, which measures or says what is wrong."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner
@@ -12,21 +10,12 @@ from click.testing import CliRunner
 from entropy_regularization.cli import bench
 from entropy_regularization.cli.main import main
 
-
-def run(*arguments: str, before: str = "pass") -> subprocess.CompletedProcess[str]:
-    program = (
-        f"import runpy, sys; {before}; sys.argv[1:] = {['bench', *arguments]!r}; "
-        "runpy.run_module('entropy_regularization')"
-    )
-    return subprocess.run(
-        [sys.executable, "-c", program],
-        capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+LITTLE = ("--quick", "--lengths", "16", "--turns=1", "--skip-agreement")
 
 
-def test_measures_and_draws(tmp_path: Path) -> None:
+def test_measures_and_draws(tmp_path: Path, run_after: Any) -> None:
     output = tmp_path / "new" / "some.json"
-    done = run("--quick", "--lengths", "16", "--turns=1", "--skip-agreement", f"--output={output}")
+    done = run_after("pass", "bench", *LITTLE, f"--output={output}")
     assert done.returncode == 0, done.stderr
     result = json.loads(output.read_text())
     assert result["times"]["16"]["both"]["ours"]["ratio_median"] > 0
@@ -34,8 +23,17 @@ def test_measures_and_draws(tmp_path: Path) -> None:
     assert output.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_help_is_that_of_the_benchmark() -> None:
-    done = run("--help")
+def test_nothing_is_measured_or_left_where_the_tests_fail(tmp_path: Path, run_after: Any) -> None:
+    failing = "lambda *_, **options: types.SimpleNamespace(returncode=1)"
+    before = f"import subprocess, types; subprocess.run = {failing}"
+    done = run_after(before, "bench", f"--output={tmp_path / 'some.json'}")
+    assert done.returncode == 1
+    assert done.stderr == "the agreement tests did not pass, so nothing is measured; see above.\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_help_is_that_of_the_benchmark(run_after: Any) -> None:
+    done = run_after("pass", "bench", "--help")
     assert done.returncode == 0
     assert "--lengths" in done.stdout
 
@@ -47,16 +45,17 @@ def test_help_is_that_of_the_benchmark() -> None:
         (["--lengths", "64", "0"], "pass", "'0' is not a positive whole number."),
         (["--turns=many"], "pass", "'many' is not a positive whole number."),
         (["--output={file}/x.json"], "pass", "x.json cannot be written ("),
+        (["--output={file}.png"], "pass", "file.png is no name of a JSON file;"),
         ([], "sys.modules['pytest'] = None", "pytest is not installed; run: pip install -e "),
         ([], "sys.modules['matplotlib'] = None", "matplotlib is not installed; run: pip install"),
     ],
 )
 def test_what_is_wrong_is_said_before_anything_runs(
-    arguments: list[str], before: str, sentence: str, tmp_path: Path
+    arguments: list[str], before: str, sentence: str, tmp_path: Path, run_after: Any
 ) -> None:
     (tmp_path / "file").write_text("")
     filled = [argument.format(file=tmp_path / "file") for argument in arguments]
-    done = run(*filled, before=before)
+    done = run_after(before, "bench", *LITTLE, f"--output={tmp_path / 'some.json'}", *filled)
     assert done.returncode == 2, done.stderr
     assert done.stdout == ""
     assert sentence in done.stderr.splitlines()[-1]

@@ -1,6 +1,5 @@
 """A run whose files were damaged goes on from what is whole, or says what is not."""
 
-import errno
 import fcntl
 import json
 import os
@@ -56,24 +55,24 @@ FILES = (
 )  # fmt: skip
 
 
-def test_only_files_that_may_be_written_are_synchronized(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("may_write", [True, False])
+def test_how_files_of_a_checkpoint_are_opened_to_be_synchronized(
+    may_write: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Windows refuses the others."""
+    """To be written, where they may be: Windows synchronizes no others."""
 
     def synchronize(number: int) -> None:
-        if fcntl.fcntl(number, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
-            raise OSError(errno.EBADF, "Bad file descriptor")
-        synchronized.append(number)
+        modes.append(fcntl.fcntl(number, fcntl.F_GETFL) & os.O_ACCMODE)
 
-    synchronized: list[int] = []
+    modes: list[int] = []
     monkeypatch.setattr(runs.os, "fsync", synchronize)
+    monkeypatch.setattr(runs.os, "access", lambda *_: may_write)  # root may write everything
     folder = runs.RunFolder(tmp_path)
     checkpoint = folder.checkpoints / "checkpoint-3"
     (checkpoint / "model").mkdir(parents=True)
     (checkpoint / "model" / "weights").write_bytes(b"1234")
     folder.mark_complete(3)
-    assert len(synchronized) == 2  # the file and the mark
+    assert modes == [os.O_RDWR if may_write else os.O_RDONLY, os.O_WRONLY]  # the file, the mark
     assert folder.last_checkpoint() == (3, checkpoint)
     assert (checkpoint / "model" / "weights").read_bytes() == b"1234"
 
