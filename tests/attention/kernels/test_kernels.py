@@ -117,6 +117,39 @@ def test_own_tiles_of_every_head_dimension(
     agree(case, dtype, device, 2e-5 if dtype == torch.float32 else 6e-2)
 
 
+# What the tiles of a device divide into several, whole and cut.
+SEVERAL_OWN_TILES = [
+    Case("own-tiles-causal", (1, 2, 1, 270, 270, 64, 64), {"causal": True}),
+    Case("own-tiles-causal-16", (1, 1, 1, 150, 270, 16, 16), {"causal": True}),
+    Case("own-tiles-causal-32", (1, 1, 1, 150, 270, 32, 24), {"causal": True}),
+    Case("own-tiles-causal-128", (1, 1, 1, 140, 270, 128, 96), {"causal": True}),
+    Case("own-tiles-narrow-values", (1, 1, 1, 140, 140, 128, 32), {"causal": True}),
+    Case("own-tiles-widest", (1, 1, 1, 150, 150, 256, 256), {"causal": True}),
+    Case("own-tiles-window", (1, 1, 1, 400, 400, 64, 64), {"window": (150, 0)}),
+    Case("own-tiles-padding", (2, 1, 1, 150, 270, 64, 64), padding=True),
+    Case("own-tiles-documents", (1, 1, 1, 400, 400, 64, 64), {"causal": True}, documents=True),
+    Case("own-tiles-sinks-softcap", (1, 2, 2, 140, 270, 64, 64), {"softcap": 4.0}, sinks=True),
+    Case(
+        "own-tiles-everything",
+        (1, 2, 1, 100, 150, 72, 40),
+        {"causal": True, "window": (120, 2), "softcap": 3.0},
+        padding=True,
+        documents=True,
+        dense=(1, 2, 100, 150),
+        bias=(1, 1, 100, 150),
+        sinks=True,
+    ),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("case", SEVERAL_OWN_TILES, ids=lambda case: case.name)
+def test_error_is_at_most_that_of_naive_attention_in_own_tiles(
+    case: Case, dtype: torch.dtype, device: str
+) -> None:
+    check_error_is_at_most_that_of_naive_attention(case, dtype, device)
+
+
 def test_strides_of_8_are_known_and_those_of_one_position_do_not_matter(
     device: str, set_tiles: Any
 ) -> None:

@@ -1,0 +1,128 @@
+"""A plugin of pytest that runs the kernels as what Triton compiles them to, without a GPU.
+
+    TRITON_INTERPRET=0 PYTHONPATH=tests/ptx python -m pytest -p emulation \
+        tests/attention/kernels/test_kernels.py
+
+Triton compiles every launch for a device of ``PTX_CAPABILITY`` (90) through its own launcher; the
+PTX that it hands to NVIDIA's assembler is then run by :mod:`machine`, on the tensors of the CPU,
+twice: asynchronous work done as early and as late as may be. Both must give the same bits.
+"""
+
+import functools
+import os
+from collections import Counter
+from typing import Any
+
+import numpy as np
+import torch
+import triton
+from machine import Kernel, Machine
+from memory import GlobalMemory, ProgramError
+from packaging.version import Version
+from program import read_program
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+from entropy_regularization.attention.triton import launch, support
+from entropy_regularization.attention.triton.tiles import Tiles
+
+CAPABILITY = int(os.environ.get("PTX_CAPABILITY", "90"))
+# bytes that a program may have, by compute capability
+SHARED_LIMIT = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024}
+# Older ones leave out the fence between copies and products that NVIDIA asks for; see
+# https://github.com/triton-lang/triton/pull/10537
+COPIES_ARE_FENCED = Version(triton.__version__) >= Version("3.7.1")
+launched: Counter[str] = Counter()
+
+
+class PretendedDevice:
+    """What Triton's launcher asks a driver before it compiles."""
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", CAPABILITY, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int = 0) -> int:
+        return 0
+
+
+@functools.cache
+def kernel_of(ptx: str) -> Kernel:
+    return Kernel(read_program(ptx))
+
+
+def flattened(value: Any, kind: Any) -> list[Any]:
+    """List the arguments that are left at run time, by the signature that Triton compiled."""
+    if kind == "constexpr":
+        return []
+    if isinstance(kind, tuple):
+        pairs = zip(value, kind, strict=True)
+        return [each for one, its_kind in pairs for each in flattened(one, its_kind)]
+    return [value]
+
+
+def start_kernel(kernel: Any, programs: int, tiles: Tiles, arguments: dict[str, Any]) -> None:
+    """Take the place of :func:`launch.start_kernel`."""
+    if programs == 0:
+        return
+    driver.set_active(PretendedDevice())
+    compiled = kernel.run(
+        **arguments,
+        grid=(1,),
+        warmup=True,
+        num_warps=tiles.warps,
+        num_stages=tiles.stages,
+        enable_fp_fusion=True,
+    )
+    shared_bytes = compiled.metadata.shared
+    if shared_bytes > SHARED_LIMIT[CAPABILITY]:
+        raise ProgramError(f"{kernel.__name__} needs {shared_bytes} bytes of shared memory")
+    signature = compiled.src.signature
+    given = [
+        each
+        for name in kernel.arg_names
+        for each in flattened(arguments.get(name), signature[name])
+    ]
+    late, early = (
+        run(kernel_of(compiled.asm["ptx"]), programs, shared_bytes, given, eager)
+        for eager in (False, True)
+    )
+    if not np.array_equal(late.bytes, early.bytes):
+        raise ProgramError(f"{kernel.__name__} does not wait for its asynchronous work")
+    late.copy_back()
+    launched[kernel.__name__] += 1
+
+
+def run(
+    kernel: Kernel, programs: int, shared_bytes: int, given: list[Any], eager: bool
+) -> GlobalMemory:
+    """Run a grid and return the memory that it leaves."""
+    memory = GlobalMemory(each for each in given if isinstance(each, Tensor))
+    numbers = [memory.address_of(each) if isinstance(each, Tensor) else each for each in given]
+    # after the kernel's own there are pointers to scratch memory, which it must not need
+    numbers += [0] * (len(kernel.program.parameters) - len(numbers))
+    machine = Machine(kernel, memory, numbers, eager, COPIES_ARE_FENCED)
+    with np.errstate(all="ignore"):
+        for program_id in range(programs):
+            try:
+                machine.run(program_id, shared_bytes)
+            except ProgramError as fault:
+                raise ProgramError(
+                    f"{kernel.program.name}, program {program_id}: {fault}"
+                ) from None
+    return memory
+
+
+def pytest_configure() -> None:
+    assert not triton.knobs.runtime.interpret, "set TRITON_INTERPRET=0"
+    assert not torch.cuda.is_available(), "there is a GPU; run the tests on it"
+    launch.start_kernel = start_kernel
+    support._unsupported_device = lambda device: None
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    found = " ".join(f"{name}={count}" for name, count in sorted(launched.items()))
+    terminalreporter.write_line(f"launched: {found}")
