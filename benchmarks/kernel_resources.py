@@ -12,7 +12,6 @@ import argparse
 import json
 import os
 import re
-import subprocess
 import tempfile
 import time
 from pathlib import Path
@@ -20,7 +19,7 @@ from typing import Any
 
 import torch
 import triton
-import triton.backends.nvidia
+from machine_code import dump, inner_loops, instructions, overwritten_inputs
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
@@ -29,7 +28,6 @@ from entropy_regularization.attention.triton import launch
 from entropy_regularization.attention.triton.tiles import Tiles, choose_tiles
 
 RESULTS = Path(__file__).parent / "results" / "kernel_resources.json"
-CUOBJDUMP = Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump"
 OPTIONS = (
     "causal", "window", "padding", "documents", "dense", "bias", "softcap", "sinks", "dropout",
     "everything",
@@ -116,32 +114,6 @@ class PretendedDevice:
         return 0
 
 
-def dump(machine_code: bytes, what: str) -> str:
-    """Let NVIDIA's cuobjdump print something about a compiled kernel."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(machine_code)
-        file.flush()
-        command = [str(CUOBJDUMP), what, file.name]
-        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
-
-
-def inner_loops(assembly: str) -> list[list[str]]:
-    """Return the instructions of every innermost loop, between its head and its branch back."""
-    found = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.*?);", assembly)
-    code = [(int(address, 16), instruction) for address, instruction in found]
-    loops = []
-    for address, instruction in code:
-        branch = re.search(r"\bBRA\b.*?0x([0-9a-f]+)", instruction)
-        if branch and int(branch[1], 16) < address:
-            loops.append((int(branch[1], 16), address))
-    inner = [
-        loop
-        for loop in loops
-        if not any(loop[0] <= o[0] and o[1] <= loop[1] for o in loops if o != loop)
-    ]
-    return [[text for address, text in code if head <= address <= tail] for head, tail in inner]
-
-
 def compile_kernel(
     kernel: Any, tiles: Tiles, arguments: dict[str, Any], capability: int
 ) -> dict[str, Any]:
@@ -158,7 +130,8 @@ def compile_kernel(
     )
     seconds = time.perf_counter() - start
     found = dict(re.findall(r"(REG|STACK):(\d+)", dump(compiled.asm["cubin"], "-res-usage")))
-    loops = inner_loops(dump(compiled.asm["cubin"], "-sass"))
+    code = instructions(dump(compiled.asm["cubin"], "-sass"))
+    loops = inner_loops(code)
     spills = sum(bool(re.search(r"\b(LDL|STL)\b", text)) for loop in loops for text in loop)
     # Of the loops that compute scores (others wait for memory) the shortest has no masks; a warp
     # has 32 threads, each some of the scores.
@@ -169,6 +142,7 @@ def compile_kernel(
         "registers": int(found["REG"]),
         "stack_bytes": int(found["STACK"]),
         "spills_in_inner_loops": spills,
+        "overwritten_inputs": len(overwritten_inputs(code)),
         "instructions_a_score": per_score and round(per_score, 1),
         "shared_bytes": compiled.metadata.shared,
         "compile_seconds": round(seconds, 1),

@@ -306,3 +306,29 @@ def test_the_call_ends_in_time(tmp_path: Path) -> None:
     )
     assert done.returncode == 1
     assert "== tiles: no time left" in done.stdout
+
+
+PRODUCT = """
+  /*0000*/  MOV R24, UR4 ;
+  /*0010*/  HGMMA.64x64x16.F32.BF16 R88, R24, gdesc[UR4].tnspB, R88, gsb0 ;
+  /*0020*/  @P0 IMAD.WIDE R22, R1, 0x4, R2 ;
+  /*0030*/  STS.128 [R24], R28 ;
+  /*0040*/  @!P1 BRA 0x60 ;
+  /*0050*/  WARPGROUP.DEPBAR.LE gsb0, 0x0 ;
+  /*0060*/  LDS.128 R20, [R3] ;
+  /*0070*/  LDSM.16.M88.4 R24, [R3] ;
+  /*0080*/  BRA 0x50 ;
+"""
+
+
+def test_writing_the_inputs_of_a_product_in_flight_is_seen(load: Any) -> None:
+    """On one of two ways to the last load there was no waiting."""
+    pytest.importorskip("triton")
+    code = load("machine_code")
+    overwritten = code.overwritten_inputs(code.instructions(PRODUCT))
+    assert overwritten == ["LDSM.16.M88.4 R24, [R3]"]
+    waiting = PRODUCT.replace("@!P1 BRA 0x60", "NOP")
+    assert code.overwritten_inputs(code.instructions(waiting)) == []
+    for written, found in (("@P0 IMAD.WIDE R23", 1), ("LDS.128 R21", 1), ("MOV R28", 0)):
+        changed = code.instructions(waiting.replace("@P0 IMAD.WIDE R22", written))
+        assert len(code.overwritten_inputs(changed)) == found, written

@@ -434,6 +434,19 @@ def test_documents_cost_nothing_in_whole_tiles(tmp_path: Path) -> None:
         assert next(of_both) <= 1.1 * next(of_both)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("option", ["bias", "dense"])
+def test_numbers_of_scores_are_loaded_several_at_a_time(option: str, tmp_path: Path) -> None:
+    """Where rows begin at multiples of 16; 4,100 is none."""
+    together, apart = (
+        compile_for_hopper(tmp_path, "--dims", "64", "--options", option, "--tokens", tokens)
+        for tokens in ("4096", "4100")
+    )
+    for kernel in ("forward_kernel", "query_gradient_kernel"):
+        of_both = (used[kernel, 64]["instructions_a_score"] for used in (together, apart))
+        assert next(of_both) <= 0.85 * next(of_both)
+
+
 def compile_for_hopper(folder: Path, *chosen: str) -> dict[tuple[str, int], dict[str, Any]]:
     """Run benchmarks/kernel_resources.py in bfloat16; return what (kernel, dim) uses."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
@@ -445,4 +458,5 @@ def compile_for_hopper(folder: Path, *chosen: str) -> dict[tuple[str, int], dict
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     rows = json.loads(output.read_text())["kernels"]
+    assert [row for row in rows if row["overwritten_inputs"]] == []
     return {(row["kernel"], row["dim"]): row for row in rows}

@@ -84,7 +84,7 @@ def forward_tiles(
             if cap_log2 is not None:
                 b_score = tanh(b_score) * cap_log2
             if bias is not None:
-                b_score = add_bias(b_score, bias, batch, head, row, o_key, n_queries, n_keys)
+                b_score = add_bias(b_score, bias, batch, head, row, o_key, n_queries)
             if EDGE or allowed is not None:
                 m_allowed = allowed_tile(
                     allowed, padding, document, left, right, batch, head, row, o_key,

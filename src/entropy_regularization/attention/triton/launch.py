@@ -61,6 +61,15 @@ def view(tensor: Tensor) -> View:
     return (tensor, *tensor.stride())
 
 
+def pairs_view(tensor: Tensor, sizes: tuple[int, int, int, int]) -> View:
+    """Return the view of a bias or dense mask, broadcast to all scores, and the number of keys.
+
+    The compiler looks at numbers in a tuple as at strides, so that it knows where this one is a
+    multiple of 16, and loads several elements at once.
+    """
+    return (*view(tensor.expand(sizes)), sizes[3])
+
+
 def strides_by_8(*tensors: Tensor) -> bool:
     """Tell whether the strides between rows are multiples of 8, but not all of them of 16.
 
@@ -95,7 +104,7 @@ def masks_of(structure: Structure, sizes: tuple[int, int, int, int]) -> dict[str
     allowed, padding, document = structure.allowed, structure.key_padding, structure.document
     batch = sizes[0]
     return {
-        "allowed": None if allowed is None else view(allowed.expand(sizes).view(torch.uint8)),
+        "allowed": None if allowed is None else pairs_view(allowed.view(torch.uint8), sizes),
         "padding": None if padding is None else view(padding.expand(batch, -1).view(torch.uint8)),
         "document": None if document is None else view(document.expand(batch, -1)),
     }
@@ -117,7 +126,7 @@ def common_arguments(problem: Problem) -> dict[str, Any]:
         "query": view(query),
         "key": view(key),
         "value": view(value),
-        "bias": None if problem.bias is None else view(problem.bias.expand(sizes)),
+        "bias": None if problem.bias is None else pairs_view(problem.bias, sizes),
         "dropout": dropout,
         "factor": problem.scale * LOG2_E if cap is None else problem.scale / cap,
         "cap_log2": None if cap is None else cap * LOG2_E,

@@ -4,8 +4,9 @@ Every stage works on tiles of either orientation: ``row`` and ``key`` are index 
 broadcast to the tile, ``[rows, 1]`` and ``[1, keys]`` or ``[1, rows]`` and ``[keys, 1]``.
 
 Naming: ``p_`` a pointer, ``b_`` a tile in registers, ``m_`` a boolean tile, ``o_`` an offset. A
-*view* is ``(pointer, batch stride, head stride, row stride, column stride)``, in elements. Scores
-and log-probabilities are in base 2, because the hardware's exponential is.
+*view* is ``(pointer, batch stride, head stride, row stride, column stride)``, in elements; that of
+a bias and of a dense mask goes on with the number of keys. Scores and log-probabilities are in base
+2, because the hardware's exponential is.
 """
 
 import triton
@@ -197,12 +198,12 @@ def tanh(x):
 
 
 @triton.jit
-def add_bias(b_score, bias, batch, head, row, key, n_queries, n_keys):
+def add_bias(b_score, bias, batch, head, row, key, n_queries):
     """Add the bias to base-2 scores; an entry of -inf masks its key."""
     p_bias = head_pointer(bias, batch, head)
     pointers = p_bias + row.to(tl.int64) * bias[3] + key.to(tl.int64) * bias[4]
     # b_bias: [rows, keys] or [keys, rows]
-    b_bias = tl.load(pointers, mask=(row < n_queries) & (key < n_keys), other=0.0)
+    b_bias = tl.load(pointers, mask=(row < n_queries) & (key < bias[5]), other=0.0)
     return tl.maximum(b_score + b_bias.to(b_score.dtype) * LOG2_E, MASKED_SCORE)
 
 
@@ -252,7 +253,7 @@ def allowed_tile(
         p_allowed = head_pointer(allowed, batch, head)
         o_pair = row.to(tl.int64) * allowed[3] + key.to(tl.int64) * allowed[4]
         # [rows, keys] or [keys, rows]
-        b_dense = tl.load(p_allowed + o_pair, mask=(row < n_queries) & (key < n_keys), other=0)
+        b_dense = tl.load(p_allowed + o_pair, mask=(row < n_queries) & (key < allowed[5]), other=0)
         m_allowed = m_allowed & (b_dense != 0)
     return m_allowed
 

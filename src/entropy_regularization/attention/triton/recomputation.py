@@ -117,7 +117,7 @@ def log2_probability_tile(
         b_slope = 1.0 - b_capped * b_capped
         b_score = b_capped * cap_log2
     if bias is not None:
-        b_score = add_bias(b_score, bias, batch, head, row, key, n_queries, n_keys)
+        b_score = add_bias(b_score, bias, batch, head, row, key, n_queries)
     b_log2_probability = b_score - log2_normalizer
     if bias is not None:
         b_log2_probability = tl.maximum(b_log2_probability, MASKED_LOG_PROBABILITY)
