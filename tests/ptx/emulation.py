@@ -18,7 +18,6 @@ import torch
 import triton
 from machine import Kernel, Machine
 from memory import GlobalMemory, ProgramError
-from packaging.version import Version
 from program import read_program
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
@@ -30,9 +29,7 @@ from entropy_regularization.attention.triton.tiles import Tiles
 CAPABILITY = int(os.environ.get("PTX_CAPABILITY", "90"))
 # bytes that a program may have, by compute capability
 SHARED_LIMIT = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024}
-# Older ones leave out the fence between copies and products that NVIDIA asks for; see
-# https://github.com/triton-lang/triton/pull/10537
-COPIES_ARE_FENCED = Version(triton.__version__) >= Version("3.7.1")
+COPIES_ARE_FENCED = support.triton_version() >= support.FENCED_TRITON
 launched: Counter[str] = Counter()
 
 

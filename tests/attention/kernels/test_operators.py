@@ -266,6 +266,30 @@ class TestSupport:
         reason = support.unsupported_reason(*tensors, Structure(), scale=1.0)
         assert reason == "the device has compute capability 7.5; the kernels need 8.0."
 
+    @pytest.mark.parametrize(
+        ("version", "capability", "refused"),
+        [
+            ("3.6.0", (10, 0), True), ("3.7.0+git1", (10, 3), True), ("3.7.1", (10, 0), False),
+            ("3.10.0", (10, 0), False), ("3.6.0", (9, 0), False), ("3.6.0", (12, 0), False),
+        ],
+    )  # fmt: skip
+    def test_triton_without_fences(
+        self,
+        monkeypatch: pytest.MonkeyPatch,
+        version: str,
+        capability: tuple[int, int],
+        refused: bool,
+    ) -> None:
+        tensors = self.on_cuda(monkeypatch, capability)
+        monkeypatch.setattr("triton.__version__", version)
+        reason = support.unsupported_reason(*tensors, Structure(), scale=1.0)
+        number = ".".join(map(str, capability))
+        expected = (
+            f"Triton {version.partition('+')[0]} leaves out fences that tensor cores of compute "
+            f"capability {number} need; install Triton 3.7.1 or newer."
+        )
+        assert (reason == expected) is refused
+
     def test_rocm(self, monkeypatch: pytest.MonkeyPatch) -> None:
         tensors = self.on_cuda(monkeypatch, (9, 4))
         monkeypatch.setattr(torch.version, "hip", "7.0")

@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.util
+import re
 
 import torch
 from torch import Tensor
@@ -9,6 +10,10 @@ from torch import Tensor
 from entropy_regularization.attention.masking import Structure
 
 LARGEST_DIM = 256
+# The first that puts a fence between an asynchronous copy and the tensor cores that read it.
+# Without, results on Blackwell differed from run to run:
+# https://github.com/triton-lang/triton/pull/10537
+FENCED_TRITON = (3, 7, 1)
 
 
 def unsupported_reason(
@@ -72,6 +77,12 @@ def _unsupported_device(device: torch.device) -> str | None:
     if capability < (8, 0):
         version = ".".join(map(str, capability))
         return f"the device has compute capability {version}; the kernels need 8.0."
+    if capability[0] in (10, 11) and triton_version() < FENCED_TRITON:
+        found, needed = (".".join(map(str, each)) for each in (triton_version(), FENCED_TRITON))
+        return (
+            f"Triton {found} leaves out fences that tensor cores of compute capability "
+            f"{capability[0]}.{capability[1]} need; install Triton {needed} or newer."
+        )
     return None
 
 
@@ -86,6 +97,12 @@ def is_installed() -> bool:
 def is_interpreted() -> bool:
     """Tell whether Triton runs kernels by its interpreter in this process."""
     return bool(importlib.import_module("triton").knobs.runtime.interpret)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def triton_version() -> tuple[int, ...]:
+    """Return the three numbers of Triton's version."""
+    return tuple(map(int, re.findall(r"\d+", importlib.import_module("triton").__version__)[:3]))
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
