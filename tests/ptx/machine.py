@@ -265,7 +265,7 @@ def store(instruction: Instruction) -> Step:
 
 
 def copy_asynchronously(instruction: Instruction) -> Step:
-    """``cp.async``: from global to shared memory; what is beyond the given size becomes zero."""
+    """``cp.async``: from global to shared memory, or zeros if the given size is 0."""
     parts, operands, guard = instruction.parts, instruction.operands, instruction.guard
     if parts[2] == "commit_group":
         return lambda machine: machine.copies.commit()
@@ -273,16 +273,15 @@ def copy_asynchronously(instruction: Instruction) -> Step:
         left = int(operands[0])
         return lambda machine: machine.copies.wait(left)
     assert parts[2:] in (["ca", "shared", "global"], ["cg", "shared", "global"]), instruction
-    to, of, size = (
-        address(operands[0], "shared"),
-        address(operands[1], "global"),
-        int(operands[2], 0),
-    )
+    to, of = address(operands[0], "shared"), address(operands[1], "global")
+    size = int(operands[2], 0)
     given = reader(operands[3] if len(operands) > 3 else str(size), "u32")
 
     def step(machine: Machine) -> None:
         active, shared, memory = machine.mask(guard), machine.shared, machine.memory
-        present = np.broadcast_to(given(machine), machine.threads)[active] > 0
+        sizes = np.broadcast_to(given(machine), machine.threads)[active]
+        present = sizes == size
+        assert (present | (sizes == 0)).all(), instruction
         targets = span(shared.offsets(to(machine)[active], size), size)
         sources = span(memory.offsets(of(machine)[active][present], size), size)
         warp = machine.warp[active]
