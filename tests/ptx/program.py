@@ -26,7 +26,8 @@ class Instruction(NamedTuple):
 
     @property
     def parts(self) -> list[str]:
-        return self.opcode.split(".")
+        """The words of the opcode; there are no clusters, so shared memory is the program's."""
+        return self.opcode.replace("shared::cta", "shared").split(".")
 
 
 class Parameter(NamedTuple):
