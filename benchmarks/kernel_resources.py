@@ -114,13 +114,10 @@ class PretendedDevice:
         return 0
 
 
-def compile_kernel(
-    kernel: Any, tiles: Tiles, arguments: dict[str, Any], capability: int
-) -> dict[str, Any]:
-    """Compile one kernel by Triton's own launcher and read what its machine code uses."""
+def compile_kernel(kernel: Any, tiles: Tiles, arguments: dict[str, Any], capability: int) -> Any:
+    """Compile one kernel by Triton's own launcher, for a device that need not be there."""
     driver.set_active(PretendedDevice(capability))
-    start = time.perf_counter()
-    compiled = kernel.run(
+    return kernel.run(
         **arguments,
         grid=(1,),
         warmup=True,
@@ -128,6 +125,14 @@ def compile_kernel(
         num_stages=tiles.stages,
         enable_fp_fusion=True,
     )
+
+
+def resources_of(
+    kernel: Any, tiles: Tiles, arguments: dict[str, Any], capability: int
+) -> dict[str, Any]:
+    """Compile one kernel and read what its machine code uses."""
+    start = time.perf_counter()
+    compiled = compile_kernel(kernel, tiles, arguments, capability)
     seconds = time.perf_counter() - start
     found = dict(re.findall(r"(REG|STACK):(\d+)", dump(compiled.asm["cubin"], "-res-usage")))
     code = instructions(dump(compiled.asm["cubin"], "-sass"))
@@ -163,7 +168,7 @@ def compile_all(
         for dim in dims:
             problem = build_problem(options, dim, getattr(torch, dtype), tokens)
             for kernel, tiles, arguments in record_launches(problem, through, capability):
-                used = compile_kernel(kernel, tiles, arguments, capability)
+                used = resources_of(kernel, tiles, arguments, capability)
                 if used["shared_bytes"] > SHARED_LIMIT[capability]:
                     raise SystemExit(f"{kernel.__name__} at dim {dim} needs {used}: too much")
                 row = {"kernel": kernel.__name__, "dim": dim, "dtype": dtype, **tiles._asdict()}

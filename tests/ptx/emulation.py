@@ -1,6 +1,6 @@
 """A plugin of pytest that runs the kernels as what Triton compiles them to, without a GPU.
 
-    TRITON_INTERPRET=0 PYTHONPATH=tests/ptx python -m pytest -p emulation \
+    TRITON_INTERPRET=0 PYTHONPATH=tests/ptx:benchmarks python -m pytest -p emulation \
         tests/attention/kernels/test_kernels.py
 
 Triton compiles every launch for a device of ``PTX_CAPABILITY`` (90) through its own launcher; the
@@ -16,34 +16,18 @@ from typing import Any
 import numpy as np
 import torch
 import triton
+from kernel_resources import SHARED_LIMIT, compile_kernel
 from machine import Kernel, Machine
 from memory import GlobalMemory, ProgramError
 from program import read_program
 from torch import Tensor
-from triton.backends.compiler import GPUTarget
-from triton.runtime import driver
 
 from entropy_regularization.attention.triton import launch, support
 from entropy_regularization.attention.triton.tiles import Tiles
 
 CAPABILITY = int(os.environ.get("PTX_CAPABILITY", "90"))
-# bytes that a program may have, by compute capability
-SHARED_LIMIT = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024}
 COPIES_ARE_FENCED = support.triton_version() >= support.FENCED_TRITON
 launched: Counter[str] = Counter()
-
-
-class PretendedDevice:
-    """What Triton's launcher asks a driver before it compiles."""
-
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", CAPABILITY, 32)
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int = 0) -> int:
-        return 0
 
 
 @functools.cache
@@ -65,15 +49,7 @@ def start_kernel(kernel: Any, programs: int, tiles: Tiles, arguments: dict[str, 
     """Take the place of :func:`launch.start_kernel`."""
     if programs == 0:
         return
-    driver.set_active(PretendedDevice())
-    compiled = kernel.run(
-        **arguments,
-        grid=(1,),
-        warmup=True,
-        num_warps=tiles.warps,
-        num_stages=tiles.stages,
-        enable_fp_fusion=True,
-    )
+    compiled = compile_kernel(kernel, tiles, arguments, CAPABILITY)
     shared_bytes = compiled.metadata.shared
     if shared_bytes > SHARED_LIMIT[CAPABILITY]:
         raise ProgramError(f"{kernel.__name__} needs {shared_bytes} bytes of shared memory")

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 HERE = Path(__file__).parent
+BENCHMARKS = HERE.parents[1] / "benchmarks"
 KERNELS = HERE.parent / "attention" / "kernels" / "test_kernels.py"
 pytestmark = [
     pytest.mark.slow,
@@ -24,7 +25,7 @@ def run(*command: str | Path, capability: int = 90) -> str:
     environment = os.environ | {
         "TRITON_INTERPRET": "0",
         "PTX_CAPABILITY": str(capability),
-        "PYTHONPATH": os.pathsep.join([str(HERE), *sys.path]),
+        "PYTHONPATH": os.pathsep.join([str(HERE), str(BENCHMARKS), *sys.path]),
     }
     ran = subprocess.run(
         [sys.executable, *command], capture_output=True, text=True, env=environment

@@ -129,6 +129,9 @@ SEVERAL_OWN_TILES = [
     Case("own-tiles-padding", (2, 1, 1, 150, 270, 64, 64), padding=True),
     Case("own-tiles-documents", (1, 1, 1, 400, 400, 64, 64), {"causal": True}, documents=True),
     Case("own-tiles-sinks-softcap", (1, 2, 2, 140, 270, 64, 64), {"softcap": 4.0}, sinks=True),
+    # 272 keys: loads of 16 bytes
+    Case("own-tiles-bias", (1, 2, 1, 150, 272, 64, 64), {"causal": True}, bias=(1, 2, 150, 272)),
+    Case("own-tiles-dense", (1, 2, 1, 150, 272, 64, 64), dense=(1, 1, 150, 272)),
     Case(
         "own-tiles-everything",
         (1, 2, 1, 100, 150, 72, 40),
