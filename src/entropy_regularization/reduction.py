@@ -5,13 +5,14 @@ The only module that talks to torch.distributed.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, distributed
 
 Reduction = Literal["sum", "mean"]
+Part = TypeVar("Part")
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,21 @@ def mean_over_ranks(value: Tensor) -> Tensor:
     total = value.detach().clone()
     distributed.all_reduce(total)
     return total / distributed.get_world_size()
+
+
+def gather_over_ranks(part: Part) -> list[Part]:
+    """Return what every rank of the default process group has, in the order of the ranks.
+
+    Without a process group that is this part alone. Every rank must call it.
+
+    Args:
+        part: anything that can be pickled; tensors on the host.
+    """
+    if not has_ranks():
+        return [part]
+    parts: list[Any] = [None] * distributed.get_world_size()
+    distributed.all_gather_object(parts, part)
+    return parts
 
 
 def mean_count_over_ranks(pairs: Sequence[SumAndCount]) -> list[SumAndCount]:

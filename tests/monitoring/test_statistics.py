@@ -9,12 +9,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from recordings import expected_of, recording_of
+from torch import distributed, multiprocessing
 
 from entropy_regularization.monitoring.monitor import EntropyMonitor
 from entropy_regularization.monitoring.statistics import (
     Band,
     HeadClasses,
     HeadStatistics,
+    HeadSums,
     flatten,
     head_statistics,
     head_sums,
@@ -118,6 +120,28 @@ def test_layers_that_only_some_steps_have_are_kept():
     assert monitor.summary().entropy[0] == pytest.approx(head_statistics(both).entropy[1])
 
 
+def one_of_two_ranks(rank, folder):
+    distributed.init_process_group("gloo", f"file://{folder}/met", rank=rank, world_size=2)
+    parts = [recording_of(2, 3, batch=k + 2, seed=k).detach() for k in range(2)]
+    both, second, nobody = (EntropyMonitor(Band(0.4)) for _ in range(3))
+    parts[1].layers.pop()  # a layer that only the first rank came to
+    both.update(parts[rank])
+    if rank == 1:
+        second.update(parts[1])
+    alone = EntropyMonitor(both.band)
+    for part in parts:
+        alone.update(part)
+    assert both.summary(over_ranks=True) == alone.summary()
+    assert second.summary(over_ranks=True) == head_statistics(parts[1], both.band)
+    with pytest.raises(ValueError, match="has seen no recording"):
+        nobody.summary(over_ranks=True)
+    distributed.destroy_process_group()
+
+
+def test_ranks_are_parts_of_one_batch(tmp_path):
+    multiprocessing.spawn(one_of_two_ranks, (tmp_path,), nprocs=2)
+
+
 def test_rows_without_keys_and_heads_without_rows_are_in_no_mean():
     layer = recording_of(2)[0]
     allowed = layer.allowed_keys.expand(2, 2, -1).clone()
@@ -177,6 +201,7 @@ def different_heads():
             "only one of the sums has a band",
         ),
         (lambda: EntropyMonitor().summary(), "has seen no recording; call update"),
+        (lambda: HeadSums({}).statistics(), "there are no rows to take a mean of; add those of"),
         (lambda: Band(0.5, tolerance=-0.1), "tolerance is -0.1; pass a finite number"),
         (lambda: Band(0.5, maximum="log"), "maximum is 'log'; choose one of reachable"),
         (lambda: Band(0.5, tolerance="x"), "tolerance is 'x'; pass a number, 0 or larger"),

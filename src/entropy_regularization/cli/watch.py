@@ -207,7 +207,7 @@ class Watch(TrainerCallback):
         if logs is None or "loss" not in logs or not self._monitor.updates or not self._step:
             return
         speed = self._speed(state.global_step)
-        statistics = self._monitor.summary()
+        statistics = self._monitor.summary(over_ranks=True)
         self._monitor.reset()
         loss, penalty = self._loss_of_step()
         numbers: dict[str, Any] = {

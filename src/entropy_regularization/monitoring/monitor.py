@@ -33,7 +33,7 @@ class EntropyMonitor:
             )
         self.band = band
         self.updates = 0
-        self._sums: HeadSums | None = None
+        self._sums = HeadSums({})
 
     def update(self, recording: EntropyRecording) -> None:
         """Add the rows of a forward pass.
@@ -46,21 +46,25 @@ class EntropyMonitor:
             ValueError: if the recording is empty, a layer changed its number of heads, or the
                 thresholds of the band do not fit.
         """
-        sums = head_sums(recording, self.band)
-        self._sums = sums if self._sums is None else self._sums.plus(sums)
+        self._sums = self._sums.plus(head_sums(recording, self.band))
         self.updates += 1
 
-    def summary(self) -> HeadStatistics:
+    def summary(self, *, over_ranks: bool = False) -> HeadStatistics:
         """Return means over all rows since the last reset; waits for the device once.
+
+        Args:
+            over_ranks: over the rows of all ranks of the default process group, whether each of
+                them had an update or not; every rank must call it, and all get the same.
 
         Raises:
             ValueError: if there was no update.
         """
-        if self._sums is None:
+        sums = self._sums.over_ranks() if over_ranks else self._sums
+        if not sums.layers:
             raise ValueError("the monitor has seen no recording; call update(recording) first.")
-        return self._sums.statistics()
+        return sums.statistics()
 
     def reset(self) -> None:
         """Start a new window."""
         self.updates = 0
-        self._sums = None
+        self._sums = HeadSums({})

@@ -1,6 +1,5 @@
 """Statistics of heads: sums over rows on the device, divided once, read in one transfer."""
 
-import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -20,7 +19,7 @@ from entropy_regularization.recording.recording import (
     LayerEntropy,
     check_recording,
 )
-from entropy_regularization.reduction import SumAndCount, sum_rows
+from entropy_regularization.reduction import SumAndCount, gather_over_ranks, sum_rows
 from entropy_regularization.regularization import EntropyRegularization
 from entropy_regularization.thresholds import check_fixed, thresholds_of_layers
 
@@ -195,16 +194,37 @@ class HeadSums:
         """
         return HeadSums(_add_by_name([*self.layers.items(), *other.layers.items()]))
 
-    def statistics(self) -> HeadStatistics:
-        """Divide, and bring the numbers to the host in one transfer."""
-        tables = list(self.layers.values())
-        every = torch.cat([table.to(tables[0].device) for table in tables], dim=-1)
-        means = (every[:, 0] / every[:, 1]).tolist()  # 0 / 0 is NaN: no row, no mean
-        return HeadStatistics(list(self.layers), *(self._per_layer(row) for row in means))
+    def over_ranks(self) -> "HeadSums":
+        """Join with the rows of all ranks of the default process group, on the host.
 
-    def _per_layer(self, row: list[float]) -> PerHead:
-        heads = iter(row)
-        return [list(itertools.islice(heads, table.shape[-1])) for table in self.layers.values()]
+        Every rank must call it, with ``HeadSums({})`` if it has no rows. Ranks that share the rows
+        of a batch (tensor parallelism) count them several times, which moves no mean.
+
+        Raises:
+            ValueError: as ``plus``.
+        """
+        parts = gather_over_ranks(self._on_host())
+        return HeadSums(_add_by_name([layer for part in parts for layer in part.layers.items()]))
+
+    def statistics(self) -> HeadStatistics:
+        """Divide, and bring the numbers to the host in one transfer.
+
+        Raises:
+            ValueError: if there is no layer.
+        """
+        if not self.layers:
+            raise ValueError("there are no rows to take a mean of; add those of a recording first.")
+        tables = self._on_host().layers.values()
+        means = [(table[:, 0] / table[:, 1]).tolist() for table in tables]  # 0 / 0, no row, is NaN
+        return HeadStatistics(list(self.layers), *map(list, zip(*means, strict=True)))
+
+    def _on_host(self) -> "HeadSums":
+        if not self.layers:
+            return self
+        tables = list(self.layers.values())
+        every = torch.cat([table.to(tables[0].device) for table in tables], dim=-1).cpu()
+        parts = every.split([table.shape[-1] for table in tables], dim=-1)
+        return HeadSums({name: part.clone() for name, part in zip(self.layers, parts, strict=True)})
 
 
 def head_sums(recording: EntropyRecording, band: Band | None = None) -> HeadSums:

@@ -20,6 +20,7 @@ from entropy_regularization.integrations.transformers import (
     load_thresholds,
     regularize,
 )
+from entropy_regularization.monitoring.statistics import flatten
 
 N = 12
 
@@ -81,6 +82,10 @@ def arguments(folder: Path, batch: int = 8, accumulation: int = 1, **options) ->
 
 def lines(trainer: Trainer, key: str) -> list[float]:
     return [line[key] for line in trainer.state.log_history if key in line]
+
+
+def entropies(callback: EntropyCallback) -> list[float]:
+    return [number for _, heads in callback.history for number in flatten(heads.entropy)]
 
 
 def weights(model: torch.nn.Module) -> torch.Tensor:
@@ -352,19 +357,25 @@ def test_thresholds_are_saved_and_resumed_beside_adapters(
     assert "has no entropy_thresholds.safetensors; the thresholds stay" in caplog.text
 
 
+HEADS = ("entropy/mean", "entropy/utilisation", "entropy/overloaded")
+
 RANKS = """
 import gc, json, sys, torch
 sys.path.insert(0, sys.argv[1])
-from test_trainer import arguments, build, calibrated, data, lines, weights
-from entropy_regularization.integrations.transformers.trainer import EntropyRegularizedTrainer
+from test_trainer import HEADS, arguments, build, calibrated, data, entropies, lines, weights
+from entropy_regularization.integrations.transformers import (
+    EntropyCallback, EntropyRegularizedTrainer)
 def train():
     model = build()
-    args = arguments(sys.argv[2], 4, 2, ddp_backend="gloo", **json.loads(sys.argv[3]))
+    args = arguments(sys.argv[2], BATCH, ddp_backend="gloo", **json.loads(sys.argv[3]))
+    callback = EntropyCallback()
     trainer = EntropyRegularizedTrainer(
-        model=model, args=args, train_dataset=data(64, UNEVEN), regularization=calibrated(ACROSS))
+        model=model, args=args, train_dataset=data(64, UNEVEN), regularization=calibrated(ACROSS),
+        callbacks=[callback] if args.gradient_accumulation_steps == 1 else [])
     trainer.train()
     if trainer.is_world_process_zero():
-        result = {key: lines(trainer, key) for key in ("loss", "penalty")}
+        result = {key: lines(trainer, key) for key in ("loss", "penalty", *HEADS)}
+        result["watched"] = entropies(callback)
         torch.save({**result, "weights": weights(model)}, sys.argv[4])
 train()
 gc.collect()  # the wrapped model holds the group, whose threads abort the end of the program
@@ -374,26 +385,31 @@ torch.distributed.destroy_process_group()
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("uneven", "across", "options"),
+    ("uneven", "across", "accumulation", "options"),
     [
-        (True, False, {}),
-        (True, True, {}),
-        (False, False, {"average_tokens_across_devices": False}),
+        (True, False, 2, {}),
+        (True, True, 1, {}),
+        (False, False, 2, {"average_tokens_across_devices": False}),
     ],
 )
-def test_two_ranks_equal_one(tmp_path: Path, uneven: bool, across: bool, options: dict) -> None:
-    model = build()
+def test_two_ranks_equal_one(
+    tmp_path: Path, uneven: bool, across: bool, accumulation: int, options: dict
+) -> None:
+    model, callback = build(), EntropyCallback()
     trainer = EntropyRegularizedTrainer(
         model=model,
         args=arguments(tmp_path, 16),
         train_dataset=data(64, uneven),
         regularization=CALIBRATED,
+        callbacks=[callback] if accumulation == 1 else [],
     )
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     script, result = tmp_path / "rank.py", tmp_path / "result.pt"
-    script.write_text(RANKS.replace("UNEVEN", str(uneven)).replace("ACROSS", str(across)))
+    batch = f"{8 // accumulation}, {accumulation}"
+    text = RANKS.replace("UNEVEN", str(uneven)).replace("ACROSS", str(across))
+    script.write_text(text.replace("BATCH", batch))
     here = str(Path(__file__).parent)
     command = [sys.executable, str(script), here, str(tmp_path), json.dumps(options), str(result)]
     base = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
@@ -407,6 +423,10 @@ def test_two_ranks_equal_one(tmp_path: Path, uneven: bool, across: bool, options
     torch.testing.assert_close(found["weights"], weights(model), rtol=1e-4, atol=1e-6)
     assert found["penalty"] == pytest.approx(lines(trainer, "penalty"), rel=1e-4)
     assert found["loss"] == pytest.approx(lines(trainer, "loss"), rel=1e-4)
+    for key in HEADS:
+        assert found[key] == pytest.approx(lines(trainer, key), rel=1e-4), key
+    if accumulation == 1:  # the callback hears the first micro-batch alone
+        assert found["watched"] == pytest.approx(entropies(callback), rel=1e-4)
 
 
 def test_callback_watches_without_changing_anything(tmp_path: Path) -> None:

@@ -7,16 +7,16 @@ from typing import Any
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from entropy_regularization.monitoring.monitor import EntropyMonitor
-from entropy_regularization.monitoring.statistics import HeadStatistics
+from entropy_regularization.monitoring.statistics import HeadStatistics, HeadSums, head_sums
 from entropy_regularization.recording.recorder import Layers, Recorder, make_recorder
 
 logger = logging.getLogger("entropy_regularization.integrations.transformers")
 
 
 class EntropyCallback(TrainerCallback):
-    """Records the first micro-batch of every step that Trainer logs.
+    """Records the first micro-batch, on every rank, of every step that Trainer logs.
 
+    Each rank needs one: they wait for each other when the numbers of all are joined.
     Other steps run the model's own attention, untouched (with ``logging_strategy="epoch"`` every
     step is recorded). The numbers are added to the line in
     ``trainer.state.log_history``, to what later callbacks see of it, and kept in ``history``.
@@ -37,7 +37,7 @@ class EntropyCallback(TrainerCallback):
         self.allow_partial = allow_partial
         self.history: list[tuple[int, HeadStatistics]] = []
         self._recorder: Recorder | None = None
-        self._monitor = EntropyMonitor()
+        self._sums = HeadSums({})
         self._listening = False
 
     def on_train_begin(
@@ -92,10 +92,12 @@ class EntropyCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Add the numbers to the line that is logged."""
-        if logs is None or "loss" not in logs or not self._monitor.updates:
+        if logs is None or "loss" not in logs:
             return
-        statistics = self._monitor.summary()
-        self._monitor.reset()
+        sums, self._sums = self._sums.over_ranks(), HeadSums({})
+        if not sums.layers:
+            return
+        statistics = sums.statistics()
         self.history.append((state.global_step, statistics))
         logs.update(statistics.metrics())
         if state.log_history:
@@ -106,7 +108,7 @@ class EntropyCallback(TrainerCallback):
             self._listening = False
             recording = self._recorder.stop()
             if recording.layers:
-                self._monitor.update(recording)
+                self._sums = self._sums.plus(head_sums(recording))
             else:
                 _warn_of_no_training_pass()
 

@@ -43,7 +43,7 @@ class EntropyRegularizedTrainer(Trainer):
       one's own then weighs the model's loss);
     - ``model_loss``: ``loss`` without it;
     - ``entropy/mean`` (nats), ``entropy/utilisation`` and the shares of heads of each class, over
-      this rank's rows since the last log.
+      the rows of all ranks since the last log.
 
     Args:
         *args: as Trainer.
@@ -235,7 +235,7 @@ class EntropyRegularizedTrainer(Trainer):
             total = self.accelerator.reduce(self._penalty_sum, reduction="mean")
             logs["penalty"] = (total / steps).item()
             logs["model_loss"] = logs["loss"] - logs["penalty"]
-            logs.update(self._monitor.summary().metrics())
+            logs.update(self._monitor.summary(over_ranks=True).metrics())
             self._monitor.reset()
             self._penalty_sum = None
         super().log(logs, *args, **kwargs)
