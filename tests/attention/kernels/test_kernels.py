@@ -21,8 +21,8 @@ from cases import (
 from torch import Tensor
 
 from entropy_regularization import attention_with_entropy
-from entropy_regularization.attention.triton import launch
 from entropy_regularization.attention.triton.support import is_interpreted
+from entropy_regularization.attention.triton.views import strides_by_8
 
 if torch.cuda.is_available():
     pytestmark = pytest.mark.gpu
@@ -163,9 +163,9 @@ def test_strides_of_8_are_known_and_those_of_one_position_do_not_matter(
     by_head = several.transpose(1, 2)
     any_stride = one[0, 0].as_strided((1, 1, 1, 72), (3, 5, 7, 1))
     keys = several[0, :, 0].as_strided((1, 1, 20, 72), (3, 5, 72, 1))
-    assert launch.strides_by_8(several, by_head, any_stride, keys)
-    assert not launch.strides_by_8(several[..., :70].contiguous(), by_head)  # 70
-    assert not launch.strides_by_8(several[..., :64].contiguous())  # 64: the compiler sees 16
+    assert strides_by_8(several, by_head, any_stride, keys)
+    assert not strides_by_8(several[..., :70].contiguous(), by_head)  # 70
+    assert not strides_by_8(several[..., :64].contiguous())  # 64: the compiler sees 16
     for given in ([several] * 3, [by_head, by_head.flip(3), by_head], [any_stride, keys, keys]):
         found = []
         for name in ("triton", "reference"):

@@ -17,13 +17,14 @@ from entropy_regularization.attention.transforms import (
 from entropy_regularization.attention.triton import launch
 from entropy_regularization.attention.triton.launch import Problem, Upstream
 from entropy_regularization.attention.triton.skipping import Bounds
+from entropy_regularization.attention.triton.views import rows_like
 
 
 def _allocate_forward(
     query: Tensor, key: Tensor, value: Tensor, *options: Any
 ) -> tuple[Tensor, ...]:
     wide = torch.promote_types(query.dtype, torch.float32)
-    output = launch.rows_like(query, value.shape[-1])
+    output = rows_like(query, value.shape[-1])
     return output, *(query.new_empty(query.shape[:3], dtype=wide) for _ in range(4))
 
 
