@@ -626,3 +626,17 @@ def test_share_of_step() -> None:
     assert share_of_step(model, inputs) == 0.25  # the first label of a row is no target
     assert share_of_step(model, {**inputs, "shift_labels": labels}) == 5 / 12
     assert share_of_step(build("gpt2"), inputs) == 5 / 12  # Trainer counts every label of GPT-2
+
+
+def test_an_attention_that_is_set_meanwhile_stays() -> None:
+    """Backward of a checkpointed pass computes the entropy again, so that its attention waits."""
+    model = build("llama")
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    handle = regularize(model)
+    model(**batch_of(), use_cache=False).loss.backward()
+    handle.remove()
+    model.set_attn_implementation("eager")
+    for _ in range(2):
+        with torch.no_grad():
+            assert len(model.eval()(**batch_of(), output_attentions=True).attentions) == 2
+    assert model.config._attn_implementation == "eager"

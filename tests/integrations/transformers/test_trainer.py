@@ -484,6 +484,42 @@ def test_callback_says_once_that_no_pass_trains_the_model(tmp_path: Path, caplog
     assert caplog.text.count("no pass of the model had a gradient in a step that is logged") == 1
 
 
+class OutOfMemoryOnce(Trainer):
+    failed = False
+
+    def compute_loss(self, *args, **options):
+        found = super().compute_loss(*args, **options)
+        if not self.failed:
+            self.failed = True
+            raise RuntimeError("CUDA out of memory.")
+        return found
+
+
+def test_callback_hears_nothing_after_a_step_that_failed(tmp_path: Path) -> None:
+    model, callback = build(), EntropyCallback()
+    args = arguments(tmp_path, auto_find_batch_size=True)
+    trainer = OutOfMemoryOnce(model=model, args=args, train_dataset=data(), callbacks=[callback])
+    trainer.train()
+    assert [step for step, _ in callback.history] == [1, 2, 3, 4]
+    trainer.failed = False
+    trainer.args.auto_find_batch_size = False
+    with pytest.raises(RuntimeError, match="out of memory"):
+        trainer.train()
+    assert model.config._attn_implementation == "sdpa"
+    assert not model._forward_hooks
+
+
+def test_a_second_training_begins_its_own_window(tmp_path: Path) -> None:
+    args = arguments(tmp_path, max_steps=3, logging_steps=2, learning_rate=0.0)
+    rows = {"train_dataset": data(8), "regularization": CALIBRATED}
+    trainer = EntropyRegularizedTrainer(model=build(), args=args, **rows)
+    trainer.train()
+    first = lines(trainer, "penalty"), lines(trainer, "model_loss")
+    trainer.train()
+    assert lines(trainer, "penalty") == pytest.approx(first[0])
+    assert lines(trainer, "model_loss") == pytest.approx(first[1])
+
+
 def test_refusals(tmp_path: Path) -> None:
     common = {"args": arguments(tmp_path), "train_dataset": data()}
     with pytest.raises(
@@ -496,5 +532,11 @@ def test_refusals(tmp_path: Path) -> None:
     regularize(model)
     with pytest.raises(ValueError, match="the model is regularized already; leave the settings"):
         EntropyRegularizedTrainer(model=model, thresholds=HeadThresholds(2, 4), **common)
+    before = build()
+    optimizer = torch.optim.SGD(before.parameters(), lr=0.1)
+    with pytest.raises(ValueError, match="does not train the thresholds of the heads; call regu"):
+        EntropyRegularizedTrainer(
+            model=before, regularization=CALIBRATED, optimizers=(optimizer, None), **common
+        )
     with pytest.raises(ValueError, match="tolerance_margin_factor is -1; pass a finite number"):
         EntropyRegularizedTrainer(model=build(), tolerance_margin_factor=-1, **common)

@@ -4,7 +4,9 @@ import functools
 import logging
 from typing import Any
 
+import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from entropy_regularization.monitoring.statistics import HeadStatistics, HeadSums, head_sums
@@ -14,7 +16,7 @@ logger = logging.getLogger("entropy_regularization.integrations.transformers")
 
 
 class EntropyCallback(TrainerCallback):
-    """Records the first micro-batch, on every rank, of every step that Trainer logs.
+    """Records, on every rank, the first training pass of every step that Trainer logs.
 
     Each rank needs one: they wait for each other when the numbers of all are joined.
     Other steps run the model's own attention, untouched (with ``logging_strategy="epoch"`` every
@@ -37,8 +39,9 @@ class EntropyCallback(TrainerCallback):
         self.allow_partial = allow_partial
         self.history: list[tuple[int, HeadStatistics]] = []
         self._recorder: Recorder | None = None
+        self._model: nn.Module | None = None
         self._sums = HeadSums({})
-        self._listening = False
+        self._ends: RemovableHandle | None = None  # hook on the model while it is listened to
 
     def on_train_begin(
         self,
@@ -55,6 +58,8 @@ class EntropyCallback(TrainerCallback):
         """
         if model is None:
             raise ValueError("EntropyCallback was called without a model; use it with Trainer.")
+        self._abort()  # what an exception left of a training before
+        self._sums, self._model = HeadSums({}), model
         self._recorder = make_recorder(
             model,
             layers=self.layers,
@@ -69,18 +74,20 @@ class EntropyCallback(TrainerCallback):
         """Listen, if Trainer logs at the end of this step."""
         if self._recorder is not None and _is_logged(args, state, state.global_step + 1):
             self._recorder.start()
-            self._listening = True
+            assert self._model is not None
+            # after the hooks of the recorder, which are still to run when it is stopped
+            self._ends = self._model.register_forward_hook(self._pass_ends, always_call=True)
 
     def on_substep_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Take what the first micro-batch gave."""
+        """Take what the first micro-batch gave, if it did not call the model as a whole."""
         self._take()
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Take what the only micro-batch gave."""
+        """Take what the only micro-batch gave, if it did not call the model as a whole."""
         self._take()
 
     def on_log(
@@ -103,9 +110,27 @@ class EntropyCallback(TrainerCallback):
         if state.log_history:
             state.log_history[-1].update(statistics.metrics())
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _pass_ends(self, _: nn.Module, args: Any, output: Any) -> None:
+        """Stop listening: what comes next in the step may fail, and nobody would tell."""
+        if output is None:  # always_call: forward has raised
+            self._abort()
+        elif torch.is_grad_enabled():
+            self._take()
+
+    def _abort(self) -> None:
+        if self._recorder is not None and self._hears_no_more():
+            self._recorder.abort()
+
+    def _hears_no_more(self) -> bool:
+        """Remove the hook; tell whether there was one."""
+        hook, self._ends = self._ends, None
+        if hook is not None:
+            hook.remove()
+        return hook is not None
+
     def _take(self) -> None:
-        if self._listening and self._recorder is not None:
-            self._listening = False
+        if self._recorder is not None and self._hears_no_more():
             recording = self._recorder.stop()
             if recording.layers:
                 self._sums = self._sums.plus(head_sums(recording))

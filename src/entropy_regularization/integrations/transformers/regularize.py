@@ -236,7 +236,11 @@ class Regularized:
         return {**self.__dict__, "unadded": None, "_collected": None, "_use": LossUse()}
 
     def remove(self) -> None:
-        """Give the model back as it was, without hooks and thresholds."""
+        """Give the model back as it was, without hooks and thresholds.
+
+        After a checkpointed pass, which backward may compute again, the entropy attention and a
+        hook stay until the next pass.
+        """
         while self._hooks:
             self._hooks.pop().remove()
         self._recorder.close()

@@ -61,7 +61,8 @@ class AttentionSwitch:
             was_last = bool(self._holders) and not remaining
             self._holders = remaining
             if was_last:
-                self._config._attn_implementation_internal = self._implementation
+                if self._config._attn_implementation in (NAME, FLATTENED):  # nobody set it since
+                    self._config._attn_implementation_internal = self._implementation
                 _switches.pop(id(self._config), None)
 
     def pause(self, holder: object) -> None:

@@ -57,8 +57,8 @@ class EntropyRegularizedTrainer(Trainer):
 
     Raises:
         TypeError: if no transformers model is given, or settings are something else.
-        ValueError: if settings are given twice, or the model cannot be regularized (see
-            ``regularize``).
+        ValueError: if settings are given twice, the model cannot be regularized (see
+            ``regularize``), or an optimizer is given that does not train its thresholds.
 
     Example:
         >>> trainer = EntropyRegularizedTrainer(  # doctest: +SKIP
@@ -94,9 +94,18 @@ class EntropyRegularizedTrainer(Trainer):
         self.regularized: Regularized | None = None
         super().__init__(*args, **kwargs)
         self.regularized = self._regularize(cast(nn.Module, self.model))  # Trainer refuses none
+        _check_trained(self.regularized.thresholds, self.optimizer)
+        self._begin_window()
+
+    def _begin_window(self) -> None:
+        """Forget what was logged, and what a training that was cut short did not log."""
         self._monitor = EntropyMonitor()
         self._penalty_sum: Tensor | None = None  # since the last log
         self._first_step = 0  # optimizer steps done when penalty_sum began
+
+    def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
+        self._begin_window()  # here, since auto_find_batch_size calls this again and again
+        return super()._inner_training_loop(*args, **kwargs)
 
     def _regularize(self, model: nn.Module) -> Regularized:
         found = handle_of(model)
@@ -236,6 +245,18 @@ class EntropyRegularizedTrainer(Trainer):
             logs["penalty"] = (total / steps).item()
             logs["model_loss"] = logs["loss"] - logs["penalty"]
             logs.update(self._monitor.summary(over_ranks=True).metrics())
-            self._monitor.reset()
-            self._penalty_sum = None
+            self._begin_window()
         super().log(logs, *args, **kwargs)
+
+
+def _check_trained(thresholds: object, optimizer: Any) -> None:
+    """Refuse an optimizer that was made before the thresholds, which it would never train."""
+    if not isinstance(thresholds, HeadThresholds) or not hasattr(optimizer, "param_groups"):
+        return
+    learned = thresholds.fraction_bias
+    trained = any(learned is each for group in optimizer.param_groups for each in group["params"])
+    if learned.requires_grad and not trained:
+        raise ValueError(
+            "the optimizer that was given does not train the thresholds of the heads; call "
+            "regularize(model, ...) before it is made, or pass fixed thresholds."
+        )
