@@ -90,8 +90,8 @@ class HeadThresholds(nn.Module):
         return self.fraction_bias.shape[1]
 
     def forward(self) -> Float[Tensor, "layers heads"]:
-        """Return the thresholds."""
-        return self.fraction_bias
+        """Return the thresholds, not the parameter: FSDP frees what that is gathered into."""
+        return self.fraction_bias.clone()
 
     def extra_repr(self) -> str:
         """Say how many there are and whether they are learned."""

@@ -31,6 +31,17 @@ def test_training_is_that_of_one_process(found: dict[str, Any]) -> None:
         )
 
 
+def test_thresholds_of_a_model_in_half_precision_are_a_unit_of_their_own(
+    found: dict[str, Any],
+) -> None:
+    name = "entropy_thresholds.fraction_bias"
+    assert found["half"][name].dtype == torch.float32
+    torch.testing.assert_close(found["half"], found["expected half"], rtol=0.05, atol=0.02)
+    torch.testing.assert_close(
+        found["half"][name], found["expected half"][name], rtol=0.01, atol=1e-3
+    )
+
+
 def test_every_rank_records_all_heads(found: dict[str, Any]) -> None:
     assert [tuple(rows.shape) for rows in found["entropies"]] == [(2, 4, 12)] * 2
     torch.testing.assert_close(found["entropies"], found["expected entropies"])

@@ -85,6 +85,16 @@ def shard_fully(model: PreTrainedModel) -> None:
     fully_shard(model)
 
 
+def shard_parts(model: PreTrainedModel) -> None:
+    for part in model.children():
+        fully_shard(part)
+
+
+def shard_in_half_precision(model: PreTrainedModel) -> None:
+    fully_shard(model.entropy_thresholds)  # float32
+    shard_fully(model)
+
+
 CHANGES: dict[str, Callable[[PreTrainedModel], Any]] = {
     "plain": lambda model: None,
     "checkpointed": lambda model: model.gradient_checkpointing_enable(),
@@ -141,6 +151,10 @@ def main() -> None:
 
     own = slice(distributed.get_rank(), distributed.get_rank() + 1)  # a text for every rank
     found["gradients"]["fully sharded"] = gradients(folder, shard_fully, own)
+    found["gradients"]["sharded by parts"] = gradients(folder, shard_parts, own)
+    half = {"dtype": torch.bfloat16}
+    found["expected half"] = gradients(folder, **half)
+    found["half"] = gradients(folder, shard_in_half_precision, own, **half)
 
     model = LlamaForCausalLM.from_pretrained(folder)
     found["expected entropies"] = entropies(model, ids())

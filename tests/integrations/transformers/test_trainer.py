@@ -390,6 +390,7 @@ torch.distributed.destroy_process_group()
         (True, False, 2, {}),
         (True, True, 1, {}),
         (False, False, 2, {"average_tokens_across_devices": False}),
+        (False, False, 1, {"label_smoothing_factor": 0.1}),
     ],
 )
 def test_two_ranks_equal_one(
@@ -398,7 +399,7 @@ def test_two_ranks_equal_one(
     model, callback = build(), EntropyCallback()
     trainer = EntropyRegularizedTrainer(
         model=model,
-        args=arguments(tmp_path, 16),
+        args=arguments(tmp_path, 16, **options),
         train_dataset=data(64, uneven),
         regularization=CALIBRATED,
         callbacks=[callback] if accumulation == 1 else [],

@@ -3,6 +3,7 @@
 from collections import deque
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 from torch.utils._pytree import tree_leaves
@@ -111,3 +112,32 @@ def with_loss(output: Any, loss: Tensor) -> Any:
         output["loss"] = loss
         return output
     return (loss, *output[1:])
+
+
+class _Reaching(torch.autograd.Function):
+    """Returns a tensor from which a walk over the graph reaches a penalty too."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, penalty: Tensor) -> Tensor:
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return gradients[0], None
+
+
+def reaching(output: Any, penalty: Tensor) -> Any:
+    """Return the output with a graph that reaches a penalty, which the caller will add to a loss.
+
+    DistributedDataParallel walks from the output to the parameters that a pass has used
+    (``find_unused_parameters``, which Trainer sets), and is led astray by gradients of others.
+    """
+    items = output.items() if isinstance(output, dict) else enumerate(output)
+    for key, value in items:
+        if isinstance(value, Tensor) and value.requires_grad:
+            found = _Reaching.apply(value, penalty)
+            if isinstance(output, tuple):
+                return (*output[:key], found, *output[key + 1 :])
+            output[key] = found
+            break
+    return output

@@ -20,6 +20,7 @@ from entropy_regularization.integrations.transformers.losses import (
     LossUse,
     TrainingPass,
     loss_of,
+    reaching,
     with_loss,
 )
 from entropy_regularization.integrations.transformers.padding import arguments_of
@@ -30,7 +31,7 @@ from entropy_regularization.integrations.transformers.recorder import (
 )
 from entropy_regularization.recording.recorder import Layers
 from entropy_regularization.recording.recording import EntropyRecording
-from entropy_regularization.reduction import mean_over_ranks
+from entropy_regularization.reduction import has_ranks, mean_over_ranks
 from entropy_regularization.regularization import EntropyRegularization
 from entropy_regularization.thresholds import HeadThresholds, as_tensor, check_fixed
 
@@ -67,6 +68,8 @@ def regularize(
 
     Call it before the optimizer is made and before DistributedDataParallel or FSDP wraps the model,
     but after PEFT does, which freezes whatever the model has (the log warns of frozen thresholds).
+    Thresholds are float32 in a model of any precision; ``fully_shard`` takes one precision a unit,
+    so shard ``model.entropy_thresholds`` by itself first if the model has another.
     PEFT saves its adapters alone: EntropyRegularizedTrainer saves the thresholds beside them; with
     another trainer keep ``model.entropy_thresholds.state_dict()``.
 
@@ -304,7 +307,8 @@ class Regularized:
                 )
             else:
                 self._collected.append(TrainingPass(penalty, self.recording))
-            return None
+            # Not where the model shards itself, whose own hooks look at the output.
+            return reaching(output, penalty) if has_ranks() and not _shards(model) else None
         added = penalty.to(loss.device) * self._share(given)
         total = loss + added.to(loss.dtype)
         self.loss, self.added = loss.detach(), added.detach()
