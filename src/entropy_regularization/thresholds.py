@@ -144,12 +144,19 @@ def as_tensor(thresholds: object, name: str) -> Tensor:
 
     Raises:
         TypeError: if it is none of these, or its entries are not floating.
-        ValueError: if it is ragged or has more than two dimensions, or a number leaves [0, 1].
+        ValueError: if it is ragged or has more than two dimensions, a number leaves [0, 1], or
+            FSDP holds a part of the thresholds here.
             Entries of tensors are not read, which would wait for their device: they may have been
             learned.
     """
     if isinstance(thresholds, HeadThresholds):
         values: Tensor = thresholds()  # by a call, whose hooks gather what is sharded or offloaded
+        if hasattr(values, "placements") or values.dim() != 2:
+            raise ValueError(
+                f"{name} are HeadThresholds that FSDP has sharded with the model, whose forward "
+                "pass is over; call regularize(model) instead, or shard them by themselves: "
+                "fully_shard(thresholds)."
+            )
         return values
     expected = "pass a number, a list, or a floating tensor [heads] or [layers, heads]"
     if not isinstance(thresholds, Tensor) and hasattr(thresholds, "tolist"):  # of numpy

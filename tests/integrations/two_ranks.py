@@ -112,7 +112,7 @@ def entropies(model: nn.Module, *given: Tensor, **options: Any) -> list[Tensor]:
 def sentence(call: Callable[[], Any]) -> str:
     try:
         return f"nothing was refused: {call()}"
-    except (RuntimeError, NotImplementedError) as error:
+    except (RuntimeError, ValueError, NotImplementedError) as error:
         return str(error)
 
 
@@ -182,6 +182,14 @@ def main() -> None:
     fully_shard(thresholds, mesh=mesh)
     thresholds.to_empty(device="cpu").reset_parameters()
     found["thresholds"] = whole(thresholds.fraction_bias.data)
+
+    divided, own_thresholds = LlamaForCausalLM.from_pretrained(folder), HeadThresholds(2, 4)
+    divided.thresholds = own_thresholds
+    fully_shard(divided, reshard_after_forward=True)
+    with record_entropy(divided) as recording:
+        divided(ids())
+    regularization = EntropyRegularization.calibrated()
+    found["refused"]["thresholds"] = sentence(lambda: regularization(recording, own_thresholds))
 
     # Last: torch 2.11 does not leave it after an exception.
     compiled = torch.compile(model, backend="eager")

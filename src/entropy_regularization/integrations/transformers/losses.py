@@ -135,7 +135,7 @@ def reaching(output: Any, penalty: Tensor) -> Any:
     items = output.items() if isinstance(output, dict) else enumerate(output)
     for key, value in items:
         if isinstance(value, Tensor) and value.requires_grad:
-            found = _Reaching.apply(value, penalty)
+            found = _Reaching.apply(value, penalty)  # type: ignore[no-untyped-call]
             if isinstance(output, tuple):
                 return (*output[:key], found, *output[key + 1 :])
             output[key] = found
