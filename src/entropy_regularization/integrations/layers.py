@@ -1,7 +1,8 @@
 """What a layer is called, which kind it is, and whether it was asked for."""
 
 import fnmatch
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from numbers import Integral
 from typing import Any, Literal
 
@@ -85,6 +86,29 @@ class Wanted:
 
 def _as_tuple(layers: Any) -> tuple[Any, ...]:
     return tuple(layers) if isinstance(layers, Iterable) else (None,)
+
+
+def places_among(names: Iterable[str], recorded: Sequence[str], layers: int) -> list[int] | None:
+    """Tell which layers of a model were recorded in a pass that left some out (layer dropout).
+
+    Args:
+        names: of the model's modules, in its order.
+        recorded: of the layers that were recorded.
+        layers: how many a whole pass records, one after the other in the order of the model.
+
+    Returns:
+        The place of each recorded layer among all that are named like one, but for numbers; None
+        if those are not as many as ``layers``, or one was recorded twice.
+    """
+    kinds = {_without_numbers(name) for name in recorded}
+    alike = [name for name in names if _without_numbers(name) in kinds]
+    if len(alike) != layers or len(set(recorded)) != len(recorded):
+        return None
+    return [alike.index(name) for name in recorded]
+
+
+def _without_numbers(name: str) -> str:
+    return re.sub(r"\d+", "#", name)
 
 
 def kind_of(name: str, module: nn.Module | None = None) -> Literal["self", "cross"]:

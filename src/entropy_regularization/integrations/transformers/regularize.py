@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from entropy_regularization.integrations.checkpointing import refuse_lost_gradient
-from entropy_regularization.integrations.layers import Wanted, heads_of
+from entropy_regularization.integrations.layers import Wanted, heads_of, places_among
 from entropy_regularization.integrations.modules import qualified_names
 from entropy_regularization.integrations.stack import backward_enters_checkpoint, runs_forward
 from entropy_regularization.integrations.transformers.accumulation import share_of_step
@@ -214,6 +214,7 @@ class Regularized:
         self.recording: EntropyRecording | None = None
         self.unadded: Tensor | None = None
         self._listening = False
+        self._has_fitted = False  # whether the thresholds fitted the calls of a pass
         self._use = LossUse()
         self._collected: list[TrainingPass] | None = None
         self._warned: set[str] = set()
@@ -348,16 +349,40 @@ class Regularized:
                 "whatever a model has, so call regularize after it, or "
                 "entropy_thresholds.requires_grad_() on the model."
             )
-        if isinstance(self.thresholds, HeadThresholds):
-            calls, heads = len(recording), max((layer.heads for layer in recording), default=0)
-            if (calls, heads) != (self.thresholds.layers, self.thresholds.heads):
-                raise ValueError(
-                    f"{type(self.model).__name__} made {calls} attention calls of up to {heads} "
-                    f"heads, but thresholds are for {self.thresholds.layers} layers of "
-                    f"{self.thresholds.heads}; pass thresholds=HeadThresholds({calls}, {heads}) to "
-                    "regularize."
-                )
-        return self.regularization(recording, self.thresholds)
+        held = self.thresholds
+        if isinstance(held, HeadThresholds):
+            return self.regularization(recording, self._of_calls(held, recording))
+        return self.regularization(recording, held)
+
+    def _of_calls(
+        self, held: HeadThresholds, recording: EntropyRecording
+    ) -> HeadThresholds | Tensor:
+        """Return the thresholds of the calls of a pass, which may leave layers out.
+
+        Raises:
+            ValueError: if it cannot be told which these are.
+        """
+        calls, heads = len(recording), max((layer.heads for layer in recording), default=0)
+        if (calls, heads) == (held.layers, held.heads):
+            self._has_fitted = True
+            return held
+        places = None
+        if calls < held.layers and heads <= held.heads:
+            names = names_of(self.model).values()
+            wanted = [name for name in names if self._recorder.layers.takes(-1, name)]
+            places = places_among(wanted, [layer.name for layer in recording], held.layers)
+        if places is not None:
+            self._has_fitted = True
+            return as_tensor(held, "thresholds")[places]
+        if self._has_fitted:
+            do = "other passes made another number; choose layers that every pass calls once "
+            do += "(layers=...), or pass fixed thresholds"
+        else:
+            do = f"pass thresholds=HeadThresholds({calls}, {heads}) to regularize"
+        raise ValueError(
+            f"{type(self.model).__name__} made {calls} attention calls of up to {heads} heads, but "
+            f"thresholds are for {held.layers} layers of {held.heads}; {do}."
+        )
 
     def _warn_once(self, sentence: str) -> None:
         if sentence not in self._warned:
