@@ -10,9 +10,9 @@ from torch import nn
 from torch.autograd.function import Function, FunctionCtx
 
 
-def _frames() -> Iterator[FrameType]:
-    """Walk over the frames above, the innermost first."""
-    frame: FrameType | None = sys._getframe(1)
+def _frames(thread: int | None = None) -> Iterator[FrameType]:
+    """Walk over the frames above, or over those of another thread, the innermost first."""
+    frame = sys._getframe(1) if thread is None else sys._current_frames().get(thread)
     while frame is not None:
         yield frame
         frame = frame.f_back
@@ -35,11 +35,11 @@ def _runs(function: str, file: str) -> bool:
     return False
 
 
-def runs_forward(module: nn.Module) -> bool:
-    """Tell whether the forward of a module is running."""
+def runs_forward(module: nn.Module, thread: int | None = None) -> bool:
+    """Tell whether the forward of a module is running, in this thread unless another is given."""
     return any(
         frame.f_code.co_name == "forward" and frame.f_locals.get("self") is module
-        for frame in _frames()
+        for frame in _frames(thread)
     )
 
 

@@ -4,6 +4,7 @@ import copy
 import gc
 import inspect
 import logging
+import threading
 from pathlib import Path
 
 import accelerate
@@ -680,3 +681,31 @@ def test_calls_whose_number_follows_the_batch_are_refused() -> None:
     with pytest.raises(ValueError, match="other passes made another number; choose"):
         model(**batch_of(), use_cache=False)
     assert handle.thresholds.layers == 2
+
+
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_a_pass_beside_a_training_pass_is_refused(elsewhere: bool) -> None:
+    """The one that was there first keeps its penalty."""
+    model = build("llama")
+    handle = regularize(model, EntropyRegularization.calibrated(1.0))
+    expected = model(**batch_of()).loss
+    sentences = []
+
+    def infer() -> None:
+        try:
+            with torch.no_grad():
+                model(**batch_of())
+        except RuntimeError as error:
+            sentences.append(str(error))
+
+    def beside(*_: object) -> None:
+        thread = threading.Thread(target=infer)
+        (thread.start(), thread.join()) if elsewhere else infer()
+
+    hook = model.model.layers[1].register_forward_hook(beside)
+    torch.testing.assert_close(model(**batch_of()).loss, expected)
+    assert "LlamaForCausalLM was called while a training pass of it runs" in sentences[0]
+    hook.remove()
+    infer()
+    assert len(sentences) == 1
+    assert handle.penalty > 0

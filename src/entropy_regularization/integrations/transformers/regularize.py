@@ -2,6 +2,7 @@
 
 import inspect
 import logging
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -214,6 +215,7 @@ class Regularized:
         self.recording: EntropyRecording | None = None
         self.unadded: Tensor | None = None
         self._listening = False
+        self._thread = 0  # in which the pass runs that is listened to
         self._has_fitted = False  # whether the thresholds fitted the calls of a pass
         self._use = LossUse()
         self._collected: list[TrainingPass] | None = None
@@ -265,9 +267,8 @@ class Regularized:
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _before(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         model = self.model
-        if self._listening:  # KeyboardInterrupt runs no hooks
-            self._recorder.abort()
-            self._listening = False
+        if self._listening:
+            self._end_interrupted()
         if not torch.is_grad_enabled():
             if model.training and backward_enters_checkpoint():
                 refuse_lost_gradient(model, type(model).__name__)
@@ -281,15 +282,32 @@ class Regularized:
             self.unadded = None
             self._use.check(type(model).__name__)
             self._recorder.start((model, args, kwargs))
-            self._listening = True
+            self._listening, self._thread = True, threading.get_ident()
+
+    def _end_interrupted(self) -> None:
+        """End a pass that KeyboardInterrupt has ended, which runs no hooks.
+
+        Raises:
+            RuntimeError: if that pass is running still.
+        """
+        if runs_forward(self.model, self._thread):
+            raise RuntimeError(
+                f"{type(self.model).__name__} was called while a training pass of it runs (in a "
+                "hook of its own, or another thread), whose entropies would mix with those of this "
+                "one; call it before or after, or call a copy of it."
+            )
+        self._recorder.abort()
+        self._listening = False
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _after(
         self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> Any:
-        if not self._listening:
-            return None
         model = self.model
+        if not self._listening or threading.get_ident() != self._thread:
+            return None
+        if output is None and runs_forward(model):  # a pass inside that was refused
+            return None
         self._listening = False
         if output is None:  # always_call: forward has raised
             self._recorder.abort()
