@@ -92,7 +92,7 @@ def weights(model: torch.nn.Module) -> torch.Tensor:
     return torch.cat([p.detach().flatten() for p in model.parameters()])
 
 
-ROADS = ["trainer", "regularize", "label smoothing", "loss function", "own loss"]
+ROADS = ["trainer", "regularize", "label smoothing", "loss function", "own loss", "derived"]
 
 
 @pytest.mark.parametrize("road", ROADS)
@@ -110,7 +110,8 @@ def test_accumulation_changes_nothing(tmp_path: Path, road: str, family: str) ->
             regularize(model, CALIBRATED)
             trainer = Trainer(model=model, args=args, train_dataset=data())
         else:
-            kind = Mixed if road == "own loss" else EntropyRegularizedTrainer
+            kinds = {"own loss": Mixed, "derived": Derived}
+            kind = kinds.get(road, EntropyRegularizedTrainer)
             trainer = kind(
                 model=model, args=args, train_dataset=data(), regularization=CALIBRATED, **extra
             )
@@ -148,6 +149,10 @@ class Mixed(EntropyRegularizedTrainer, LogitsTrainer):
     pass
 
 
+class Derived(EntropyRegularizedTrainer):
+    compute_loss = LogitsTrainer.compute_loss
+
+
 def test_own_losses_hold_the_penalty_once(tmp_path: Path) -> None:
     """Whether they are made of the model's loss or not, and logs say how much of them it is."""
 
@@ -161,14 +166,16 @@ def test_own_losses_hold_the_penalty_once(tmp_path: Path) -> None:
 
     found = {}
     kinds = (EntropyRegularizedTrainer, Mixed, Extended)
-    for kind in (*kinds, type("Around", (EntropyRegularizedTrainer, Inner), {})):
+    around = type("Around", (EntropyRegularizedTrainer, Inner), {})
+    anew = type("Anew", (EntropyRegularizedTrainer,), {"compute_loss": Inner.compute_loss})
+    for kind in (*kinds, around, anew):
         args = arguments(tmp_path, max_steps=2)
         trainer = kind(model=build(), args=args, train_dataset=data(), regularization=CALIBRATED)
         trainer.train()
         found[kind.__name__] = [lines(trainer, key) for key in ("loss", "penalty", "model_loss")]
     loss, penalty, own = found["EntropyRegularizedTrainer"]
     assert min(penalty) > 0.02
-    for name, extra in {"Mixed": 0, "Extended": 3, "Around": 3}.items():
+    for name, extra in {"Mixed": 0, "Extended": 3, "Around": 3, "Anew": 3}.items():
         assert found[name][0] == pytest.approx([each + extra for each in loss], rel=1e-5)
         assert found[name][1] == pytest.approx(penalty, rel=1e-4)
         assert found[name][2] == pytest.approx([each + extra for each in own], rel=1e-5)

@@ -256,11 +256,11 @@ class Regularized:
     @contextmanager
     def collecting(self) -> Iterator[list[TrainingPass]]:
         """Give the training passes to a caller who adds whatever of them his loss does not hold."""
-        self._collected = []
+        outer, self._collected = self._collected, []
         try:
             yield self._collected
         finally:
-            self._collected = self.unadded = None
+            self._collected, self.unadded = outer, None
 
     # Not compiled with the model: they switch its attention, which a graph cannot hold.
 

@@ -1,7 +1,9 @@
 """EntropyRegularizedTrainer: transformers' Trainer with the penalty in the loss and in the logs."""
 
 import copy
+import functools
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
@@ -37,7 +39,8 @@ class EntropyRegularizedTrainer(Trainer):
     training, resuming. The evaluation loss is the model's own.
     With PEFT, which saves its adapters alone, the thresholds are saved beside them and resumed. A
     trainer that makes its loss in its own way, as those of TRL do, is mixed:
-    ``class MyTrainer(EntropyRegularizedTrainer, SFTTrainer): pass``. Logs gain
+    ``class MyTrainer(EntropyRegularizedTrainer, SFTTrainer): pass``; or derive from this one and
+    write a ``compute_loss``, to whose loss the penalty is added. Logs gain
 
     - ``penalty``: the part of ``loss`` that is the penalty (as the model added it, if a trainer of
       one's own then weighs the model's loss);
@@ -66,6 +69,13 @@ class EntropyRegularizedTrainer(Trainer):
         ...     loss_coeff=1e-5, tolerance_margin_factor=0.2, context_size=128,
         ... )
     """
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        """Add the penalty to what a ``compute_loss`` of a subclass returns, if it is not there."""
+        super().__init_subclass__(**options)
+        own = cls.__dict__.get("compute_loss")
+        if own is not None:
+            cls.compute_loss = _with_penalty(own)  # type: ignore[method-assign]
 
     def __init__(
         self,
@@ -154,25 +164,45 @@ class EntropyRegularizedTrainer(Trainer):
         Returns:
             The loss, or the loss and the outputs.
         """
-        seen = cast(Regularized, self.regularized)
-        with seen.collecting() as passes:
-            found: Any = super().compute_loss(
-                model, inputs, return_outputs, num_items_in_batch=num_items_in_batch
-            )
+        compute = super().compute_loss
+        return self._penalized(
+            lambda: compute(model, inputs, return_outputs, num_items_in_batch=num_items_in_batch),
+            return_outputs,
+            num_items_in_batch,
+            of_model=getattr(compute, "__func__", None) is Trainer.compute_loss,
+        )
+
+    def _penalized(
+        self,
+        compute: Callable[[], Any],
+        return_outputs: bool,
+        num_items_in_batch: Tensor | int | None,
+        of_model: bool = False,
+    ) -> Any:
+        """Return what a computation of the loss returns, with the penalty of its training passes.
+
+        ``of_model``: its loss is the model's own, perhaps times a number.
+        """
+        with cast(Regularized, self.regularized).collecting() as passes:
+            found = compute()
         if not passes:
             return found
         loss, *outputs = found if return_outputs else (found,)
-        loss = self._account(loss, passes, num_items_in_batch)
+        loss = self._account(loss, passes, num_items_in_batch, of_model)
         return (loss, *outputs) if return_outputs else loss
 
     def _account(
-        self, loss: Tensor, passes: list[TrainingPass], num_items_in_batch: Tensor | int | None
+        self,
+        loss: Tensor,
+        passes: list[TrainingPass],
+        num_items_in_batch: Tensor | int | None,
+        of_model: bool,
     ) -> Tensor:
         """Add the penalties that the loss does not hold; note how much of it they are."""
         is_scaled = self._is_scaled(num_items_in_batch)
         steps = getattr(self, "current_gradient_accumulation_steps", 1)  # set by train()
         held = [each for each in passes if each.enters(loss)]
-        part = self._part(loss, held)
+        part = _part_of(loss, held, of_model)
         for each in passes:
             if not any(each is other for other in held):
                 added = each.penalty.to(loss) / (steps if is_scaled else 1)
@@ -185,16 +215,6 @@ class EntropyRegularizedTrainer(Trainer):
         else:
             self._penalty_sum = self._penalty_sum + part
         return loss
-
-    def _part(self, loss: Tensor, held: list[TrainingPass]) -> Tensor:
-        """Return how much of a loss are the penalties that the model added to its own."""
-        nothing = loss.detach() * 0
-        added = sum((each.added.to(loss) for each in held if each.added is not None), nothing)
-        if getattr(super().compute_loss, "__func__", None) is not Trainer.compute_loss:
-            return added
-        whole = added + sum((each.loss.to(loss) for each in held if each.loss is not None), nothing)
-        # Trainer's loss is the model's, perhaps times the number of ranks
-        return torch.where(whole != 0, loss.detach() * added / whole, nothing)
 
     def _is_scaled(self, num_items_in_batch: Tensor | int | None) -> bool:
         """Tell whether Trainer takes the loss as normalised over the accumulated batch."""
@@ -260,3 +280,31 @@ def _check_trained(thresholds: object, optimizer: Any) -> None:
             "the optimizer that was given does not train the thresholds of the heads; call "
             "regularize(model, ...) before it is made, or pass fixed thresholds."
         )
+
+
+def _with_penalty(compute_loss: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a ``compute_loss`` whose loss has the penalty, if the one given has not added it."""
+
+    @functools.wraps(compute_loss)
+    def penalized(
+        self: EntropyRegularizedTrainer, model: Any, inputs: Any, *args: Any, **options: Any
+    ) -> Any:
+        given = dict(zip(("return_outputs", "num_items_in_batch"), args, strict=False)) | options
+        return self._penalized(
+            lambda: compute_loss(self, model, inputs, *args, **options),
+            given.get("return_outputs", False),
+            given.get("num_items_in_batch"),
+        )
+
+    return penalized
+
+
+def _part_of(loss: Tensor, held: list[TrainingPass], of_model: bool) -> Tensor:
+    """Return how much of a loss are the penalties that the model added to its own."""
+    nothing = loss.detach() * 0
+    added = sum((each.added.to(loss) for each in held if each.added is not None), nothing)
+    if not of_model:
+        return added
+    whole = added + sum((each.loss.to(loss) for each in held if each.loss is not None), nothing)
+    # Trainer's loss is the model's, perhaps times the number of ranks
+    return torch.where(whole != 0, loss.detach() * added / whole, nothing)
