@@ -998,3 +998,21 @@ def test_penalty_of_a_recording_and_its_means() -> None:
     by_hand = recording[0].entropy.masked_fill(~real, 0.0).sum((0, 2)) / 15
     torch.testing.assert_close(mean, by_hand)
     assert mean.max() <= math.log(9)
+
+
+@pytest.mark.parametrize("build", [gpt2, llama])
+@pytest.mark.parametrize("by", ["argument", "configuration"])
+def test_matrices_that_are_asked_for_are_refused(
+    build: Callable[[], PreTrainedModel], by: str
+) -> None:
+    """Some families gather them around their attention, which is then not told."""
+    model = build().eval()
+    model.set_attn_implementation("eager")
+    model.config.output_attentions = by == "configuration"
+    asked = {"output_attentions": True} if by == "argument" else {}
+    with pytest.raises(ValueError, match="no attention matrix is ever made"), record_entropy(model):
+        model(tokens(), **asked)
+    assert len(model(tokens(), **asked).attentions) == 2
+    with record_entropy(model) as recording:
+        model(tokens(), output_attentions=False)
+    assert len(recording) == 2

@@ -63,10 +63,7 @@ def entropy_attention(
             rows or beside a cache.
     """
     if options.get("output_attentions"):
-        raise ValueError(
-            "output_attentions=True was asked for while entropies are recorded, but no attention "
-            "matrix is ever made; leave it out, the recording holds the entropies."
-        )
+        refuse_matrices()
     refuse_context_parallel()
     structure, bias, memo = _mask_of(attention_mask, query, key)
     if flattened:
@@ -98,6 +95,14 @@ def entropy_attention(
     for recorder, name in getattr(module, RECORDERS, ()):
         recorder.deposit(module, name, found, key.shape[2], structure.key_padding)
     return found.output.to(value.dtype).transpose(1, 2).contiguous(), None
+
+
+def refuse_matrices() -> None:
+    """Raise the ValueError about matrices that were asked for."""
+    raise ValueError(
+        "output_attentions=True was asked for while entropies are recorded, but no attention "
+        "matrix is ever made; leave it out, the recording holds the entropies."
+    )
 
 
 def _with_row_sinks(found: AttentionOutput, sinks: Tensor) -> AttentionOutput:

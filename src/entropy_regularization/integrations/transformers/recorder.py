@@ -16,7 +16,7 @@ from entropy_regularization.integrations.compiled import WRAPPED, name_of
 from entropy_regularization.integrations.layers import kind_of
 from entropy_regularization.integrations.modules import having, qualified_names
 from entropy_regularization.integrations.stack import calling_module, runs_compiled
-from entropy_regularization.integrations.transformers.attention import RECORDERS
+from entropy_regularization.integrations.transformers.attention import RECORDERS, refuse_matrices
 from entropy_regularization.integrations.transformers.padding import PaddingTracker, arguments_of
 from entropy_regularization.integrations.transformers.switching import AttentionSwitch, switch_on
 from entropy_regularization.recording.recorder import ForwardCall, Layers
@@ -272,6 +272,8 @@ class TransformersRecorder(CallRecorder):
                 self._stop_lingering()
             return
         self._depth += 1
+        if not torch.compiler.is_compiling() and self._is_asked_for_matrices(part, kwargs):
+            refuse_matrices()
         if self._depth > 1 or self._is_computed_again():
             return
         self._ran = True
@@ -280,6 +282,18 @@ class TransformersRecorder(CallRecorder):
         if not torch.compiler.is_compiling() and not runs_compiled():
             self._watch.enter(self._names, part, arguments_of(part, args, kwargs))
             interception.places().append((self, None))
+
+    def _is_asked_for_matrices(self, part: nn.Module, kwargs: dict[str, Any]) -> bool:
+        """Tell whether a pass asks for attention matrices: not every family tells its attention.
+
+        A configuration that asks for them gets none from other attention than eager.
+        """
+        if not isinstance(part, PreTrainedModel):
+            return False
+        asked = kwargs.get("output_attentions")
+        if asked is None and getattr(part.config, "output_attentions", False):
+            asked = any(each.replaces("eager", part.config) for each in self._switches)
+        return bool(asked)
 
     def _leave(self, part: nn.Module, args: Any, output: Any) -> None:
         """The forward pass has ended, or raised: its output is None then."""

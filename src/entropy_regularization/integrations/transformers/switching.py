@@ -48,6 +48,10 @@ class AttentionSwitch:
             switch._holders.append(holder)
         return switch
 
+    def replaces(self, implementation: str, config: Any) -> bool:
+        """Tell whether a config ran an attention before it was switched."""
+        return self._config is config and self._implementation == implementation
+
     def follow_flash_attention(self) -> None:
         """Let a config that ran flash attention take several texts in one row apart, as it does."""
         switched = self._config._attn_implementation == NAME
