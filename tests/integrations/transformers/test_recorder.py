@@ -1016,3 +1016,17 @@ def test_matrices_that_are_asked_for_are_refused(
     with record_entropy(model) as recording:
         model(tokens(), output_attentions=False)
     assert len(recording) == 2
+
+
+@pytest.mark.parametrize("first", ["whole", "part"])
+def test_a_layer_is_recorded_inside_a_model_that_is(first: str) -> None:
+    model = llama().eval()
+    layer = model.model.layers[1]
+    pair = (model, layer) if first == "whole" else (layer, model)
+    with record_entropy(pair[0]) as one, record_entropy(pair[1]) as other:
+        model(tokens())
+    whole, part = (one, other) if first == "whole" else (other, one)
+    assert [each.name for each in part] == ["self_attn"]
+    assert len(whole) == 2
+    torch.testing.assert_close(part[0].entropy, whole[1].entropy)
+    assert part[0].entropy.requires_grad

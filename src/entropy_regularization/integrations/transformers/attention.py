@@ -9,7 +9,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from entropy_regularization.attention.api import AttentionOutput, attend
 from entropy_regularization.attention.masking import Memo, Structure, split_mask
-from entropy_regularization.integrations.interception import refuse_context_parallel
+from entropy_regularization.integrations.interception import places, refuse_context_parallel
 from entropy_regularization.integrations.transformers.flattened import taken_apart
 from entropy_regularization.integrations.transformers.masks import (
     StructuredMask,
@@ -92,8 +92,14 @@ def entropy_attention(
     )
     if options.get("sinks") is not None:
         found = _with_row_sinks(found, options["sinks"])
-    for recorder, name in getattr(module, RECORDERS, ()):
+    recorders = getattr(module, RECORDERS, ())
+    for recorder, name in recorders:
         recorder.deposit(module, name, found, key.shape[2], structure.key_padding)
+    if not torch.compiler.is_compiling():
+        # a part of the model that is recorded by itself, as any module is
+        for listener, place in dict(places()).items():
+            if place is not None:
+                listener.deposit_call(place, found, key.shape[2])
     return found.output.to(value.dtype).transpose(1, 2).contiguous(), None
 
 
