@@ -227,7 +227,8 @@ class Regularized:
         self._hooks = [part.register_forward_pre_hook(self._check) for part in model.children()]
         if isinstance(thresholds, HeadThresholds):
             device = next(model.parameters()).device
-            if device.type != "meta":  # where accelerate leaves what it offloads
+            # on meta accelerate leaves what it offloads
+            if device not in (torch.device("meta"), thresholds.fraction_bias.device):
                 thresholds.to(device)
             model.add_module(THRESHOLDS, thresholds)
         self._learnable = self._learns()
