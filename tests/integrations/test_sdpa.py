@@ -687,6 +687,20 @@ def test_compiled_direct_calls_break_no_graph_and_are_compiled_once(x: Tensor) -
     assert [layer.name for layer in recording] == ["blocks.0", "blocks.1"]
 
 
+def test_compiled_parts_are_recorded_again_and_again(x: Tensor) -> None:
+    model = Stack()
+    expected = penalised(model, x)
+    torch._dynamo.reset()
+    for index, block in enumerate(model.blocks):
+        model.blocks[index] = torch.compile(block, backend="eager")
+    for _ in range(3):
+        for found, wanted in zip(penalised(model, x), expected, strict=True):
+            torch.testing.assert_close(found, wanted)
+    with record_entropy(model) as recording:
+        model(x)
+    assert [layer.name for layer in recording] == ["blocks.0", "blocks.1"]
+
+
 class Checkpointed(Stack):
     reentrant = False
 

@@ -51,7 +51,7 @@ class CallRecorder:
         self.gradient = gradient
         self.allow_partial = allow_partial
         self._training_only = training_only
-        self._names: dict[nn.Module, str] = {}
+        self._know({})
         self._recording = EntropyRecording()
         self._watch = Watch(self.model)
         # No counts: compiled code would be compiled anew for each.
@@ -134,8 +134,15 @@ class CallRecorder:
         """Take the rows of one call of torch's own attention function."""
         raise NotImplementedError
 
+    def _know(self, names: dict[nn.Module, str]) -> None:
+        """Take the modules of the model and their names."""
+        self._names = names
+        # The compiler cannot walk over modules, if one is the part that it compiles; of the same
+        # name are that part and its wrapper, which comes first, and which it must not meet either.
+        self._by_name = {name: part for part, name in names.items()}
+
     def _module_of(self, name: str) -> nn.Module:
-        return next((part for part, each in self._names.items() if each == name), self.model)
+        return self._by_name.get(name, self.model)
 
     def _is_computed_again(self) -> bool:
         """Tell whether backward computes again what is recorded already.

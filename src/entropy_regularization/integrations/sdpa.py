@@ -38,10 +38,8 @@ class SdpaRecorder(CallRecorder):
         **options: bool,
     ) -> None:
         super().__init__(model, layers, **options)
-        self._names = {
-            part: name_of(name) or type(part).__name__
-            for part, name in qualified_names(self.model).items()
-        }
+        names = qualified_names(self.model)
+        self._know({part: name_of(name) or type(part).__name__ for part, name in names.items()})
         self.layers.check(self.model, lambda _: self._names)
         attentions = [n for p, n in self._names.items() if isinstance(p, nn.MultiheadAttention)]
         if attentions and self.keeps_hooks:

@@ -101,7 +101,7 @@ class TransformersRecorder(CallRecorder):
         names = qualified_names(self.model)
         models = outermost(names)
         self._parts = list(models.values())
-        self._names = without_wrappers(names, models)
+        self._know(without_wrappers(names, models))
         for model in self._parts:
             modules = self._names if model is self.model else qualified_names(model)
             switches = switch_on(model, modules, self)
