@@ -701,6 +701,40 @@ def test_compiled_parts_are_recorded_again_and_again(x: Tensor) -> None:
     assert [layer.name for layer in recording] == ["blocks.0", "blocks.1"]
 
 
+class MultiHead(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(16, 4, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.attention(x, x, x, need_weights=False)[0]
+        return y
+
+
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [
+        (OwnSoftmax, "1 computes a softmax of its own"),
+        (MultiHead, "1.attention is torch's multi-head attention in compiled code"),
+    ],
+)
+def test_what_a_model_attends_unheard_in_a_compiled_function_is_refused(
+    part: type[nn.Module], message: str, x: Tensor
+) -> None:
+    model = nn.Sequential(Stack(), part())
+    torch._dynamo.reset()
+    step = torch.compile(lambda x: model(x), backend="aot_eager")
+    recorder = make_recorder(model)
+    for _ in range(3):
+        recorder.start()
+        step(x)
+        with pytest.raises(ValueError, match=message):
+            recorder.stop()
+    with record_entropy(model[0]) as recording:
+        step(x)
+    assert len(recording) == 2
+
+
 class Checkpointed(Stack):
     reentrant = False
 

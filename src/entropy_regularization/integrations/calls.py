@@ -55,7 +55,7 @@ class CallRecorder:
         self._recording = EntropyRecording()
         self._watch = Watch(self.model)
         # No counts: compiled code would be compiled anew for each.
-        self._ran = self._attended = False
+        self._ran = self._attended = self._ran_compiled = False
         self._index = 0  # of the next call in its pass
         self._heard: list[str] = []
         self._grad_at_entry = False
@@ -84,7 +84,7 @@ class CallRecorder:
         """
         interception.listen(self)
         self._forget()
-        self._ran = self._attended = False
+        self._ran = self._attended = self._ran_compiled = False
         self._index = 0
         self._heard = []
         self._checkpointed = False
@@ -133,6 +133,20 @@ class CallRecorder:
     def deposit_call(self, place: str | None, found: AttentionOutput, n_keys: int) -> None:
         """Take the rows of one call of torch's own attention function."""
         raise NotImplementedError
+
+    def note_unheard(self, place: str | None, how: str) -> None:
+        """Note that a module attends in a way of which nothing can be heard."""
+        self._watch.found[place or type(self.model).__name__] = how
+
+    def _end_watch(self, *, torch_is_heard: bool) -> None:
+        """Nothing more runs; what compiled code ran could not be watched, and is read.
+
+        Args:
+            torch_is_heard: see Watch.read.
+        """
+        self._watch.leave(finished=True)
+        if self._ran_compiled:
+            self._watch.read(self._names, torch_is_heard=torch_is_heard)
 
     def _know(self, names: dict[nn.Module, str]) -> None:
         """Take the modules of the model and their names."""

@@ -26,6 +26,7 @@ original_attention = functional.scaled_dot_product_attention
 # What the attributes held when somebody began to listen: torch's own, or what a user put there.
 _found: dict[str, Callable[..., Any]] = {}
 
+COMPILED_MULTI_HEAD = "is torch's multi-head attention in compiled code, where it is not heard"
 # Positions of arguments of multi_head_attention_forward.
 DROPOUT, NEED_WEIGHTS, IS_CAUSAL = 10, 15, 24
 
@@ -43,6 +44,9 @@ class Listener(Protocol):
 
     def deposit_call(self, place: str | None, found: AttentionOutput, n_keys: int) -> None:
         """Take the rows of one call; ``place`` is the module's name if the listener gave one."""
+
+    def note_unheard(self, place: str | None, how: str) -> None:
+        """Note that a module attends in a way of which nothing can be heard."""
 
 
 _listeners: list[tuple[Listener, int]] = []  # each with the thread that it was started in
@@ -211,6 +215,9 @@ def _multi_head(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
     is dropped, is heard instead. Its rows are those of the first call, before dropout.
     """
     weights = args[NEED_WEIGHTS] if len(args) > NEED_WEIGHTS else kwargs.get("need_weights", True)
+    if torch.compiler.is_compiling():
+        for listener, name in dict(places()).items():
+            listener.note_unheard(name, COMPILED_MULTI_HEAD)
     # A mode that watches torch's functions calls this once more from inside the original.
     inside = getattr(_thread, "in_multi_head", False)
     if not places() and not _is_computed_again():

@@ -71,7 +71,7 @@ class SdpaRecorder(CallRecorder):
             ValueError: if the model ran and no attention call came, or some attention was computed
                 another way, or none of the calls was asked for.
         """
-        self._watch.leave(finished=True)
+        self._end_watch(torch_is_heard=True)
         recording = self._recording
         self.abort()
         unseen = self._watch.found
@@ -150,7 +150,9 @@ class SdpaRecorder(CallRecorder):
         self._ran = True
         self._index = 0
         self._grad_at_entry = torch.is_grad_enabled()
-        if not torch.compiler.is_compiling():
+        if runs_compiled():
+            self._ran_compiled = True
+        else:
             given = {**{str(number): value for number, value in enumerate(args)}, **kwargs}
             self._watch.enter(self._names, part, given)
 

@@ -28,7 +28,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from entropy_regularization.integrations.interception import original_attention
 from entropy_regularization.integrations.mixing import SPLITS, Mixtures, tensors_of
 from entropy_regularization.integrations.softmaxes import Softmaxes
-from entropy_regularization.integrations.stack import calling_module, runs_compiled
+from entropy_regularization.integrations.stack import calling_module
 
 PRODUCTS = {
     torch.matmul,
@@ -243,7 +243,7 @@ class Watch:
             part: the module whose pass begins, the model itself or a part that is called alone.
             given: its arguments, by name.
         """
-        if self._mode is not None or runs_compiled():
+        if self._mode is not None:
             return
         self._kind = _kind_of(names, part, given)
         if self._kind in _sound.get(self._model, ()):

@@ -149,7 +149,7 @@ class TransformersRecorder(CallRecorder):
         Raises:
             ValueError: if the model attended where it cannot be heard, or no call was asked for.
         """
-        self._watch.leave(finished=True)
+        self._end_watch(torch_is_heard=False)
         recording = self._recording
         self.abort()
         self._refuse_unheard(recording)
@@ -279,7 +279,9 @@ class TransformersRecorder(CallRecorder):
         self._ran = True
         self._index = 0
         self._grad_at_entry = torch.is_grad_enabled()
-        if not torch.compiler.is_compiling() and not runs_compiled():
+        if runs_compiled():
+            self._ran_compiled = True
+        else:
             self._watch.enter(self._names, part, arguments_of(part, args, kwargs))
             interception.places().append((self, None))
 
