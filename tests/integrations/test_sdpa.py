@@ -1564,11 +1564,26 @@ class Alias(nn.Module):
         return ORIGINAL(x, x, x)
 
 
-def test_a_function_imported_by_name_is_refused(x: Tensor) -> None:
-    model = nn.Sequential(Stack(), Alias())
+class Given(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attend = ORIGINAL
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.attend(x, x, x)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("part", [Alias, Given])
+def test_a_function_imported_by_name_is_refused(
+    part: type[nn.Module], compiled: bool, x: Tensor
+) -> None:
+    model = nn.Sequential(Stack(), part())
+    torch._dynamo.reset()
+    forward = torch.compile(model, backend="eager") if compiled else model
     message = "1 calls scaled_dot_product_attention by another name"
-    with pytest.raises(ValueError, match=message), record_entropy(model):
-        model(x)
+    with pytest.raises(ValueError, match=message), record_entropy(forward):
+        forward(x)
 
 
 def test_timm_vision_transformer() -> None:

@@ -58,6 +58,7 @@ SWITCHES = (bool, str)  # types of attributes that may choose the code that runs
 # Those of attributes that every module has, or that change from pass to pass.
 NUMBERS_AND_STATE = frozenset((int, float, type(None), dict, OrderedDict, list, tuple, set, Tensor))
 OWN_SOFTMAX = "computes a softmax of its own"
+OTHER_NAME = "calls scaled_dot_product_attention by another name"
 CALLS_TORCH = "calls torch's own attention, which cannot be heard in a compiled model"
 
 SCALINGS = {torch.mul, Tensor.mul, Tensor.__mul__}
@@ -118,8 +119,7 @@ class UnseenAttention(TorchFunctionMode):
                 self._weights[result] = name
                 self._mixtures.softmax(args, kwargs, result)
         elif func is original_attention:
-            how = "calls scaled_dot_product_attention by another name"
-            self._note(calling_module(self.names), how)
+            self._note(calling_module(self.names), OTHER_NAME)
         else:
             self._mixtures.follow(func, args, kwargs, result)
             if self._weights:
@@ -267,6 +267,8 @@ class Watch:
         """
         for part, name in names.items():
             how = attends_by_source(type(part))  # type: ignore[arg-type]
+            if any(value is original_attention for value in part.__dict__.values()):
+                how = OTHER_NAME
             if how is not None and not (torch_is_heard and how == CALLS_TORCH):
                 self.found[name] = how
 
@@ -344,21 +346,31 @@ def attends_by_source(kind: type[nn.Module]) -> str | None:
     if issubclass(kind, nn.MultiheadAttention):
         return CALLS_TORCH
     try:
-        source = _code_of(kind)
+        tree = _code_of(kind)
     except (OSError, TypeError, SyntaxError):  # made at run time, or written in C
         return None
+    source = ast.unparse(tree)
     if "ALL_ATTENTION_FUNCTIONS" in source:
         return None
+    if _has_another_name(kind, tree):
+        return OTHER_NAME
     if "scaled_dot_product_attention(" in source:
         return CALLS_TORCH
     product = any(word in source for word in (*MATRIX_PRODUCTS, " @ "))
     return OWN_SOFTMAX if product and "softmax(" in source else None
 
 
-def _code_of(kind: type[nn.Module]) -> str:
-    """Return the source of a class without what it says in comments and docstrings."""
+def _has_another_name(kind: type[nn.Module], tree: ast.AST) -> bool:
+    """Tell whether code has torch's function by a name of its module, which is never a wrapper."""
+    known = getattr(sys.modules.get(kind.__module__), "__dict__", {})
+    names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+    return any(known.get(name) is original_attention for name in names)
+
+
+def _code_of(kind: type[nn.Module]) -> ast.AST:
+    """Return the code of a class without what it says in docstrings."""
     tree = ast.parse(textwrap.dedent(inspect.getsource(kind)))
     for node in ast.walk(tree):
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
             node.value = ast.Constant(value=None)
-    return ast.unparse(tree)
+    return tree
