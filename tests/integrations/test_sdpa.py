@@ -30,6 +30,7 @@ from entropy_regularization.integrations.unseen import attends_by_source
 from entropy_regularization.recording.recorder import Layers, make_recorder
 
 ORIGINAL = functional.scaled_dot_product_attention
+MULTI_HEAD = functional.multi_head_attention_forward
 
 
 class SelfAttention(nn.Module):
@@ -1571,6 +1572,23 @@ class Given(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.attend(x, x, x)
+
+
+class MultiHeadAlias(MultiHead):
+    def forward(self, x: Tensor) -> Tensor:
+        part, x = self.attention, x.transpose(0, 1)
+        given = (part.in_proj_weight, part.in_proj_bias, None, None, False, 0.0)
+        out = (part.out_proj.weight, part.out_proj.bias)
+        return MULTI_HEAD(x, x, x, 16, 4, *given, *out)[0].transpose(0, 1)
+
+
+def test_multi_head_attention_imported_by_name_is_refused_at_every_pass(x: Tensor) -> None:
+    for first in (Stack(), MultiHead()):
+        model = nn.Sequential(first, MultiHeadAlias())
+        for _ in range(2):
+            message = "1 calls multi_head_attention_forward by another name"
+            with pytest.raises(ValueError, match=message), record_entropy(model):
+                model(x)
 
 
 @pytest.mark.parametrize("compiled", [False, True])

@@ -9,7 +9,7 @@ checkpointed and is dropped leaves the wrappers to the next call, which takes th
 
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -23,6 +23,7 @@ from entropy_regularization.integrations.sharding import is_distributed
 from entropy_regularization.integrations.stack import runs_in_backward
 
 original_attention = functional.scaled_dot_product_attention
+original_multi_head = functional.multi_head_attention_forward
 # What the attributes held when somebody began to listen: torch's own, or what a user put there.
 _found: dict[str, Callable[..., Any]] = {}
 
@@ -214,7 +215,6 @@ def _multi_head(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
     With need_weights=True it calls no attention function: a second call without them, whose output
     is dropped, is heard instead. Its rows are those of the first call, before dropout.
     """
-    weights = args[NEED_WEIGHTS] if len(args) > NEED_WEIGHTS else kwargs.get("need_weights", True)
     if torch.compiler.is_compiling():
         for listener, name in dict(places()).items():
             listener.note_unheard(name, COMPILED_MULTI_HEAD)
@@ -222,7 +222,7 @@ def _multi_head(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
     inside = getattr(_thread, "in_multi_head", False)
     if not places() and not _is_computed_again():
         _restore()
-    elif weights and not inside:
+    elif _makes_weights(args, kwargs) and not inside:
         given = list(args)
         again = {**kwargs}
         for position, name, value in (
@@ -244,6 +244,24 @@ def _multi_head(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
     finally:
         _thread.in_multi_head = False
     return result
+
+
+def _makes_weights(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+    given = args[NEED_WEIGHTS] if len(args) > NEED_WEIGHTS else kwargs.get("need_weights", True)
+    return bool(given)
+
+
+def goes_around_wrapper(
+    func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> bool:
+    """Tell whether what a mode sees of torch is attention that was not called by the wrappers.
+
+    multi_head_attention_forward shows a mode its wrapper, in whose place it was called; but for
+    weights it calls no attention function that is heard where no mode is.
+    """
+    inside = getattr(_thread, "in_multi_head", False)
+    around = func is _multi_head and not inside and _makes_weights(args, kwargs)
+    return around or func is original_attention
 
 
 _WRAPPERS: dict[str, Callable[..., Any]] = {

@@ -14,7 +14,7 @@ import textwrap
 import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -25,7 +25,11 @@ from torch.nn.attention import flex_attention
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
-from entropy_regularization.integrations.interception import original_attention
+from entropy_regularization.integrations.interception import (
+    goes_around_wrapper,
+    original_attention,
+    original_multi_head,
+)
 from entropy_regularization.integrations.mixing import SPLITS, Mixtures, tensors_of
 from entropy_regularization.integrations.softmaxes import Softmaxes
 from entropy_regularization.integrations.stack import calling_module
@@ -58,7 +62,10 @@ SWITCHES = (bool, str)  # types of attributes that may choose the code that runs
 # Those of attributes that every module has, or that change from pass to pass.
 NUMBERS_AND_STATE = frozenset((int, float, type(None), dict, OrderedDict, list, tuple, set, Tensor))
 OWN_SOFTMAX = "computes a softmax of its own"
-OTHER_NAME = "calls scaled_dot_product_attention by another name"
+OTHER_NAMES = {
+    original: f"calls {original.__name__} by another name"
+    for original in (original_attention, original_multi_head)
+}
 CALLS_TORCH = "calls torch's own attention, which cannot be heard in a compiled model"
 
 SCALINGS = {torch.mul, Tensor.mul, Tensor.__mul__}
@@ -110,6 +117,7 @@ class UnseenAttention(TorchFunctionMode):
     ) -> Any:
         """Run a function of torch; note where softmaxes come from and go to."""
         kwargs = kwargs or {}
+        around = goes_around_wrapper(func, args, kwargs)
         result = func(*args, **kwargs)
         if sys._getframe(1).f_code is FLEX:
             self._note(calling_module(self.names), "calls flex_attention")
@@ -118,8 +126,8 @@ class UnseenAttention(TorchFunctionMode):
             if name is not None:
                 self._weights[result] = name
                 self._mixtures.softmax(args, kwargs, result)
-        elif func is original_attention:
-            self._note(calling_module(self.names), OTHER_NAME)
+        elif around:
+            self._note(calling_module(self.names), f"calls {func.__name__} by another name")
         else:
             self._mixtures.follow(func, args, kwargs, result)
             if self._weights:
@@ -266,9 +274,7 @@ class Watch:
             torch_is_heard: whether calls of torch's own function are recorded nevertheless.
         """
         for part, name in names.items():
-            how = attends_by_source(type(part))  # type: ignore[arg-type]
-            if any(value is original_attention for value in part.__dict__.values()):
-                how = OTHER_NAME
+            how = _other_name_in(part.__dict__.values()) or attends_by_source(type(part))  # type: ignore[arg-type]
             if how is not None and not (torch_is_heard and how == CALLS_TORCH):
                 self.found[name] = how
 
@@ -352,19 +358,21 @@ def attends_by_source(kind: type[nn.Module]) -> str | None:
     source = ast.unparse(tree)
     if "ALL_ATTENTION_FUNCTIONS" in source:
         return None
-    if _has_another_name(kind, tree):
-        return OTHER_NAME
+    names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+    known = getattr(sys.modules.get(kind.__module__), "__dict__", {})
+    other = _other_name_in(known.get(name) for name in names)
+    if other is not None:
+        return other
     if "scaled_dot_product_attention(" in source:
         return CALLS_TORCH
     product = any(word in source for word in (*MATRIX_PRODUCTS, " @ "))
     return OWN_SOFTMAX if product and "softmax(" in source else None
 
 
-def _has_another_name(kind: type[nn.Module], tree: ast.AST) -> bool:
-    """Tell whether code has torch's function by a name of its module, which is never a wrapper."""
-    known = getattr(sys.modules.get(kind.__module__), "__dict__", {})
-    names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
-    return any(known.get(name) is original_attention for name in names)
+def _other_name_in(values: Iterable[object]) -> str | None:
+    """Tell how values attend that are torch's own functions, in whose place no wrapper will be."""
+    held = [how for value in values for each, how in OTHER_NAMES.items() if value is each]
+    return held[0] if held else None
 
 
 def _code_of(kind: type[nn.Module]) -> ast.AST:
