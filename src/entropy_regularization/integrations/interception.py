@@ -15,10 +15,15 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.nn.attention.bias import CausalBias, CausalVariant
+from torch.nn.attention.bias import CausalBias
 
 from entropy_regularization.attention.api import AttentionOutput, attend
-from entropy_regularization.attention.masking import Memo, Structure, split_mask
+from entropy_regularization.attention.masking import Memo, Structure
+from entropy_regularization.integrations.arguments import (
+    as_attend_takes,
+    as_autocast,
+    causal_mask,
+)
 from entropy_regularization.integrations.sharding import is_distributed
 from entropy_regularization.integrations.stack import runs_in_backward
 
@@ -163,37 +168,27 @@ def _attention(
     if not where and not _is_computed_again():
         _restore()
         if isinstance(attn_mask, CausalBias):  # it knows torch's function by its name alone
-            attn_mask = _causal_mask(attn_mask, query, key)
+            attn_mask = causal_mask(attn_mask, query, key)
         return _pass_on(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
     refuse_nested("query, key or value", query, key, value)
     refuse_context_parallel()
-    query, key, value, attn_mask = _as_autocast(query, key, value, attn_mask)
-    query, key, value = _broadcast(query, key, value, enable_gqa)
-    q, k, v = (_four(tensor, enable_gqa) for tensor in (query, key, value))
-    shift = q.shape[2] - k.shape[2]
-    structure = Structure(right=shift) if is_causal else Structure()  # aligned upper left
-    bias = None
-    if isinstance(attn_mask, CausalBias):  # a tensor whose numbers mean nothing
-        upper_left = attn_mask.variant is CausalVariant.UPPER_LEFT
-        structure = Structure(right=shift if upper_left else 0)
-    elif attn_mask is not None:
-        allowed, bias = split_mask(_mask_of_four(attn_mask, query, key, enable_gqa))
-        structure = structure._replace(allowed=allowed)
+    query, key, value, attn_mask = as_autocast(query, key, value, attn_mask)
+    given = as_attend_takes(query, key, value, attn_mask, is_causal, grouped=enable_gqa)
     found = attend(
-        q,
-        k,
-        v,
-        structure,
+        given.query,
+        given.key,
+        given.value,
+        given.structure,
         scale=query.shape[-1] ** -0.5 if scale is None else float(scale),
-        bias=bias,
+        bias=given.bias,
         dropout=dropout_p,
-        memo=next(iter(where)).memo_of(structure) if where else None,
+        memo=next(iter(where)).memo_of(given.structure) if where else None,
     )
     for listener, name in where.items():
-        listener.deposit_call(name, found, k.shape[2])
-    return found.output.reshape(*query.shape[:-1], value.shape[-1])
+        listener.deposit_call(name, found, given.key.shape[2])
+    return found.output.reshape(given.shape)
 
 
 def _pass_on(*args: Any, **options: Any) -> Tensor:
@@ -272,12 +267,6 @@ for _name, _wrapper in _WRAPPERS.items():
     _wrapper.__name__ = _name  # others that wrap them go by it, as context_parallel does
 
 
-def _causal_mask(bias: CausalBias, query: Tensor, key: Tensor) -> Tensor:
-    rows, keys = query.shape[-2], key.shape[-2]
-    shift = 0 if bias.variant is CausalVariant.UPPER_LEFT else keys - rows
-    return torch.ones(rows, keys, dtype=torch.bool, device=query.device).tril(shift)
-
-
 def refuse_nested(what: str, *tensors: object) -> None:
     """Refuse tensors of different lengths, which are not computed here.
 
@@ -306,50 +295,3 @@ def refuse_context_parallel() -> None:
             "and its entropies cannot be recorded; record the model without it (data, fully "
             "sharded and tensor parallelism are fine)."
         )
-
-
-def _as_autocast(*tensors: Tensor | None) -> list[Any]:
-    """Cast as autocast casts the arguments of scaled_dot_product_attention."""
-    device = next(tensor.device.type for tensor in tensors if tensor is not None)
-    if not _knows_autocast(device) or not torch.is_autocast_enabled(device):
-        return list(tensors)
-    dtype, kept = torch.get_autocast_dtype(device), (None, torch.bool, torch.float64)
-    return [
-        tensor
-        if tensor is None or tensor.dtype in kept or isinstance(tensor, CausalBias)
-        else tensor.to(dtype)
-        for tensor in tensors
-    ]
-
-
-# Torch 2.11 would break the graph at it.
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _knows_autocast(device: str) -> bool:
-    return torch.amp.is_autocast_available(device)
-
-
-def _broadcast(query: Tensor, key: Tensor, value: Tensor, grouped: bool) -> list[Tensor]:
-    """Give all the same dimensions before the last two; but grouped keys keep their heads."""
-    given, own = (query, key, value), 3 if grouped else 2
-    if query.shape[:-own] == key.shape[:-own] == value.shape[:-own]:  # nearly always
-        return list(given)
-    shape = torch.broadcast_shapes(*(tensor.shape[:-own] for tensor in given))
-    return [tensor.expand(*shape, *tensor.shape[-own:]) for tensor in given]
-
-
-def _mask_of_four(mask: Tensor, query: Tensor, key: Tensor, grouped: bool) -> Tensor:
-    if mask.dim() == 2 and query.dim() == 4:
-        return mask[None, None]
-    return _four(mask.expand(*query.shape[:-1], key.shape[-2]), grouped)
-
-
-def _four(tensor: Tensor, grouped: bool) -> Tensor:
-    """Bring ``[..., heads, length, dim]``, or without heads ``[batch, length, dim]``, to four.
-
-    Only grouped keys tell that the first of three dimensions is that of heads.
-    """
-    if tensor.dim() == 3:
-        return tensor[None] if grouped else tensor[:, None]
-    if tensor.dim() < 3:
-        return tensor[None, None]
-    return tensor.reshape(-1, *tensor.shape[-3:])

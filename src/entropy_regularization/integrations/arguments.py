@@ -1,0 +1,116 @@
+"""The arguments of scaled_dot_product_attention, in the four dimensions that attend takes."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.attention.bias import CausalBias, CausalVariant
+
+from entropy_regularization.attention.masking import Structure, split_mask
+
+
+class Arguments(NamedTuple):
+    """What attend takes.
+
+    Attributes:
+        query: ``[batch, heads, queries, dim]``; key and value accordingly.
+        key: as query.
+        value: as query.
+        structure: which keys a row may see.
+        bias: added to the scores.
+        shape: of the output, which has the dimensions that were given.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    structure: Structure
+    bias: Tensor | None
+    shape: tuple[int, ...]
+
+
+def as_attend_takes(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    is_causal: bool,
+    *,
+    grouped: bool,
+) -> Arguments:
+    """Return what scaled_dot_product_attention was given as attend takes it.
+
+    Args:
+        query: as key, value, attn_mask and is_causal an argument of torch's function.
+        key: as query.
+        value: as query.
+        attn_mask: as query.
+        is_causal: as query.
+        grouped: its ``enable_gqa``.
+    """
+    query, key, value = _broadcast(query, key, value, grouped)
+    q, k, v = (_four(tensor, grouped) for tensor in (query, key, value))
+    shift = q.shape[2] - k.shape[2]
+    structure = Structure(right=shift) if is_causal else Structure()  # aligned upper left
+    bias = None
+    if isinstance(attn_mask, CausalBias):  # a tensor whose numbers mean nothing
+        upper_left = attn_mask.variant is CausalVariant.UPPER_LEFT
+        structure = Structure(right=shift if upper_left else 0)
+    elif attn_mask is not None:
+        allowed, bias = split_mask(_mask_of_four(attn_mask, query, key, grouped))
+        structure = structure._replace(allowed=allowed)
+    return Arguments(q, k, v, structure, bias, (*query.shape[:-1], value.shape[-1]))
+
+
+def causal_mask(bias: CausalBias, query: Tensor, key: Tensor) -> Tensor:
+    """Return the boolean mask that a causal bias stands for."""
+    rows, keys = query.shape[-2], key.shape[-2]
+    shift = 0 if bias.variant is CausalVariant.UPPER_LEFT else keys - rows
+    return torch.ones(rows, keys, dtype=torch.bool, device=query.device).tril(shift)
+
+
+def as_autocast(*tensors: Tensor | None) -> list[Any]:
+    """Cast as autocast casts the arguments of scaled_dot_product_attention."""
+    device = next(tensor.device.type for tensor in tensors if tensor is not None)
+    if not _knows_autocast(device) or not torch.is_autocast_enabled(device):
+        return list(tensors)
+    dtype, kept = torch.get_autocast_dtype(device), (None, torch.bool, torch.float64)
+    return [
+        tensor
+        if tensor is None or tensor.dtype in kept or isinstance(tensor, CausalBias)
+        else tensor.to(dtype)
+        for tensor in tensors
+    ]
+
+
+# Torch 2.11 would break the graph at it.
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _knows_autocast(device: str) -> bool:
+    return torch.amp.is_autocast_available(device)
+
+
+def _broadcast(query: Tensor, key: Tensor, value: Tensor, grouped: bool) -> list[Tensor]:
+    """Give all the same dimensions before the last two; but grouped keys keep their heads."""
+    given, own = (query, key, value), 3 if grouped else 2
+    if query.shape[:-own] == key.shape[:-own] == value.shape[:-own]:  # nearly always
+        return list(given)
+    shape = torch.broadcast_shapes(*(tensor.shape[:-own] for tensor in given))
+    return [tensor.expand(*shape, *tensor.shape[-own:]) for tensor in given]
+
+
+def _mask_of_four(mask: Tensor, query: Tensor, key: Tensor, grouped: bool) -> Tensor:
+    if mask.dim() == 2 and query.dim() == 4:
+        return mask[None, None]
+    return _four(mask.expand(*query.shape[:-1], key.shape[-2]), grouped)
+
+
+def _four(tensor: Tensor, grouped: bool) -> Tensor:
+    """Bring ``[..., heads, length, dim]``, or without heads ``[batch, length, dim]``, to four.
+
+    Only grouped keys tell that the first of three dimensions is that of heads.
+    """
+    if tensor.dim() == 3:
+        return tensor[None] if grouped else tensor[:, None]
+    if tensor.dim() < 3:
+        return tensor[None, None]
+    return tensor.reshape(-1, *tensor.shape[-3:])
