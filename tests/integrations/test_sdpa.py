@@ -17,6 +17,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from torch.nn import functional
 from torch.nn.attention import flex_attention
 from torch.nn.attention.bias import causal_lower_right, causal_upper_left
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import (
     CheckpointPolicy,
     checkpoint,
@@ -231,6 +232,72 @@ def test_masks_and_shapes(kind: str) -> None:
     counts = recording[0].allowed_keys.expand(found.shape).reshape(expected.shape)
     assert torch.equal(counts, mask.isfinite().sum(-1).expand(expected.shape))
     assert found.shape[1] == (4 if kind == "grouped, 3-D" or q.dim() > 3 else 1)
+
+
+class Masked(nn.Module):
+    def forward(self, q: Tensor, mask: Tensor) -> Tensor:
+        return functional.scaled_dot_product_attention(q, q, q, attn_mask=mask)
+
+
+@pytest.mark.parametrize("floating", [False, True])
+@pytest.mark.parametrize(
+    ("dimensions", "size"),
+    [
+        (4, (7, 7)),
+        (4, (7, 1)),
+        (4, (1, 1, 1, 7)),
+        (4, (2, 1, 7, 7)),
+        (4, (2, 1, 1, 7)),
+        (4, (4, 1, 7)),
+        (3, (4, 1, 7)),
+        (3, (7, 7)),
+        (5, (7, 7)),
+        (5, (1, 2, 1, 7, 7)),
+        (5, (3, 1, 4, 1, 7)),
+        (2, (1, 7)),
+    ],
+)
+def test_masks_that_broadcast(dimensions: int, size: tuple[int, ...], floating: bool) -> None:
+    draw = torch.Generator().manual_seed(0)
+    q = torch.randn(3, 2, 4, 7, 8, generator=draw)[(0,) * (5 - dimensions)].requires_grad_()
+    mask = torch.randn(size, generator=draw)
+    if not floating:
+        mask = (mask > -1).index_fill(-1, torch.tensor([0]), True)
+    model, given = Masked(), [q, mask.requires_grad_()] if floating else [q]
+    plain = model(q, mask)
+    with record_entropy(model) as recording:
+        output = model(q, mask)
+    torch.testing.assert_close(output, plain)
+    added = mask if floating else torch.zeros(size).masked_fill(~mask, -torch.inf)
+    weights = torch.softmax(q @ q.mT / 8**0.5 + added, -1)
+    expected = -(weights * weights.clamp(min=1e-30).log()).sum(-1)
+    found = recording[0].entropy
+    torch.testing.assert_close(found.reshape(expected.shape), expected, rtol=0, atol=1e-5)
+    wanted = torch.autograd.grad((plain.square().sum(), expected.square().sum()), given)
+    gradients = torch.autograd.grad((output.square().sum(), found.square().sum()), given)
+    for one, two in zip(gradients, wanted, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-4)
+
+
+class Sizes(TorchDispatchMode):
+    """Notes how large the largest tensor is that is made."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for each in result if isinstance(result, tuple | list) else [result]:
+            if isinstance(each, Tensor):
+                self.largest = max(self.largest, each.untyped_storage().nbytes())
+        return result
+
+
+@pytest.mark.parametrize("size", [(64, 64), (1, 1, 64, 64), (3, 1, 64, 64)])
+def test_a_mask_for_all_heads_is_not_made_one_for_each(size: tuple[int, ...]) -> None:
+    model, mask = Masked(), torch.randn(size)
+    with record_entropy(model, gradient=False), Sizes() as sizes:
+        model(torch.randn(3, 16, 64, 8), mask)
+    assert 0 < sizes.largest <= max(mask.nbytes, 3 * 16 * 64 * 8 * 4)
 
 
 class Transparent(nn.Module):

@@ -99,9 +99,20 @@ def _broadcast(query: Tensor, key: Tensor, value: Tensor, grouped: bool) -> list
 
 
 def _mask_of_four(mask: Tensor, query: Tensor, key: Tensor, grouped: bool) -> Tensor:
-    if mask.dim() == 2 and query.dim() == 4:
-        return mask[None, None]
-    return _four(mask.expand(*query.shape[:-1], key.shape[-2]), grouped)
+    """Bring a mask to four dimensions; where one entry serves many, it stays one."""
+    wanted = (*query.shape[:-1], key.shape[-2])
+    if mask.dim() < len(wanted):
+        mask = mask[(None,) * (len(wanted) - mask.dim())]
+    if mask.dim() != len(wanted) or not all(
+        have == 1 or have == want for have, want in zip(mask.shape, wanted, strict=True)
+    ):
+        raise ValueError(
+            f"attn_mask has shape {tuple(mask.shape)} but query and key imply {wanted}; pass one "
+            "that broadcasts to it."
+        )
+    if any(size != 1 for size in mask.shape[:-3]):
+        mask = mask.expand(*query.shape[:-3], *mask.shape[-3:])
+    return _four(mask, grouped)
 
 
 def _four(tensor: Tensor, grouped: bool) -> Tensor:
