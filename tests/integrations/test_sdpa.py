@@ -234,6 +234,31 @@ def test_masks_and_shapes(kind: str) -> None:
     assert found.shape[1] == (4 if kind == "grouped, 3-D" or q.dim() > 3 else 1)
 
 
+class Cross(nn.Module):
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+        return functional.scaled_dot_product_attention(q, k, v, **options)
+
+
+@pytest.mark.parametrize(
+    ("q", "k", "dim"),
+    [
+        ((2, 4, 3, 8), (2, 4, 0, 8), 8),
+        ((2, 4, 0, 8), (2, 4, 3, 8), 8),
+        ((2, 0, 3, 8), (2, 0, 3, 8), 8),
+        ((0, 4, 3, 8), (0, 4, 3, 8), 8),
+        ((2, 4, 3, 8), (2, 4, 3, 8), 0),
+    ],
+    ids=["keys", "queries", "heads", "batch", "values"],
+)
+def test_nothing_of_something(q: tuple[int, ...], k: tuple[int, ...], dim: int) -> None:
+    model, given = Cross(), (torch.randn(q), torch.randn(k), torch.randn(*k[:-1], dim))
+    plain = model(*given)
+    with record_entropy(model) as recording:
+        torch.testing.assert_close(model(*given), plain)
+    assert recording[0].entropy.shape == q[:-1]
+    assert recording[0].allowed_keys.unique().tolist() in ([], [k[2]])
+
+
 class Masked(nn.Module):
     def forward(self, q: Tensor, mask: Tensor) -> Tensor:
         return functional.scaled_dot_product_attention(q, q, q, attn_mask=mask)

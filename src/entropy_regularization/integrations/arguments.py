@@ -124,4 +124,4 @@ def _four(tensor: Tensor, grouped: bool) -> Tensor:
         return tensor[None] if grouped else tensor[:, None]
     if tensor.dim() < 3:
         return tensor[None, None]
-    return tensor.reshape(-1, *tensor.shape[-3:])
+    return tensor.flatten(0, -4)
