@@ -259,6 +259,38 @@ def test_nothing_of_something(q: tuple[int, ...], k: tuple[int, ...], dim: int) 
     assert recording[0].allowed_keys.unique().tolist() in ([], [k[2]])
 
 
+LOWER_RIGHT = causal_lower_right(4, 7)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"k": (2, 4, 3, 8)}, ValueError, "value has shape .* pass one value per key"),
+        ({"k": (2, 4, 7, 3)}, ValueError, "key has shape .* batch and dim must be the same"),
+        ({"k": (3, 4, 7, 8)}, ValueError, "shapes .* do not broadcast; give them the same"),
+        ({"k": (2, 3, 7, 8), "v": (2, 3, 7, 8), "enable_gqa": True}, ValueError, "a multiple of"),
+        ({"k": (2, 2, 7, 8), "v": (2, 1, 7, 8), "enable_gqa": True}, ValueError, "one value per"),
+        ({"k": torch.zeros(2, 4, 7, 8).double()}, TypeError, "key has dtype torch.float64 and"),
+        ({"attn_mask": torch.ones(5, 7).int()}, TypeError, "attn_mask has dtype torch.int32; pass"),
+        ({"attn_mask": [[True]]}, TypeError, "attn_mask is a list; pass a torch.Tensor"),
+        ({"attn_mask": torch.ones(5, 6)}, ValueError, r"shape \(5, 6\) but query and key imply"),
+        ({"attn_mask": torch.ones(1, 1, 1, 5, 7)}, ValueError, "one that broadcasts to it"),
+        ({"attn_mask": torch.ones(5, 7, device="meta")}, ValueError, "attn_mask is on meta and"),
+        ({"attn_mask": LOWER_RIGHT}, ValueError, r"of \(4, 7\) .* there are \(5, 7\); make one"),
+        ({"attn_mask": LOWER_RIGHT, "is_causal": True}, ValueError, "pass one of the two"),
+    ],
+)
+def test_arguments_that_do_not_fit_are_refused_in_a_sentence(
+    change: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    given = {"q": (2, 4, 5, 8), "k": (2, 4, 7, 8), "v": (2, 4, 7, 8), **change}
+    for name, each in given.items():
+        given[name] = torch.randn(each) if isinstance(each, tuple) else each
+    model = Cross()
+    with pytest.raises(error, match=message), record_entropy(model):
+        model(**given)
+
+
 class Masked(nn.Module):
     def forward(self, q: Tensor, mask: Tensor) -> Tensor:
         return functional.scaled_dot_product_attention(q, q, q, attn_mask=mask)

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn.attention.bias import CausalBias, CausalVariant
 
 from entropy_regularization.attention.masking import Structure, split_mask
+from entropy_regularization.attention.validation import check_is_tensor, check_tensors
 
 
 class Arguments(NamedTuple):
@@ -47,19 +48,62 @@ def as_attend_takes(
         attn_mask: as query.
         is_causal: as query.
         grouped: its ``enable_gqa``.
+
+    Raises:
+        TypeError: if dtypes differ, or the mask is neither boolean nor floating.
+        ValueError: if shapes or devices do not fit together, or torch would not take both
+            ``is_causal`` and a causal bias.
     """
     query, key, value = _broadcast(query, key, value, grouped)
     q, k, v = (_four(tensor, grouped) for tensor in (query, key, value))
+    check_tensors(q, k, v)
     shift = q.shape[2] - k.shape[2]
     structure = Structure(right=shift) if is_causal else Structure()  # aligned upper left
     bias = None
     if isinstance(attn_mask, CausalBias):  # a tensor whose numbers mean nothing
+        _check_causal_bias(attn_mask, query, key, is_causal)
         upper_left = attn_mask.variant is CausalVariant.UPPER_LEFT
         structure = Structure(right=shift if upper_left else 0)
     elif attn_mask is not None:
+        _check_mask(attn_mask, query)
         allowed, bias = split_mask(_mask_of_four(attn_mask, query, key, grouped))
         structure = structure._replace(allowed=allowed)
     return Arguments(q, k, v, structure, bias, (*query.shape[:-1], value.shape[-1]))
+
+
+def _check_mask(mask: Tensor, query: Tensor) -> None:
+    """Refuse a mask that torch would not take; its shape is another matter.
+
+    Raises:
+        TypeError: if it is no tensor, or neither boolean nor floating.
+        ValueError: if it is on another device.
+    """
+    check_is_tensor("attn_mask", mask)
+    if mask.dtype != torch.bool and not mask.is_floating_point():
+        raise TypeError(
+            f"attn_mask has dtype {mask.dtype}; pass a boolean mask, True where a query may attend "
+            "to a key, or a floating one that is added to the scores."
+        )
+    if mask.device != query.device:
+        raise ValueError(
+            f"attn_mask is on {mask.device} and query on {query.device}; move one of them."
+        )
+
+
+def _check_causal_bias(bias: CausalBias, query: Tensor, key: Tensor, is_causal: bool) -> None:
+    """Refuse a causal bias that torch would not take.
+
+    Raises:
+        ValueError: if ``is_causal`` was said too, or it is of other lengths.
+    """
+    if is_causal:
+        raise ValueError("attn_mask is a causal bias and is_causal is True; pass one of the two.")
+    lengths = (query.shape[-2], key.shape[-2])
+    if bias.variant is CausalVariant.LOWER_RIGHT and lengths != (bias.seq_len_q, bias.seq_len_kv):
+        raise ValueError(
+            f"attn_mask is a causal bias of {(bias.seq_len_q, bias.seq_len_kv)} queries and keys "
+            f"but there are {lengths}; make one of these lengths."
+        )
 
 
 def causal_mask(bias: CausalBias, query: Tensor, key: Tensor) -> Tensor:
@@ -90,24 +134,39 @@ def _knows_autocast(device: str) -> bool:
 
 
 def _broadcast(query: Tensor, key: Tensor, value: Tensor, grouped: bool) -> list[Tensor]:
-    """Give all the same dimensions before the last two; but grouped keys keep their heads."""
+    """Give all the same dimensions before the last two; but grouped keys keep their heads.
+
+    Raises:
+        ValueError: if that cannot be.
+    """
     given, own = (query, key, value), 3 if grouped else 2
     if query.shape[:-own] == key.shape[:-own] == value.shape[:-own]:  # nearly always
         return list(given)
-    shape = torch.broadcast_shapes(*(tensor.shape[:-own] for tensor in given))
+    try:
+        shape = torch.broadcast_shapes(*(tensor.shape[:-own] for tensor in given))
+    except RuntimeError:
+        listed = ", ".join(str(tuple(tensor.shape)) for tensor in given)
+        raise ValueError(
+            f"query, key and value have shapes {listed}, whose dimensions before the last {own} "
+            "do not broadcast; give them the same."
+        ) from None
     return [tensor.expand(*shape, *tensor.shape[-own:]) for tensor in given]
 
 
 def _mask_of_four(mask: Tensor, query: Tensor, key: Tensor, grouped: bool) -> Tensor:
-    """Bring a mask to four dimensions; where one entry serves many, it stays one."""
-    wanted = (*query.shape[:-1], key.shape[-2])
+    """Bring a mask to four dimensions; where one entry serves many, it stays one.
+
+    Raises:
+        ValueError: if its shape does not fit.
+    """
+    given, wanted = tuple(mask.shape), (*query.shape[:-1], key.shape[-2])
     if mask.dim() < len(wanted):
         mask = mask[(None,) * (len(wanted) - mask.dim())]
     if mask.dim() != len(wanted) or not all(
         have == 1 or have == want for have, want in zip(mask.shape, wanted, strict=True)
     ):
         raise ValueError(
-            f"attn_mask has shape {tuple(mask.shape)} but query and key imply {wanted}; pass one "
+            f"attn_mask has shape {given} but query and key imply {wanted}; pass one "
             "that broadcasts to it."
         )
     if any(size != 1 for size in mask.shape[:-3]):
