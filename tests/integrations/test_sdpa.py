@@ -276,6 +276,8 @@ LOWER_RIGHT = causal_lower_right(4, 7)
         ({"attn_mask": torch.ones(5, 6)}, ValueError, r"shape \(5, 6\) but query and key imply"),
         ({"attn_mask": torch.ones(1, 1, 1, 5, 7)}, ValueError, "one that broadcasts to it"),
         ({"attn_mask": torch.ones(5, 7, device="meta")}, ValueError, "attn_mask is on meta and"),
+        ({"dropout_p": -0.1}, ValueError, r"dropout_p is -0.1; pass a rate in \[0, 1\]"),
+        ({"dropout_p": 1.5}, ValueError, r"dropout_p is 1.5; pass a rate in \[0, 1\]"),
         ({"attn_mask": LOWER_RIGHT}, ValueError, r"of \(4, 7\) .* there are \(5, 7\); make one"),
         ({"attn_mask": LOWER_RIGHT, "is_causal": True}, ValueError, "pass one of the two"),
     ],
@@ -289,6 +291,22 @@ def test_arguments_that_do_not_fit_are_refused_in_a_sentence(
     model = Cross()
     with pytest.raises(error, match=message), record_entropy(model):
         model(**given)
+
+
+@pytest.mark.parametrize("mask", [None, torch.zeros(7, 7)])
+def test_dropout_of_all_puts_out_zeros_and_keeps_the_entropy(mask: Tensor | None) -> None:
+    model, q = Cross(), torch.randn(2, 4, 7, 8, requires_grad=True)
+    options = {"attn_mask": mask, "dropout_p": 1.0}
+    with record_entropy(model) as recording:
+        output = model(q, q, q, **options)
+    assert torch.equal(output, model(q, q, q, **options))
+    torch.testing.assert_close(recording[0].entropy, by_hand(q, q))
+    (gradient,) = torch.autograd.grad(output.sum(), q, retain_graph=True)
+    assert torch.equal(gradient, torch.zeros_like(q))
+    total = output.sum() + recording[0].entropy.square().sum()
+    (gradient,) = torch.autograd.grad(total, q, retain_graph=True)
+    (wanted,) = torch.autograd.grad(by_hand(q, q).square().sum(), q)
+    torch.testing.assert_close(gradient, wanted, rtol=1e-4, atol=1e-5)
 
 
 class Masked(nn.Module):

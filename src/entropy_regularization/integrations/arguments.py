@@ -8,6 +8,7 @@ from torch.nn.attention.bias import CausalBias, CausalVariant
 
 from entropy_regularization.attention.masking import Structure, split_mask
 from entropy_regularization.attention.validation import check_is_tensor, check_tensors
+from entropy_regularization.checks import is_number
 
 
 class Arguments(NamedTuple):
@@ -104,6 +105,16 @@ def _check_causal_bias(bias: CausalBias, query: Tensor, key: Tensor, is_causal: 
             f"attn_mask is a causal bias of {(bias.seq_len_q, bias.seq_len_kv)} queries and keys "
             f"but there are {lengths}; make one of these lengths."
         )
+
+
+def check_dropout(rate: object) -> None:
+    """Refuse a rate of dropout that torch would not take.
+
+    Raises:
+        ValueError: if it is not in [0, 1].
+    """
+    if not (is_number(rate) and 0.0 <= rate <= 1.0):  # type: ignore[operator]
+        raise ValueError(f"dropout_p is {rate!r:.40}; pass a rate in [0, 1].")
 
 
 def causal_mask(bias: CausalBias, query: Tensor, key: Tensor) -> Tensor:

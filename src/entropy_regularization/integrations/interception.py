@@ -23,6 +23,7 @@ from entropy_regularization.integrations.arguments import (
     as_attend_takes,
     as_autocast,
     causal_mask,
+    check_dropout,
 )
 from entropy_regularization.integrations.sharding import is_distributed
 from entropy_regularization.integrations.stack import runs_in_backward
@@ -176,6 +177,7 @@ def _attention(
     refuse_context_parallel()
     query, key, value, attn_mask = as_autocast(query, key, value, attn_mask)
     given = as_attend_takes(query, key, value, attn_mask, is_causal, grouped=enable_gqa)
+    check_dropout(dropout_p)
     found = attend(
         given.query,
         given.key,
@@ -183,12 +185,13 @@ def _attention(
         given.structure,
         scale=query.shape[-1] ** -0.5 if scale is None else float(scale),
         bias=given.bias,
-        dropout=dropout_p,
+        dropout=dropout_p if dropout_p < 1 else 0.0,
         memo=next(iter(where)).memo_of(given.structure) if where else None,
     )
     for listener, name in where.items():
         listener.deposit_call(name, found, given.key.shape[2])
-    return found.output.reshape(given.shape)
+    output = found.output if dropout_p < 1 else functional.dropout(found.output, 1.0)
+    return output.reshape(given.shape)
 
 
 def _pass_on(*args: Any, **options: Any) -> Tensor:
