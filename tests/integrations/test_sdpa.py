@@ -1166,6 +1166,22 @@ def test_a_recording_inside_a_checkpoint_is_made_again(
     assert is_restored()
 
 
+class Mapping(Stack):
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = torch.vmap(super().forward)(x[:, None])[:, 0]
+        return y
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_vmap_is_refused(inside: bool, x: Tensor) -> None:
+    model = Mapping() if inside else Stack()
+    call = model if inside else lambda x: torch.vmap(model)(x[:, None])
+    message = r"blocks\.0 attends inside torch\.vmap, .* give the model a batch"
+    with pytest.raises(NotImplementedError, match=message), record_entropy(model):
+        call(x)
+    assert is_restored()
+
+
 class Einsum(nn.Module):
     """As x-transformers writes it: einsum, a softmax in float32, talking heads, flash by choice."""
 

@@ -18,6 +18,7 @@ from entropy_regularization.integrations.stack import (
     backward_task,
     calling_module,
     in_checkpoint,
+    refuse_vmap,
     runs_compiled,
     runs_with_stranger,
 )
@@ -224,6 +225,7 @@ class CallRecorder:
 
         Raises:
             RuntimeError: if reentrant checkpointing has cut the gradient of the entropy.
+            NotImplementedError: inside torch.vmap.
         """
         if self._is_computed_again():
             return
@@ -239,6 +241,7 @@ class CallRecorder:
             self._checkpointed |= torch.is_grad_enabled() and in_checkpoint()
         if not self.layers.takes(index, name):
             return
+        refuse_vmap(name, found.entropy)
         if not self.gradient:
             found = found._replace(entropy=found.entropy.detach())
         found = join_heads(found, module, name)

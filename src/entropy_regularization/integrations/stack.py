@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from types import CodeType, FrameType
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.autograd.function import Function, FunctionCtx
 
 
@@ -93,6 +93,19 @@ def backward_task() -> int:
 def runs_in_backward() -> bool:
     """Tell whether backward runs: checkpointing computes something again."""
     return backward_task() != -1
+
+
+def refuse_vmap(name: str, entropy: Tensor) -> None:
+    """Refuse to take what is gone when torch.vmap ends.
+
+    Raises:
+        NotImplementedError: if an entropy is that of one entry of what is mapped.
+    """
+    if not torch.compiler.is_compiling() and torch._C._functorch.is_batchedtensor(entropy):
+        raise NotImplementedError(
+            f"{name} attends inside torch.vmap, and its entropies would be gone when that ends; "
+            "give the model a batch, or call it in a loop."
+        )
 
 
 def calling_module(names: Mapping[nn.Module, str]) -> str | None:
