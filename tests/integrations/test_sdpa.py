@@ -878,6 +878,38 @@ def test_what_a_model_attends_unheard_in_a_compiled_function_is_refused(
     assert len(recording) == 2
 
 
+class CompiledMethod(MultiHead):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stack = Stack()
+
+    @torch.compile(backend="aot_eager")
+    def attend(self, x: Tensor) -> Tensor:
+        return super().forward(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.stack(self.attend(x))
+        return y
+
+
+def test_multi_head_attention_in_a_compiled_method_is_refused_or_left_out(x: Tensor) -> None:
+    torch._dynamo.reset()
+    model = CompiledMethod()
+    with record_entropy(model) as recording:  # watched, and run as it is written
+        model(x)
+    assert [layer.name for layer in recording] == ["attention", "stack.blocks.0", "stack.blocks.1"]
+    message = "attention is torch's multi-head attention in compiled code"
+    for _ in range(2):
+        with pytest.raises(ValueError, match=message), record_entropy(model):
+            model(x)
+    with record_entropy(model, allow_partial=True) as recording:
+        for _ in range(2):
+            model(x)
+    assert recording.missing == ["attention"]
+    assert [layer.name for layer in recording] == ["stack.blocks.0", "stack.blocks.1"] * 2
+    assert all(layer.entropy.isfinite().all() for layer in recording)
+
+
 class Checkpointed(Stack):
     reentrant = False
 

@@ -20,6 +20,7 @@ from entropy_regularization.integrations.stack import (
     in_checkpoint,
     refuse_vmap,
     runs_compiled,
+    runs_for_compiler,
     runs_with_stranger,
 )
 from entropy_regularization.integrations.unseen import Watch
@@ -227,7 +228,7 @@ class CallRecorder:
             RuntimeError: if reentrant checkpointing has cut the gradient of the entropy.
             NotImplementedError: inside torch.vmap.
         """
-        if self._is_computed_again():
+        if self._is_computed_again() or runs_for_compiler():
             return
         index = self._index
         self._index += 1

@@ -213,7 +213,7 @@ def _multi_head(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
     With need_weights=True it calls no attention function: a second call without them, whose output
     is dropped, is heard instead. Its rows are those of the first call, before dropout.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_dynamo_compiling():
         for listener, name in dict(places()).items():
             listener.note_unheard(name, COMPILED_MULTI_HEAD)
     # A mode that watches torch's functions calls this once more from inside the original.

@@ -7,6 +7,7 @@ from types import CodeType, FrameType
 
 import torch
 from torch import Tensor, nn
+from torch._guards import TracingContext
 from torch.autograd.function import Function, FunctionCtx
 
 
@@ -46,6 +47,14 @@ def runs_forward(module: nn.Module, thread: int | None = None) -> bool:
 def runs_compiled() -> bool:
     """Tell whether this runs inside a compiled function, perhaps at a break of its graph."""
     return torch.compiler.is_compiling() or _runs("compile_wrapper", "eval_frame.py")
+
+
+def runs_for_compiler() -> bool:
+    """Tell whether the compiler runs this to learn what a function makes: of tensors without data.
+
+    Not so where it reads the code of this, as it reads that of most Python functions.
+    """
+    return not torch.compiler.is_dynamo_compiling() and TracingContext.try_get() is not None
 
 
 def _forwards_of(function: type[Function]) -> Iterator[CodeType | None]:
