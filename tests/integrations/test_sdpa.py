@@ -24,7 +24,12 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
-from entropy_regularization import EntropyRegularization, record_entropy
+from entropy_regularization import (
+    EntropyRegularization,
+    attention_with_entropy,
+    record_entropy,
+)
+from entropy_regularization.attention.api import observers
 from entropy_regularization.integrations import interception, unseen
 from entropy_regularization.integrations.sdpa import SdpaRecorder
 from entropy_regularization.integrations.unseen import attends_by_source
@@ -1196,6 +1201,43 @@ def test_a_recording_inside_a_checkpoint_is_made_again(
             torch.testing.assert_close(parameter.grad, wanted)
     model(x)
     assert is_restored()
+
+
+class Ours(SelfAttention):
+    """Calls the library's own function."""
+
+    implementation: Any = "auto"
+
+    def forward(self, x: Tensor) -> Tensor:
+        options = {"causal": self.causal, "implementation": self.implementation}
+        y = attention_with_entropy(*self.split(x), **options).output
+        return self.out(y.transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize("implementation", ["auto", "reference", "blockwise", "compiled model"])
+def test_the_librarys_own_function_is_heard(implementation: str, x: Tensor) -> None:
+    plain, model = Stack(), Stack()
+    model.blocks[1] = Ours(16, 4, True)
+    model.load_state_dict(plain.state_dict())
+    expected = penalised(plain, x)
+    torch._dynamo.reset()
+    if implementation == "compiled model":
+        forward = torch.compile(model, backend="aot_eager", fullgraph=True)
+    else:
+        forward, model.blocks[1].implementation = model, implementation
+    for _ in range(2):
+        for found, wanted in zip(penalised(forward, x), expected, strict=True):
+            torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+    with record_entropy(forward, gradient=False) as recording, record_entropy(plain) as known:
+        forward(x)
+        plain(x)
+        attention_with_entropy(*torch.zeros(3, 1, 1, 1, 1))  # of no model
+    assert [layer.name for layer in recording] == ["blocks.0", "blocks.1"]
+    assert not recording[1].entropy.requires_grad
+    torch.testing.assert_close(recording[1].entropy, known[1].entropy)
+    assert torch.equal(recording[1].allowed_keys, known[1].allowed_keys)
+    assert (recording[1].keys, len(known)) == (7, 2)
+    assert not observers
 
 
 class Mapping(Stack):

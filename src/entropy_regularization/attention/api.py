@@ -25,6 +25,9 @@ from entropy_regularization.attention.validation import (
 
 Implementation = Literal["auto", "reference", "blockwise", "compiled", "triton"]
 
+# Hosts that listen: each is told what a call of attention_with_entropy gives, and of how many keys.
+observers: list[Callable[["AttentionOutput", int], None]] = []
+
 logger = logging.getLogger("entropy_regularization.attention")
 
 
@@ -125,7 +128,7 @@ def attention_with_entropy(
     check_masks(sizes, query, allowed, key_padding, document)
     check_scores(sizes, query, bias, scale, softcap, sinks, dropout)
     structure = Structure(left, right, allowed, key_padding, document)
-    return attend(
+    found = attend(
         query,
         key,
         value,
@@ -137,6 +140,9 @@ def attention_with_entropy(
         dropout=float(dropout),
         implementation=implementation,
     )
+    for observe in observers:
+        observe(found, sizes.keys)
+    return found
 
 
 def attend(

@@ -5,6 +5,7 @@
 alike), so while a recorder listens those attributes hold wrappers, and only then. Calls from other
 modules, and from other threads, go straight to what the attributes held before. A model that was
 checkpointed and is dropped leaves the wrappers to the next call, which takes them away.
+attention_with_entropy of this library tells by itself what it found.
 """
 
 import threading
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.attention.bias import CausalBias
 
-from entropy_regularization.attention.api import AttentionOutput, attend
+from entropy_regularization.attention.api import AttentionOutput, attend, observers
 from entropy_regularization.attention.masking import Memo, Structure
 from entropy_regularization.integrations.arguments import (
     as_attend_takes,
@@ -84,6 +85,8 @@ def listen(listener: Listener) -> None:
                 if getattr(functional, name) is not wrapper:
                     _found[name] = getattr(functional, name)
                     setattr(functional, name, wrapper)
+            if _hear not in observers:
+                observers.append(_hear)
         _listeners.append((listener, thread))
         _lingering.discard(listener)
 
@@ -120,6 +123,8 @@ def _restore() -> None:
             for name, wrapper in _WRAPPERS.items():
                 if getattr(functional, name) is wrapper:
                     setattr(functional, name, _found[name])
+            if _hear in observers:
+                observers.remove(_hear)
 
 
 def _is_computed_again() -> bool:
@@ -152,6 +157,12 @@ def leave_place(listener: Listener, name: str | None) -> None:
         if places()[index] == (listener, name):
             del places()[index]
             return
+
+
+def _hear(found: AttentionOutput, n_keys: int) -> None:
+    """Deposit what attention_with_entropy has found."""
+    for listener, name in dict(places()).items():
+        listener.deposit_call(name, found, n_keys)
 
 
 def _attention(
@@ -188,8 +199,7 @@ def _attention(
         dropout=dropout_p if dropout_p < 1 else 0.0,
         memo=next(iter(where)).memo_of(given.structure) if where else None,
     )
-    for listener, name in where.items():
-        listener.deposit_call(name, found, given.key.shape[2])
+    _hear(found, given.key.shape[2])
     output = found.output if dropout_p < 1 else functional.dropout(found.output, 1.0)
     return output.reshape(given.shape)
 

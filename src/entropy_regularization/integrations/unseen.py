@@ -67,6 +67,7 @@ OTHER_NAMES = {
     for original in (original_attention, original_multi_head)
 }
 CALLS_TORCH = "calls torch's own attention, which cannot be heard in a compiled model"
+CALLS_OURS = "calls attention_with_entropy, which cannot be heard in a compiled model"
 
 SCALINGS = {torch.mul, Tensor.mul, Tensor.__mul__}
 # What may lie between the softmax and the product, where the number of elements may change.
@@ -271,11 +272,12 @@ class Watch:
 
         Args:
             names: the modules and their names.
-            torch_is_heard: whether calls of torch's own function are recorded nevertheless.
+            torch_is_heard: whether calls of torch's own function, and of the library's, are
+                recorded nevertheless.
         """
         for part, name in names.items():
             how = _other_name_in(part.__dict__.values()) or attends_by_source(type(part))  # type: ignore[arg-type]
-            if how is not None and not (torch_is_heard and how == CALLS_TORCH):
+            if how is not None and not (torch_is_heard and how in (CALLS_TORCH, CALLS_OURS)):
                 self.found[name] = how
 
     def leave(self, *, finished: bool) -> None:
@@ -365,6 +367,8 @@ def attends_by_source(kind: type[nn.Module]) -> str | None:
         return other
     if "scaled_dot_product_attention(" in source:
         return CALLS_TORCH
+    if "attention_with_entropy(" in source:
+        return CALLS_OURS
     product = any(word in source for word in (*MATRIX_PRODUCTS, " @ "))
     return OWN_SOFTMAX if product and "softmax(" in source else None
 

@@ -51,7 +51,11 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from entropy_regularization import EntropyRegularization, record_entropy
+from entropy_regularization import (
+    EntropyRegularization,
+    attention_with_entropy,
+    record_entropy,
+)
 from entropy_regularization.integrations import interception
 from entropy_regularization.integrations.transformers import regularize
 from entropy_regularization.integrations.transformers.attention import RECORDERS
@@ -317,6 +321,39 @@ def test_everything_around_transformers_models_is_heard() -> None:
     with record_entropy(wrapped) as recording:
         wrapped(tokens())
     assert recording[0].name == "model.layers.0.self_attn"
+
+
+class Ours(nn.Module):
+    """Attends by the library's own function."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return attention_with_entropy(x, x, x, causal=True).output
+
+
+class WithOurs(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.own = gpt2().transformer, Ours()
+
+    def forward(self, ids: Tensor) -> Tensor:
+        y: Tensor = self.own(self.inner(ids).last_hidden_state[:, None])
+        return y
+
+
+def test_the_librarys_own_function_is_heard_beside_transformers() -> None:
+    model = WithOurs().eval()
+    x = model.inner(tokens()).last_hidden_state[:, None]
+    expected = attention_with_entropy(x, x, x, causal=True)
+    for _ in range(2):  # the second pass is not watched
+        with record_entropy(model) as recording:
+            model(tokens())
+        assert [layer.name for layer in recording] == ["inner.h.0.attn", "inner.h.1.attn", "own"]
+    torch.testing.assert_close(recording[2].entropy, expected.entropy)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="eager")
+    message = "own calls attention_with_entropy, which cannot be heard in a compiled model"
+    with pytest.raises(ValueError, match=message), record_entropy(compiled):
+        compiled(tokens())
 
 
 class Fused(PreTrainedModel):
