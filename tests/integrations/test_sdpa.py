@@ -1479,9 +1479,15 @@ class Commented(nn.Module):
         return x * x.softmax(-1)  # not weights @ values
 
 
-def test_comments_are_not_read_as_source() -> None:
+class Heir(Mixing):
+    """Has no forward of its own."""
+
+
+def test_comments_are_not_read_as_source_but_inherited_forwards_are() -> None:
     assert attends_by_source(Commented) is None
     assert attends_by_source(Mixing) is not None
+    assert attends_by_source(Heir) == attends_by_source(Mixing)
+    assert attends_by_source(nn.ModuleList) is None
 
 
 class DeformableAttention(nn.Module):

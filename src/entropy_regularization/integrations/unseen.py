@@ -350,9 +350,18 @@ def _scripted(names: Mapping[nn.Module, str]) -> dict[str, str]:
 
 @functools.cache
 def attends_by_source(kind: type[nn.Module]) -> str | None:
-    """Tell how a module's class attends in its own code, outside the attention interface."""
+    """Tell how a module's class attends in its own code, outside the attention interface.
+
+    A class without a forward attends as the one does whose forward it inherits.
+    """
     if issubclass(kind, nn.MultiheadAttention):
         return CALLS_TORCH
+    owner = next(base for base in kind.__mro__ if "forward" in vars(base))
+    how = _attends_in_code(kind)
+    return how if how is not None or owner in (kind, nn.Module) else attends_by_source(owner)
+
+
+def _attends_in_code(kind: type[nn.Module]) -> str | None:
     try:
         tree = _code_of(kind)
     except (OSError, TypeError, SyntaxError):  # made at run time, or written in C
