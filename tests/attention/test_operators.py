@@ -73,7 +73,8 @@ def test_compile_with_inductor_and_dropout() -> None:
 
 
 @pytest.mark.parametrize("kind", ["causal", "document", "key_padding"])
-def test_compile_is_one_graph_for_every_length(kind: str) -> None:
+@pytest.mark.parametrize("implementation", ["reference", "blockwise"])
+def test_compile_is_one_graph_for_every_length(kind: str, implementation: str) -> None:
     calls = []
 
     def backend(graph: torch.fx.GraphModule, _: object) -> torch.fx.GraphModule:
@@ -82,8 +83,9 @@ def test_compile_is_one_graph_for_every_length(kind: str) -> None:
 
     def run(query: torch.Tensor, place: torch.Tensor) -> tuple[torch.Tensor, ...]:
         masks = {"document": place // 7, "key_padding": place > 2}
-        options = {kind: masks[kind]} if kind in masks else {}
-        found = attention_with_entropy(query, query, query, causal=True, **options)
+        options = {"causal": True, "implementation": implementation}
+        options |= {kind: masks[kind]} if kind in masks else {}
+        found = attention_with_entropy(query, query, query, **options)
         return found.entropy, found.allowed_keys
 
     torch._dynamo.reset()

@@ -89,7 +89,7 @@ def _attend(
     entropy = -(probability * log_probability).sum(-1)
 
     # dropout changes the output only
-    weights = torch.dropout(probability, dropout, train=dropout > 0)
+    weights = torch.dropout(probability, dropout, train=True) if dropout > 0.0 else probability
     output = (weights @ values).masked_fill(empty[..., None], 0.0).to(query.dtype)
 
     nothing = score.new_full((), -torch.inf)
