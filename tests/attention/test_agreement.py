@@ -18,7 +18,8 @@ from cases import (
 from entropy_regularization import attention_with_entropy
 from entropy_regularization.attention.api import attend
 from entropy_regularization.attention.blockwise import Problem, blocking, chunk
-from entropy_regularization.attention.masking import Structure
+from entropy_regularization.attention.compiled.build import unavailable_reason
+from entropy_regularization.attention.masking import Structure, split_mask
 
 
 def small_blocks(problem: Problem) -> blocking.Blocks:
@@ -178,6 +179,27 @@ def test_minus_infinity_in_a_bias_masks_its_key(implementation: str) -> None:
     biased = attention_with_entropy(*inputs, bias=bias, implementation=implementation)
     assert worst_error(list(biased[:4]), list(masked[:4])) <= 1e-12
     assert worst_error(gradients(biased, inputs), gradients(masked, inputs)) <= 1e-12
+
+
+@pytest.mark.parametrize("implementation", ["reference", "blockwise", "compiled"])
+@pytest.mark.parametrize("where", ["query", "key", "bias", "mask"])
+def test_nan_shows_in_every_row_that_sees_it(where: str, implementation: str) -> None:
+    if implementation == "compiled" and (where in ("bias", "mask") or unavailable_reason()):
+        pytest.skip("what the compiled kernel does not have, or none at all")
+    query, key, value = (torch.randn(1, 2, 9, 4) for _ in range(3))
+    mask = torch.zeros(1, 1, 9, 9).index_fill(3, torch.tensor([2]), -torch.inf)
+    options: dict[str, Any] = {"causal": True, "implementation": implementation}
+    if where in ("query", "key"):
+        {"query": query[:, :, 5], "key": key[:, :, 0]}[where].fill_(torch.nan)
+    else:
+        mask[:, :, 5, 3] = torch.nan
+        allowed, bias = (None, mask) if where == "bias" else split_mask(mask)
+        options |= {"allowed": allowed, "bias": bias}
+    found = attention_with_entropy(query, key, value, **options)
+    nan = torch.arange(9) >= 0 if where == "key" else torch.arange(9) == 5
+    for tensor in found[:4]:
+        shows = tensor.isnan() if tensor.ndim == 3 else tensor.isnan().all(-1)
+        assert torch.equal(shows, nan.expand(1, 2, 9))
 
 
 @pytest.mark.parametrize("sizes", [(0, 4, 7, 9), (2, 0, 7, 9), (2, 4, 0, 9), (2, 4, 7, 0)])

@@ -97,12 +97,13 @@ class Tile(NamedTuple):
 def split_mask(mask: Tensor) -> tuple[Tensor, Tensor | None]:
     """Split a dense mask into (allowed, additive bias or None).
 
-    An additive mask forbids with -inf or with the lowest finite number of its dtype.
+    An additive mask forbids with -inf or with the lowest finite number of its dtype. NaN forbids
+    nothing: it stays in the bias and makes its row NaN.
     """
     if mask.dtype == torch.bool:
         return mask, None
-    allowed = mask > torch.finfo(mask.dtype).min / 2
-    return allowed, mask.masked_fill(~allowed, 0.0)
+    forbidden = mask <= torch.finfo(mask.dtype).min / 2
+    return ~forbidden, mask.masked_fill(forbidden, 0.0)
 
 
 def visible_blocks(

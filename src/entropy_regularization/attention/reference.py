@@ -69,7 +69,8 @@ def _attend(
     allowed = tile_allowed(structure, everything, n_queries, n_keys, query.device)
     if allowed is None:
         allowed = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=query.device)
-    allowed = allowed.expand(score.shape) & (score > -torch.inf)  # -inf in a bias masks its key
+    # -inf in a bias masks its key; NaN does not, so that its row is NaN
+    allowed = allowed.expand(score.shape) & (score != -torch.inf)
     empty = ~allowed.any(-1)  # rows with no key: output, entropy and every gradient are 0
 
     # lse_i = log(sum_j exp(s_ij) [+ exp(sink)])
