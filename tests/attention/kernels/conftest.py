@@ -1,5 +1,6 @@
 """Where the kernels run: on the GPU if there is one, else by Triton's interpreter on the CPU."""
 
+import functools
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ if is_interpreted():
     _create_dot = interpreter.InterpreterBuilder.create_dot
     _patch_tensor = interpreter._patch_lang_tensor
 
+    @functools.wraps(_create_dot)
     def create_dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
         """Multiply bfloat16, which the interpreter stores as bit patterns and multiplies as such.
 

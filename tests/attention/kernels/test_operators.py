@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.library import opcheck
+from triton.runtime import interpreter
 
 from entropy_regularization import attention_with_entropy
 from entropy_regularization.attention import api
@@ -260,6 +261,19 @@ class TestSupport:
         tensors = self.on_cuda(monkeypatch, (9, 0))
         reason = support.unsupported_reason(*tensors, Structure(), scale=1.0)
         assert reason == "query is float64; the kernels take float16, bfloat16 and float32."
+
+    @pytest.mark.skipif(not is_interpreted(), reason="of the interpreter")
+    def test_bfloat16_needs_an_interpreter_that_multiplies_it(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        builder = interpreter.InterpreterBuilder
+        assert self.reason(dtype=torch.bfloat16) is None
+        monkeypatch.setattr(builder, "create_dot", builder.create_dot.__wrapped__)
+        assert self.reason(dtype=torch.float16) is None
+        tensors = [torch.ones(1, 1, 4, 8, dtype=torch.bfloat16)] * 3
+        for call in (attention_with_entropy, torch.compile(attention_with_entropy)):
+            with pytest.raises(ValueError, match="'triton' cannot run: query is bfloat16, whose"):
+                call(*tensors, implementation="triton")
 
     def test_old_devices(self, monkeypatch: pytest.MonkeyPatch) -> None:
         tensors = self.on_cuda(monkeypatch, (7, 5))

@@ -53,6 +53,11 @@ def unsupported_reason(
     for name, tensor in (("query", query), ("bias", bias), ("sinks", sinks)):
         if tensor is not None and tensor.dtype == torch.float64 and not interpreted:
             return f"{name} is float64; the kernels take float16, bfloat16 and float32."
+    if interpreted and query.dtype == torch.bfloat16 and not interpreter_multiplies_bfloat16():
+        return (
+            "query is bfloat16, whose bits Triton's interpreter multiplies as integers; pass "
+            "float16 or float32 to it."
+        )
     for name, tensor in (("query", query), ("value", value)):
         if tensor.shape[-1] > LARGEST_DIM:
             return (
@@ -97,6 +102,22 @@ def is_installed() -> bool:
 def is_interpreted() -> bool:
     """Tell whether Triton runs kernels by its interpreter in this process."""
     return bool(importlib.import_module("triton").knobs.runtime.interpret)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def interpreter_multiplies_bfloat16() -> bool:
+    """Tell whether 1 times 1 is 1 in bfloat16, of which the interpreter stores bits as integers.
+
+    Up to Triton 3.9 it multiplies these.
+    """
+    import numpy as np  # which the interpreter needs, and nothing else of ours
+
+    interpreter = importlib.import_module("triton.runtime.interpreter")
+    language = importlib.import_module("triton.language")
+    one = interpreter.TensorHandle(np.full((1, 1), 0x3F80, np.uint16), language.bfloat16)
+    nothing = interpreter.TensorHandle(np.zeros((1, 1), np.float32), language.float32)
+    product = interpreter.InterpreterBuilder().create_dot(one, one, nothing, None, 0)
+    return bool(product.data.item() == 1.0)
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
