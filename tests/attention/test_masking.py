@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from entropy_regularization.attention.blockwise import Problem
 from entropy_regularization.attention.blockwise.blocking import choose_blocks
@@ -18,6 +19,7 @@ from entropy_regularization.attention.masking import (
 )
 
 CPU = torch.device("cpu")
+aten = torch.ops.aten
 
 
 @st.composite
@@ -163,6 +165,31 @@ def test_compiled_counting_is_one_graph_for_every_length_without_a_matrix(kind: 
     values = [node.meta.get("example_value") for node in graphs[0].graph.nodes]
     tensors = [value for value in values if isinstance(value, torch.Tensor)]
     assert kind == "dense" or max(int(tensor.numel()) for tensor in tensors) <= 2 * 1501
+
+
+@pytest.mark.parametrize("n_keys", [127, 128, 700])
+@pytest.mark.parametrize("right", [None, 0])
+def test_counting_a_dense_mask_makes_at_most_bytes_of_it(right: int | None, n_keys: int) -> None:
+    class Allocations(TorchDispatchMode):
+        largest = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            # a sum converts all that it adds to its own dtype
+            summed = args[0].numel() * result.itemsize if func is aten.sum.dim_IntList else 0
+            self.largest = max(self.largest, summed, result.nbytes)
+            return result
+
+    generator = torch.Generator().manual_seed(0)
+    allowed = torch.rand(3, 5, 800, n_keys, generator=generator) > 0.3
+    allowed[..., 0, :] = True
+    structure = Structure(right=right, allowed=allowed)
+    with Allocations() as made:
+        counts = count_allowed_keys(structure, 800, n_keys, CPU)
+    whole = tile_allowed(structure, Tile(0, 800, 0, n_keys), 800, n_keys, CPU)
+    assert whole is not None
+    assert torch.equal(counts, whole.sum(-1))
+    assert made.largest <= 2**20
 
 
 def test_counts_of_an_empty_batch() -> None:

@@ -11,6 +11,8 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+SUM_OF_BYTES = 128  # ones whose sum is a byte
+
 
 class Structure(NamedTuple):
     """Everything that decides which keys a row may see.
@@ -309,15 +311,37 @@ def count_allowed_keys(
         return whole.sum(-1)
     parts = []
     if block is None:
-        block = 128 if device.type == "cpu" else 1024  # elsewhere each step is a few launches
+        block = _rows_counted_at_once(structure, allowed, n_keys, device)
     for row_start in range(0, n_queries, block):
         tile = Tile(row_start, min(row_start + block, n_queries), 0, n_keys)
         inside = tile_allowed(structure, tile, n_queries, n_keys, device)
         assert inside is not None
-        parts.append(inside.sum(-1))
+        parts.append(_count_true(inside))
     if not parts:
         return torch.zeros(1, 1, 0, dtype=torch.int64, device=device)
     return torch.cat(parts, dim=-1)
+
+
+def _rows_counted_at_once(
+    structure: Structure, allowed: Tensor, n_keys: int, device: torch.device
+) -> int:
+    """Return how many rows of a dense mask make a step of about a million entries."""
+    masks = (structure.key_padding, structure.document)
+    batch = max([allowed.shape[0], *(mask.shape[0] for mask in masks if mask is not None)])
+    entries = 2**20 if device.type == "cpu" else 2**26  # elsewhere each step is a few launches
+    return max(1, entries // max(1, batch * allowed.shape[1] * n_keys))
+
+
+def _count_true(
+    mask: Bool[Tensor, "batch heads rows keys"],
+) -> Int[Tensor, "batch heads rows"]:
+    """Count along the last dimension, first in bytes: a CPU makes integers of all that it sums."""
+    whole = mask.shape[-1] // SUM_OF_BYTES
+    cut = whole * SUM_OF_BYTES
+    ones = mask.view(torch.uint8)
+    parts: Tensor = ones[..., :cut].unflatten(-1, (whole, SUM_OF_BYTES))
+    sums = parts.sum(-1, dtype=torch.uint8)
+    return sums.sum(-1) + ones[..., cut:].sum(-1, dtype=torch.uint8)
 
 
 def _count_in_limits(
