@@ -374,6 +374,13 @@ class TestDropout:
         assert torch.equal(self.run(0.5, seed=3)[1].output, self.run(0.5, seed=3)[1].output)
         assert not torch.equal(self.run(0.5, seed=3)[1].output, self.run(0.5, seed=4)[1].output)
 
+    def test_the_default_device_changes_nothing(self) -> None:
+        inputs, found = self.run(0.5, seed=3)
+        torch.manual_seed(3)
+        with torch.device("meta"):
+            elsewhere = attention_with_entropy(*inputs, dropout=0.5, causal=True)
+        assert torch.equal(elsewhere.output, found.output)
+
     def test_output_is_right_on_average(self) -> None:
         plain = self.run(0.0)[1].output
         draws = torch.stack([self.run(0.3, seed=seed)[1].output for seed in range(600)])

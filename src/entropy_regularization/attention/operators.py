@@ -176,12 +176,13 @@ def blockwise_attention(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return output, entropy, log-normalizer and largest score of every row in linear memory.
 
-    The dropout mask is drawn from a seed that comes from torch's default generator, so
-    ``torch.manual_seed`` reproduces it and checkpointing draws it again.
+    The dropout mask is drawn from a seed that comes from torch's default generator of the CPU,
+    whatever device is the default, so ``torch.manual_seed`` reproduces it and checkpointing draws
+    it again.
     """
     seed = None
     if dropout > 0.0:
-        seed = torch.randint(2**62, (1,), dtype=torch.int64)
+        seed = torch.randint(2**62, (1,), dtype=torch.int64, device="cpu")
     output, entropy, log_normalizer, max_score, _ = blockwise_forward(
         query, key, value,
         structure.allowed, structure.key_padding, structure.document,
