@@ -336,6 +336,21 @@ def test_masked_scores_may_be_large_and_so_may_the_gradient(implementation: str)
     assert torch.equal(results[1][0], results[0][0])
 
 
+@pytest.mark.parametrize("implementation", ["reference", "blockwise"])
+@pytest.mark.parametrize("size", [1e25, 1e30])
+def test_a_large_key_in_the_future_shows_in_nothing(size: float, implementation: str) -> None:
+    query, key, value = (torch.rand(1, 1, 40, 4).requires_grad_() for _ in range(3))
+    far = key.detach().index_fill(2, torch.tensor([39]), size).requires_grad_()
+    results = []
+    for keys in (key, far):
+        found = attention_with_entropy(
+            query, keys, value, causal=True, implementation=implementation
+        )
+        before = [tensor[:, :, :39] for tensor in (*found[:4], *gradients(found, [query]))]
+        results.append(before)
+    assert worst_error(*results) <= 1e-6
+
+
 def test_peaked_rows_and_large_offsets_keep_their_precision() -> None:
     """float32 at a common logit offset of 1e4, and rows so peaked that most weights underflow."""
     generator = torch.Generator().manual_seed(0)

@@ -12,8 +12,8 @@ LOG2_E = 1.0 / math.log(2.0)
 LN_2 = math.log(2.0)
 
 # A masked score stays finite, because 0 * -inf is NaN: in the sum of p (s - m), and in the product
-# of p with the gradient of s, where a gradient of the entropy up to 1e16 may multiply it. It is
-# added, so scores themselves must be finite too.
+# of p with the gradient of s, where a gradient of the entropy up to 1e16 may multiply it. At an
+# edge it bounds scores from above, so one of -inf, or NaN, would stay.
 MASKED_SCORE = -1e22
 EMPTY_ROW = -5e21  # a row whose largest score lies below this sees no key
 
