@@ -28,7 +28,7 @@ from torch.library import opcheck
 
 from entropy_regularization import AttentionOutput, attention_with_entropy
 from entropy_regularization.attention.api import attend
-from entropy_regularization.attention.blockwise.problem import MASKED_SCORE
+from entropy_regularization.attention.blockwise.problem import MASKED_SCORE, Problem
 from entropy_regularization.attention.compiled import build, cutting, passes
 from entropy_regularization.attention.masking import Structure
 from entropy_regularization.attention.operators import blockwise_backward, blockwise_forward
@@ -500,6 +500,26 @@ def test_python_and_the_kernel_agree() -> None:
     assert kernel.call_bytes() == ctypes.sizeof(passes.Call)
     assert kernel.multiple() == cutting.MULTIPLE
     assert kernel.masked_score() == torch.tensor(MASKED_SCORE).item()
+
+
+@here
+def test_what_the_kernel_would_read_or_write_elsewhere_is_refused() -> None:
+    query, key, value = (torch.zeros(2, heads, 6, 4) for heads in (4, 2, 2))
+    for tensors in (
+        (query, key[:, :, :5], value),
+        (query, key[..., :3], value),
+        (query, key, value[:1]),
+        (query[:1], key, value),
+        (query[:, :3], key, value),
+    ):
+        with pytest.raises(ValueError, match=r"query, key and value have shapes \("):
+            passes.Pass(Problem(*tensors, Structure(), 1.0))
+    padding = torch.ones(3, 6, dtype=torch.bool)
+    with pytest.raises(ValueError, match=r"first and stop have shape \(3, 6\) and the query a"):
+        passes.Pass(Problem(query, key, value, Structure(key_padding=padding), 1.0))
+    this = passes.Pass(Problem(query, key, value, Structure(), 1.0))
+    with pytest.raises(ValueError, match=r"output has shape \(2, 4, 4, 6\) and strides"):
+        this.target("output", query.mT)
 
 
 RUN = """

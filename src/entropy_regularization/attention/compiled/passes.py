@@ -47,17 +47,26 @@ class Call(ctypes.Structure):
     ]
 
 
+def _check_shapes(problem: Problem) -> None:
+    """Refuse shapes that do not fit together: C reads what it is told to."""
+    query, key, value = (tuple(tensor.shape) for tensor in problem[:3])
+    fits = key[0] == query[0] and key[3] == query[3] and value[:3] == key[:3]
+    if not fits or query[1] != problem.group * key[1]:
+        raise ValueError(
+            f"query, key and value have shapes {query}, {key} and {value}; the compiled kernel "
+            "takes [batch, heads, positions, dim] that attention_with_entropy has checked."
+        )
+
+
 class Pass:
     """One call of the kernel, and the tensors that it points into: they live as long as it does."""
 
     def __init__(self, problem: Problem) -> None:
+        _check_shapes(problem)
         self.call, self._kept = Call(depth=DEPTH, segments=1), list[Tensor]()
         call, group = self.call, problem.group
         call.batch, call.heads, call.queries, call.dim = problem.query.shape
         call.key_heads, call.keys, call.value_dim = problem.value.shape[1:]
-        # C reads what it is told to.
-        assert problem.key.shape == (call.batch, call.key_heads, call.keys, call.dim)
-        assert call.heads == group * call.key_heads
         call.product, call.parallel, call.thread_number = functions_of_torch()
         call.precision = PRECISIONS.index(problem.query.dtype)
         call.scale, call.log2_scale = problem.scale, problem.scale * LOG2_E
@@ -84,7 +93,11 @@ class Pass:
 
     def target(self, name: str, tensor: Tensor | None) -> None:
         """Point at a view to be written, which must not be a copy."""
-        assert tensor is None or tensor.is_contiguous()
+        if tensor is not None and not tensor.is_contiguous():
+            raise ValueError(
+                f"{name} has shape {tuple(tensor.shape)} and strides {tensor.stride()}; the "
+                "compiled kernel writes into contiguous tensors."
+            )
         self.view(name, tensor)
 
     def rows(self, **named: Tensor) -> None:
@@ -97,7 +110,11 @@ class Pass:
         for name, tensor in zip(names, tensors, strict=True):
             setattr(self.call, name, self._address(tensor.contiguous()))
         batch, length = tensors[0].shape
-        assert batch in (1, self.call.batch)
+        if batch not in (1, self.call.batch):
+            raise ValueError(
+                f"{' and '.join(names)} have shape {tuple(tensors[0].shape)} and the query a batch "
+                f"of {self.call.batch}; give padding and documents that batch, or one for all."
+            )
         setattr(self.call, stride, 0 if batch == 1 else length)
 
     def _address(self, tensor: Tensor) -> int:
