@@ -12,6 +12,7 @@ from cases import (
     check_large_scores,
     check_rows_without_keys_pass_nothing_on,
     gradients,
+    upstream,
     worst_error,
 )
 
@@ -155,6 +156,22 @@ def test_a_sink_of_minus_infinity_is_none(implementation: str) -> None:
     options["sinks"] = torch.full((4,), -torch.inf, dtype=torch.float64)
     found = case.run(inputs, options, implementation)
     assert worst_error(list(found), list(plain)) <= 1e-14
+
+
+@pytest.mark.parametrize("implementation", ["reference", "blockwise"])
+def test_a_sink_of_infinity_leaves_nothing(implementation: str) -> None:
+    case = next(case for case in CASES if case.name == "sinks-window-padding")
+    inputs, options = case.build(torch.float64)
+    with torch.no_grad():
+        inputs[-1][1] = torch.inf
+    found = case.run(inputs, options, implementation)
+    assert (found.output[:, 1] == 0).all()
+    assert (found.entropy[:, 1] == 0).all()
+    assert (found.log_normalizer[:, 1] == torch.inf).all()
+    derivatives = gradients(found, inputs)
+    assert all(each.isfinite().all() for each in (*found[:2], *derivatives))
+    assert (derivatives[0][:, 1] == 0).all()
+    assert torch.allclose(derivatives[-1][1], upstream(found)[2][:, 1].sum())
 
 
 @pytest.mark.parametrize("implementation", ["reference", "blockwise"])

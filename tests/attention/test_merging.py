@@ -72,6 +72,24 @@ def test_sinks_join_the_whole(cuts: list[int]) -> None:
     assert worst_error(*derivatives) <= 1e-12
 
 
+def test_a_sink_of_infinity_leaves_nothing() -> None:
+    tensors = inputs()
+    sinks = torch.tensor([-torch.inf, 0.0, torch.inf, 1.0], dtype=torch.float64, requires_grad=True)
+    merged = merge_attention([shard(tensors, 0, 7), shard(tensors, 7, 12)], sinks=sinks)
+    found = attention_with_entropy(*tensors, allowed=allowed(), sinks=sinks)
+    assert (merged.entropy[:, 2] == 0).all()
+    assert worst_error(list(merged[:2]), list(found[:2])) <= 1e-13
+    derivatives = [
+        list(
+            torch.autograd.grad(
+                [*triple[:2]], [*tensors, sinks], [*map(torch.ones_like, triple[:2])]
+            )
+        )
+        for triple in (merged, found)
+    ]
+    assert worst_error(*derivatives) <= 1e-12
+
+
 @settings(max_examples=40, deadline=None)
 @given(
     cuts=st.lists(st.integers(0, 12), max_size=4).map(sorted),

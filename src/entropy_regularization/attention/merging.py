@@ -91,9 +91,12 @@ def _with_sinks(merged: AttentionShard, sinks: Tensor) -> AttentionShard:
     sink = sinks.to(real.dtype)[None, :, None].expand_as(real)
     # With share w of the real keys: H = -sum w p log(w p) = w (H_real - log w)
     log_share = torch.nn.functional.logsigmoid(real - sink)
-    share = log_share.exp().masked_fill(empty, 0.0)
-    output = (share[..., None] * merged.output.to(share.dtype)).to(merged.output.dtype)
     normalizer = torch.where(empty, sink, real - log_share)
+    # A sink of infinity leaves nothing: 0 * -inf is NaN, forward and backward.
+    nothing = log_share == -torch.inf
+    log_share = log_share.masked_fill(nothing, 0.0)
+    share = log_share.exp().masked_fill(empty | nothing, 0.0)
+    output = (share[..., None] * merged.output.to(share.dtype)).to(merged.output.dtype)
     return AttentionShard(output, share * (merged.entropy - log_share), normalizer)
 
 

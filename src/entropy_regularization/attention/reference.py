@@ -85,8 +85,10 @@ def _attend(
 
     # log p_ij is kept finite where p_ij = 0: 0 * -inf is NaN, forward and backward
     finite = score.masked_fill(~allowed, 0.0)
-    log_probability = (finite - log_normalizer[..., None]).masked_fill(~allowed, 0.0)
-    probability = log_probability.exp() * allowed
+    log_probability = finite - log_normalizer[..., None]
+    zero = ~allowed | (log_probability == -torch.inf)  # so are all beside a sink of infinity
+    log_probability = log_probability.masked_fill(zero, 0.0)
+    probability = log_probability.exp() * ~zero
     entropy = -(probability * log_probability).sum(-1)
 
     # dropout changes the output only

@@ -109,8 +109,8 @@ def _row_constants(
     torch.mul(entropy_gradient, entropy, out=delta).sub_(normalizer_gradient)
     if problem.sinks is not None:
         delta.addcmul_(entropy_gradient, _sink_share(problem.sinks, log2_normalizer))
-    # An empty row: exp(s - lse) must be 0, whatever its scores.
-    finite = log2_normalizer.masked_fill(log2_normalizer == -torch.inf, -MASKED_SCORE)
+    # An empty row, or a sink of infinity: exp(s - lse) must be 0, whatever the scores.
+    finite = log2_normalizer.masked_fill(log2_normalizer.isinf(), -MASKED_SCORE)
     rows = (finite, entropy_gradient * -LN_2, delta)
     return RowConstants(*(row[..., None] for row in rows))
 
@@ -131,7 +131,7 @@ def _without_empty_rows(
 def _sink_share(sinks: Tensor, log2_normalizer: Tensor) -> Tensor:
     """Return the share of every row's mass that its sink takes: ``[batch, heads, queries]``."""
     log2_share = sinks.to(log2_normalizer.dtype)[None, :, None] * LOG2_E - log2_normalizer
-    return log2_share.exp2().masked_fill(log2_normalizer == -torch.inf, 1.0)
+    return log2_share.exp2().masked_fill(log2_normalizer.isinf(), 1.0)
 
 
 def _sinks_gradient(
