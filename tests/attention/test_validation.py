@@ -49,6 +49,14 @@ WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"softcap": 10**400}, ValueError, "softcap is 1000"),
     ({"softcap": 1e300}, ValueError, "softcap is 1e+300; pass a positive number of float32"),
     ({"softcap": 1e-300}, ValueError, "softcap is 1e-300; pass a positive number of float32"),
+    ({"scale": 3e38}, ValueError, "scale is 3e+38, and times log2(e) more than float32 holds"),
+    ({"scale": -3e38}, ValueError, "scale is -3e+38, and times log2(e) more than float32 holds"),
+    ({"softcap": 3e38}, ValueError, "softcap is 3e+38, and times log2(e) more than float32 holds"),
+    (
+        {"scale": 1e15, "softcap": 1e-30},
+        ValueError,
+        "scale is 1000000000000000.0 and softcap 1e-30, and their quotient more than float32",
+    ),
     ({"query": Q.to_sparse()}, TypeError, "query is a torch.sparse_coo tensor; pass a dense one"),
     ({"bias": torch.ones(1, 1, 5, 7).to_sparse()}, TypeError, "bias is a torch.sparse_coo tensor"),
     ({"key": torch.nested.nested_tensor(list(K))}, TypeError, "key is a nested tensor; pass a de"),
@@ -82,6 +90,34 @@ def test_numbers_of_numpy_are_numbers() -> None:
     plain = {"scale": 0.5, "softcap": 3.0}
     found, wanted = (attention_with_entropy(Q, K, V, **options) for options in (given, plain))
     assert torch.equal(found.entropy, wanted.entropy)
+
+
+@pytest.mark.parametrize(
+    "numbers",
+    [
+        {"scale": 3e38},
+        {"scale": -3e38},
+        {"softcap": 3e38},
+        {"scale": 1e15, "softcap": 1e-30},
+        {"scale": np.float32(3e38), "softcap": 1.0},
+    ],
+)
+def test_products_that_float32_cannot_hold_are_right_in_float64(numbers: dict[str, Any]) -> None:
+    inputs = [tensor.double() * 1e-20 for tensor in (Q, K, V)]
+    found, expected = (
+        attention_with_entropy(*inputs, implementation=implementation, **numbers)
+        for implementation in ("blockwise", "reference")
+    )
+    torch.testing.assert_close(found[:4], expected[:4], rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("numbers", [{"scale": 2.3e38}, {"softcap": 2.3e38}, {"softcap": 1.2e-38}])
+@pytest.mark.parametrize("implementation", ["reference", "blockwise"])
+def test_products_that_float32_just_holds(numbers: dict[str, Any], implementation: str) -> None:
+    query = Q * 1e-38 if "scale" in numbers else Q
+    found = attention_with_entropy(query, K, V, implementation=implementation, **numbers)
+    exact = attention_with_entropy(*(each.double() for each in (query, K, V)), **numbers)
+    torch.testing.assert_close(found.entropy.double(), exact.entropy, rtol=1e-4, atol=1e-4)
 
 
 def test_document_needs_a_key_for_every_query() -> None:

@@ -4,6 +4,7 @@ Shapes and dtypes are always checked; values never, because reading them stops a
 compilation.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -13,6 +14,8 @@ from entropy_regularization.checks import FLOAT32, check_flag, is_number
 
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+LOG2_E = math.log2(math.e)
 
 # Keys that a side of a window counts at most: more than a tensor can have, and a number that may
 # be added to positions in 64 bits.
@@ -219,6 +222,12 @@ def check_scores(
                 f"sinks has shape {tuple(sinks.shape)} but query implies ({sizes.heads},); pass "
                 "one logit per query head."
             )
+    _check_numbers(scale, softcap, dropout)
+    if query.dtype != torch.float64:
+        _check_products(query.shape[-1], scale, softcap)
+
+
+def _check_numbers(scale: float | None, softcap: float | None, dropout: float) -> None:
     if scale is not None and not is_number(scale):
         raise ValueError(
             f"scale is {scale!r:.40}; pass a finite number of float32, or None for 1/sqrt(dim)."
@@ -229,3 +238,24 @@ def check_scores(
         )
     if not (is_number(dropout) and 0.0 <= dropout < 1.0):
         raise ValueError(f"dropout is {dropout!r:.40}; pass a rate in [0, 1).")
+
+
+def _check_products(dim: int, scale: float | None, softcap: float | None) -> None:
+    """Refuse a scale and a softcap whose products leave float32, in which scores are computed.
+
+    Scores are in base 2, and scale / softcap is one factor.
+    """
+    name, bounded = ("scale", scale) if softcap is None else ("softcap", softcap)
+    if bounded is not None and abs(float(bounded)) * LOG2_E > FLOAT32.max:
+        raise ValueError(
+            f"{name} is {bounded!r}, and times log2(e) more than float32 holds; pass at most "
+            "2.3e38 in size."
+        )
+    if softcap is None:
+        return
+    factor = dim**-0.5 if scale is None else abs(float(scale))
+    if factor / float(softcap) > FLOAT32.max:
+        raise ValueError(
+            f"scale is {scale!r} and softcap {softcap!r}, and their quotient more than float32 "
+            "holds; pass a smaller scale or a larger softcap."
+        )
