@@ -94,6 +94,8 @@ def attention_with_entropy(
             its own document.
         bias: added to the scores, broadcastable to ``[batch, heads, queries, keys]``; may need a
             gradient. An entry of -inf masks its key, but is not subtracted from allowed_keys.
+            A row of nothing but entries below -5e21 (-4e29 in ``triton``), such as the lowest
+            float32, is taken for one without keys, unless by ``reference``.
         scale: factor of ``q . k``; ``1/sqrt(dim)`` unless given.
         softcap: scores become ``softcap * tanh(score / softcap)`` before the bias (Gemma 2).
         sinks: ``[heads]`` logits that join every row's normalizer but are no key (gpt-oss). The
