@@ -115,6 +115,7 @@ _PLAIN: dict[str, Callable[..., Lanes]] = {
     "max": np.fmax, "min": np.fmin, "ex2": np.exp2, "lg2": np.log2, "sqrt": np.sqrt,
     "mul": np.multiply, "fma": _fused, "mov": np.asarray, "rem": _remainder, "prmt": _permute,
 }  # fmt: skip
+_WITH_NAN: dict[str, Callable[..., Lanes]] = {"max": np.maximum, "min": np.minimum}
 # with operands of other types, the last ones
 _OTHER: dict[str, tuple[Callable[..., Lanes], list[str]]] = {
     "shl": (_shift_left, ["u32"]), "shr": (_shift_right, ["u32"]), "bfe": (_extract, ["u32"] * 2),
@@ -142,9 +143,9 @@ def meaning_of(opcode: str, operands: int) -> Meaning:
         return Meaning(function, sources, kind)
     if name == "div":
         return Meaning(np.divide if kind[0] == "f" else _divide, [kind] * 2, kind)
-    if name not in _PLAIN or "NaN" in modifiers:
+    plain = (_WITH_NAN if "NaN" in modifiers else _PLAIN).get(name)
+    if plain is None:
         raise NotImplementedError(opcode)
-    plain = _PLAIN[name]
     if "relu" in modifiers:
         return Meaning(lambda *values: np.maximum(plain(*values), 0), [kind] * operands, kind)
     return Meaning(plain, [kind] * operands, kind)

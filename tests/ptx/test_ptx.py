@@ -37,7 +37,7 @@ def run(*command: str | Path, capability: int = 90) -> str:
 # float16 is the first type, and left out
 CHOSEN = {
     80: "(own-tiles-causal or own-tiles-everything) and not dtype0",
-    90: "own_tiles and not dtype0",
+    90: "(own_tiles or nan_shows) and not dtype0",
 }
 
 

@@ -360,6 +360,24 @@ def test_rows_without_keys_are_zero_and_carry_no_gradient(device: str, set_tiles
     assert (found[0][~empty] != 0).any()
 
 
+@pytest.mark.parametrize("where", ["query", "key", "bias"])
+def test_nan_shows_in_every_row_that_sees_it(where: str, device: str, set_tiles: Any) -> None:
+    """The maximum of a GPU passes over NaN (not the interpreter's, but that of tests/ptx does)."""
+    set_tiles(16, 16)
+    inputs, _ = TILED[0].build(torch.float32, device)
+    bias = torch.zeros(1, 1, inputs[0].shape[2], inputs[1].shape[2], device=device)
+    given = {"query": inputs[0][:, :, 5], "key": inputs[1][:, :, 3], "bias": bias[:, :, 5, 3]}
+    given[where].detach().fill_(torch.nan)
+    options = {"bias": bias} if where == "bias" else {}
+    got = attention_with_entropy(*inputs, implementation="triton", **options)
+    rows = torch.arange(inputs[0].shape[2], device=device)
+    nan = (rows == 5) | (where == "key")
+    for tensor in (got.output[..., 0], *got[1:4]):
+        assert torch.equal(tensor.isnan(), nan.expand_as(tensor))
+    (by_query,) = torch.autograd.grad(got.output.sum() + got.entropy.sum(), inputs[0])
+    assert by_query[:, :, nan].isnan().all()
+
+
 @pytest.mark.parametrize("sizes", [(0, 2, 7, 9), (2, 2, 0, 9), (2, 2, 7, 0)])
 def test_empty_batch_queries_or_keys(sizes: tuple[int, ...], device: str) -> None:
     batch, heads, n_queries, n_keys = sizes

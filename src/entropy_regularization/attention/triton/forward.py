@@ -197,8 +197,10 @@ def forward_kernel(
     )  # fmt: skip
     largest, total, weighted, b_sum = state
 
+    # The maximum of a GPU passes over NaN, the sum does not.
+    largest += total * 0.0
     empty = largest < EMPTY_ROW
-    total = tl.where(empty, 1.0, total)
+    total = tl.where(largest >= EMPTY_ROW, total, 1.0)
     entropy, log2_normalizer = finish_row(largest, total, weighted)
     share = tl.where(empty, 0.0, 1.0 / total)
     if p_sinks is not None:

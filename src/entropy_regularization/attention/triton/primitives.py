@@ -204,7 +204,13 @@ def add_bias(b_score, bias, batch, head, row, key, n_queries):
     pointers = p_bias + row.to(tl.int64) * bias[3] + key.to(tl.int64) * bias[4]
     # b_bias: [rows, keys] or [keys, rows]
     b_bias = tl.load(pointers, mask=(row < n_queries) & (key < bias[5]), other=0.0)
-    return tl.maximum(b_score + b_bias.to(b_score.dtype) * LOG2_E, MASKED_SCORE)
+    return at_least(b_score + b_bias.to(b_score.dtype) * LOG2_E, MASKED_SCORE)
+
+
+@triton.jit
+def at_least(x, LOWEST: tl.constexpr):
+    """Bound from below; NaN stays, which a GPU's plain maximum would take for the lowest."""
+    return tl.maximum(x, LOWEST, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit

@@ -14,6 +14,7 @@ from entropy_regularization.attention.triton.primitives import (
     MASKED_LOG_PROBABILITY,
     add_bias,
     allowed_tile,
+    at_least,
     head_pointer,
     load_rows,
     tanh,
@@ -120,7 +121,7 @@ def log2_probability_tile(
         b_score = add_bias(b_score, bias, batch, head, row, key, n_queries)
     b_log2_probability = b_score - log2_normalizer
     if bias is not None:
-        b_log2_probability = tl.maximum(b_log2_probability, MASKED_LOG_PROBABILITY)
+        b_log2_probability = at_least(b_log2_probability, MASKED_LOG_PROBABILITY)
     if EDGE or allowed is not None:
         m_allowed = allowed_tile(
             allowed, padding, document, left, right, batch, head, row, key, n_queries, n_keys, EDGE
