@@ -16,8 +16,11 @@ def is_number(given: object) -> bool:
 
 
 def as_integer(given: object) -> int | None:
-    """Return an integer, of numpy or torch or not, as Python's; None for what is none."""
-    if isinstance(given, bool):
+    """Return an integer, of numpy or torch or not, as Python's; None for what is none.
+
+    An entry of a mask is none: masks would be taken for places 0 and 1.
+    """
+    if isinstance(given, bool) or getattr(given, "dtype", None) is torch.bool:
         return None
     try:
         return operator.index(given)  # type: ignore[arg-type]

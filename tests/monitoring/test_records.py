@@ -222,6 +222,8 @@ def test_a_line_that_cannot_be_read_again_is_not_written(tmp_path, kind, when, s
         (replace(PLAIN, entropy=[[1.0]]), {}, "entropy of the statistics is not one list of num"),
         (replace(PLAIN, utilisation=None), {}, "utilisation of the statistics is not one list"),
         (replace(PLAIN, in_band=[["x"], [1.0]]), {}, "in_band of the statistics is not one list"),
+        (replace(PLAIN, in_band=[[1.0], [1.0]]), {}, "the statistics have tables of different"),
+        (replace(PLAIN, layers=["a", "a"]), {}, "no list of names, each once"),
     ],
 )
 def test_what_no_reader_would_take_is_not_written(tmp_path, statistics, numbers, message):
@@ -274,3 +276,54 @@ def test_a_broken_first_line_is_named(tmp_path: Path) -> None:
     (tmp_path / "records.jsonl").write_bytes(b"\0" * 20 + b"\n" + raw)
     with pytest.raises(RecordError, match=r"line 1 of .* is not JSON; remove that line"):
         read_records(tmp_path / "records.jsonl")
+
+
+@pytest.mark.parametrize("text", ['{"step": 5, "best": 0.1}', "my only copy", '{"version"', "\0\0"])
+def test_only_what_may_be_a_torn_record_is_removed(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "state.json"
+    path.write_text(text)
+    if text.startswith('{"version"') or not text.strip("\0"):
+        RecordWriter(path).close()
+        assert path.read_bytes() == b""
+        return
+    with pytest.raises(RecordError, match=r"line 1 of .* is no record that was cut off"):
+        RecordWriter(path)
+    assert path.read_text() == text
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("[4.0,4.0]", "[4.0]", "has tables of different heads"),
+        ('["a","b"]', '["a","a"]', "lacks kind, step or layers"),
+        ('"step":1', f'"step":{10**30}', "lacks kind, step or layers"),
+        ("[3.0]", "[" * 20_000, "is not JSON"),
+    ],
+)
+def test_lines_that_nobody_wrote_are_named(
+    old: str, new: str, message: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "records.jsonl"
+    write_steps(path, 1)
+    path.write_text(path.read_text().replace(old, new, 1))
+    with pytest.raises(RecordError, match=message):
+        read_records(path)
+
+
+def test_numbers_beyond_all_floats_are_not_known(tmp_path: Path) -> None:
+    path = tmp_path / "records.jsonl"
+    write_steps(path, 1)
+    text = path.read_text().replace('"loss":5.0', f'"loss":{10**400}').replace("3.0", "Infinity")
+    path.write_text(text)
+    (line,) = read_records(path).lines
+    assert math.isnan(line["loss"])
+    assert math.isnan(line.statistics.entropy[1][0])
+
+
+def test_models_of_different_heads_need_files_of_their_own(tmp_path: Path) -> None:
+    path = tmp_path / "records.jsonl"
+    more = [[1.0] * 3, [3.0]]
+    write_steps(path, 1)
+    write_steps(path, 2, statistics=HeadStatistics(["a", "b"], more, more, more))
+    with pytest.raises(RecordError, match="has 2 and 3 heads of a; give each model a file"):
+        read_records(path)

@@ -227,3 +227,12 @@ def test_reset_starts_a_new_window():
     monitor.update(recording_of(2, seed=2))
     assert monitor.updates == 1
     assert monitor.summary() == head_statistics(recording_of(2, seed=2))
+
+
+def test_a_first_call_with_one_key_has_its_place_in_a_band():
+    """As the first token of a text that is generated has."""
+    one, more = (recording_of(2, queries=n).detach()[0] for n in (1, 5))
+    one = replace(one, allowed_keys=one.allowed_keys.clamp(max=1), keys=1)
+    recording = EntropyRecording([one, more])
+    alone = head_statistics(EntropyRecording([more]), Band(0.4, 0.2))
+    assert head_statistics(recording, Band(0.4, 0.2)).in_band == alone.in_band

@@ -1,6 +1,7 @@
 """EntropyRecording: choosing layers and heads, means over the rows that count, joining batches."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -63,6 +64,7 @@ def test_what_is_not_there_is_said(
         ({"indices": ["a"]}, "indices is .*; pass a list of integers"),
         ({"heads": [0.5]}, "heads is .*; pass a list of integers"),
         ({"heads": [True]}, "heads is .*; pass a list of integers"),
+        ({"heads": torch.tensor([True, False, True])}, "heads is .*; pass a list of integers"),
     ],
 )
 def test_what_is_no_place_is_said(recording: EntropyRecording, options: dict, message: str) -> None:
@@ -117,6 +119,9 @@ def test_joining_refuses_what_does_not_belong_together() -> None:
             EntropyRecording.concatenate(wrong)
     with pytest.raises(ValueError, match="different layers"):
         EntropyRecording.concatenate([one, other])
+    crossing = EntropyRecording([replace(layer(), kind="cross")])
+    with pytest.raises(ValueError, match="different layers"):
+        EntropyRecording.concatenate([one, crossing])
 
 
 def test_what_is_not_a_model_is_refused() -> None:

@@ -4,7 +4,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from numbers import Real
 from pathlib import Path
@@ -144,7 +144,7 @@ class RecordWriter:
 
     def _checked(self, step: object) -> int:
         done = as_integer(step)
-        if done is None or done < 0:
+        if not _is_index(done):
             raise ValueError(f"step is {step!r}; pass the number of optimizer steps done.")
         if done < self._last:
             raise ValueError(
@@ -182,7 +182,7 @@ def read_records(path: str | os.PathLike[str]) -> Records:
 
     Raises:
         FileNotFoundError: if there is no such file.
-        RecordError: if a line is broken or of an unknown version.
+        RecordError: if a line is broken or of an unknown version, or a layer changes its heads.
     """
     path = Path(path)
     if path.is_dir():
@@ -192,6 +192,7 @@ def read_records(path: str | os.PathLike[str]) -> Records:
             f"there are no records at {path}; pass the folder that entropy-reg train wrote."
         )
     lines = [record for _, record in _complete_lines(path)]
+    _check_heads(lines, path)
     with path.open("rb") as file:
         file.seek(0, os.SEEK_END)
         size = file.tell()
@@ -237,12 +238,33 @@ def _complete_lines(path: Path) -> Iterator[tuple[bytes, Record]]:
                 if versionless and not any(b'"version"' in line for line in file):
                     raise RecordError(f"{path} holds no records; pass a run's folder.")
                 yield raw, _parse(raw, f"line {number} of {path}")
+            elif not _is_torn_record(raw):
+                raise RecordError(
+                    f"line {number} of {path} is no record that was cut off; pass a run's folder."
+                )
+
+
+def _is_torn_record(raw: bytes) -> bool:
+    """Tell the beginning of a record, which a power cut may have filled with zeros."""
+    begins, start = raw.replace(b" ", b"").rstrip(b"\0"), b'{"version":'
+    return begins.startswith(start) or start.startswith(begins)
+
+
+def _check_heads(lines: list[Record], path: Path) -> None:
+    heads: dict[str, int] = {}
+    for line in lines:
+        for name, row in zip(line.statistics.layers, line.statistics.entropy, strict=True):
+            if heads.setdefault(name, len(row)) != len(row):
+                raise RecordError(
+                    f"{path} has {heads[name]} and {len(row)} heads of {name}; give each model a "
+                    "file of its own."
+                )
 
 
 def _parse(raw: bytes, where: str) -> Record:
     try:
         line = json.loads(raw)
-    except ValueError as error:  # UnicodeDecodeError is one too
+    except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError too
         raise RecordError(
             f"{where} is not JSON; remove that line, or write the records again."
         ) from error
@@ -265,6 +287,8 @@ def _parse(raw: bytes, where: str) -> Record:
     for key in STATISTICS[:3]:
         if statistics[key] is None:
             raise RecordError(f"{where} lacks {key}; remove it, or write the records again.")
+    if not _have_same_heads(statistics.values()):
+        raise RecordError(f"{where} has tables of different heads; write the records again.")
     return Record(kind, step, HeadStatistics(layers, **statistics), numbers, when)  # type: ignore[arg-type]
 
 
@@ -291,7 +315,9 @@ def _check_statistics(given: object) -> None:
             f"statistics is a {type(given).__name__}; pass the HeadStatistics of a monitor."
         )
     if not _are_names(given.layers):
-        raise TypeError("layers of the statistics is no list of names; pass the names of modules.")
+        raise TypeError(
+            "layers of the statistics is no list of names, each once; pass the names of modules."
+        )
     for key in STATISTICS:
         table = getattr(given, key)
         optional = key not in STATISTICS[:3]
@@ -299,14 +325,22 @@ def _check_statistics(given: object) -> None:
             raise TypeError(
                 f"{key} of the statistics is not one list of numbers per layer; pass lists."
             )
+    if not _have_same_heads(getattr(given, key) for key in STATISTICS):
+        raise ValueError("the statistics have tables of different heads; pass those of a monitor.")
+
+
+def _have_same_heads(tables: Iterable[PerHead | None]) -> bool:
+    return len({tuple(map(len, table)) for table in tables if table is not None}) == 1
 
 
 def _is_index(value: object) -> TypeGuard[int]:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
 
 
 def _are_names(value: object) -> TypeGuard[list[str]]:
-    return isinstance(value, list) and all(isinstance(name, str) for name in value)
+    if not (isinstance(value, list) and all(isinstance(name, str) for name in value)):
+        return False
+    return len(set(value)) == len(value)
 
 
 def _is_number(value: object) -> bool:
@@ -314,7 +348,9 @@ def _is_number(value: object) -> bool:
 
 
 def _number(value: float | None) -> float:
-    return math.nan if value is None else float(value)
+    if value is None or not -sys.float_info.max <= value <= sys.float_info.max:
+        return math.nan  # as not finite is written
+    return float(value)
 
 
 def _plain(key: str, given: object) -> float | None:

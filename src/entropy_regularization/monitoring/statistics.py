@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal, NamedTuple, cast
 
 import torch
@@ -253,13 +253,13 @@ def head_sums(recording: EntropyRecording, band: Band | None = None) -> HeadSums
     thresholds: Sequence[Tensor | None] = [None] * len(calls)
     with torch.no_grad():
         if band is not None:
-            if band.context_size is None:
-                band = replace(band, context_size=calls[0].keys)
             heads = [call.heads for call in calls]
             like = calls[0].entropy
             thresholds = thresholds_of_layers(band.thresholds, heads, name="thresholds", like=like)
         pairs = zip(calls, thresholds, strict=True)
-        return HeadSums(_add_by_name([(call.name, _sum_call(call, t, band)) for call, t in pairs]))
+        size = calls[0].keys if band is None or band.context_size is None else band.context_size
+        tables = [(call.name, _sum_call(call, t, band, size)) for call, t in pairs]
+        return HeadSums(_add_by_name(tables))
 
 
 def head_statistics(recording: EntropyRecording, band: Band | None = None) -> HeadStatistics:
@@ -279,7 +279,7 @@ def flatten(numbers: PerHead) -> list[float]:
 
 
 def _sum_call(
-    call: LayerEntropy, threshold: Tensor | None, band: Band | None
+    call: LayerEntropy, threshold: Tensor | None, band: Band | None, context_size: int
 ) -> Float[Tensor, "statistics 2 heads"]:
     entropy = call.entropy
     counted = call.counted()
@@ -294,7 +294,7 @@ def _sum_call(
     if band is not None and threshold is not None:
         threshold = threshold.to(entropy)
         if band.maximum == "context":
-            utilisation, comparable = entropy / math.log(max(band.context_size or 0, 2)), counted
+            utilisation, comparable = entropy / math.log(max(context_size, 2)), counted
         inside = (utilisation - threshold[None, :, None]).abs() <= band.tolerance
         sums.append(sum_rows(inside.to(entropy.dtype), comparable))
         sums.append(SumAndCount(threshold, torch.ones_like(threshold)))

@@ -196,7 +196,9 @@ class EntropyRecording:
         if not recordings:
             raise ValueError("no recording was given; pass at least one.")
         for other in recordings[1:]:
-            ours, theirs = ([(x.name, x.heads) for x in each] for each in (recordings[0], other))
+            ours, theirs = (
+                [(x.name, x.kind, x.heads) for x in each] for each in (recordings[0], other)
+            )
             if ours != theirs:
                 raise ValueError(
                     f"the recordings have different layers ({len(ours)} and {len(theirs)} calls) "
