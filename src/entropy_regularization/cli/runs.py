@@ -186,9 +186,9 @@ class RunFolder:
 
     def clear_checkpoints_after(self, step: int) -> None:
         """Remove what is torn or damaged: Trainer would keep it before whole checkpoints."""
-        for folder in self.checkpoints.glob("checkpoint-*"):
-            number = folder.name.removeprefix("checkpoint-")
-            if not (folder / COMPLETE).is_file() or (number.isdigit() and int(number) > step):
+        for number, folder in self._checkpoints():
+            to_go = not (folder / COMPLETE).is_file() or number > step
+            if to_go and not folder.is_symlink():
                 shutil.rmtree(folder)
 
     def last_checkpoint(self) -> tuple[int, Path] | None:
@@ -234,12 +234,17 @@ class RunFolder:
 
     def _complete_checkpoints(self) -> list[tuple[int, Path]]:
         """Return steps and folders of checkpoints that were written to the end, newest first."""
-        found = []
-        for marker in self.checkpoints.glob(f"checkpoint-*/{COMPLETE}"):
-            number = marker.parent.name.removeprefix("checkpoint-")
-            if number.isdigit():
-                found.append((int(number), marker.parent))
+        found = [each for each in self._checkpoints() if (each[1] / COMPLETE).is_file()]
         return sorted(found, reverse=True)
+
+    def _checkpoints(self) -> list[tuple[int, Path]]:
+        """Return steps and folders of checkpoints, whole or not; other names are not ours."""
+        found = []
+        for folder in self.checkpoints.glob("checkpoint-*"):
+            number = folder.name.removeprefix("checkpoint-")
+            if number.isdecimal() and folder.is_dir():
+                found.append((int(number), folder))
+        return found
 
 
 def _damage_of(checkpoint: Path) -> str | None:

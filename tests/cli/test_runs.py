@@ -1,0 +1,21 @@
+"""A run's folder: what is ours in it, and what is left alone."""
+
+from pathlib import Path
+
+from entropy_regularization.cli.runs import RunFolder
+
+
+def test_only_our_checkpoints_are_cleared(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    theirs = ("checkpoint-best", "checkpoint-8-kept", "checkpoint-²")
+    for name in (*theirs, "checkpoint-4", "checkpoint-5", "checkpoint-7"):
+        (folder.checkpoints / name).mkdir(parents=True)
+        (folder.checkpoints / name / "weights").write_text("1234")
+    (folder.checkpoints / "checkpoint-9").write_text("a plain file")
+    (folder.checkpoints / "checkpoint-10").symlink_to(folder.checkpoints / "checkpoint-best")
+    for step in (4, 7):
+        folder.mark_complete(step)
+    folder.clear_checkpoints_after(4)
+    left = {path.name for path in folder.checkpoints.iterdir()}
+    assert left == {*theirs, "checkpoint-4", "checkpoint-9", "checkpoint-10"}
+    assert folder.last_checkpoint() == (4, folder.checkpoints / "checkpoint-4")
