@@ -1,7 +1,11 @@
 """A run's folder: what is ours in it, and what is left alone."""
 
+import os
 from pathlib import Path
 
+import pytest
+
+from entropy_regularization.cli.errors import UsageProblem
 from entropy_regularization.cli.runs import RunFolder
 
 
@@ -19,3 +23,11 @@ def test_only_our_checkpoints_are_cleared(tmp_path: Path) -> None:
     left = {path.name for path in folder.checkpoints.iterdir()}
     assert left == {*theirs, "checkpoint-4", "checkpoint-9", "checkpoint-10"}
     assert folder.last_checkpoint() == (4, folder.checkpoints / "checkpoint-4")
+
+
+def test_name_that_is_not_utf8(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "new" / os.fsdecode(b"\xe4"))
+    for take in (folder.begin, folder.take):
+        with pytest.raises(UsageProblem, match="is not UTF-8, or the locale is not; choose anoth"):
+            take()
+    assert not list(tmp_path.iterdir())

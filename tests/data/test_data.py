@@ -1,6 +1,7 @@
 """Text sources, their split, tokenizers trained on the spot, blocks of tokens."""
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -33,6 +34,15 @@ def test_folder_glob_and_file(tmp_path: Path) -> None:
     assert len(some.train) + len(some.held_out) >= 11
     one = load_corpus(str(tmp_path / "7.txt"))
     assert one.train[0].text + one.held_out[0].text == "text number 7"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems refuse such names")
+def test_file_names_that_are_not_utf8(tmp_path: Path) -> None:
+    for number in range(60):
+        (tmp_path / os.fsdecode(b"\xe4%d.txt" % number)).write_text(f"text number {number}")
+    corpus = load_corpus(str(tmp_path))
+    assert len(corpus.train) + len(corpus.held_out) == 60
+    assert 0 < len(corpus.held_out) < 15
 
 
 def test_single_document_is_cut_at_its_end() -> None:

@@ -118,11 +118,17 @@ class RunFolder:
         """Hold the folder until the end of the block, or of the process however it ends.
 
         Raises:
-            UsageProblem: if another process holds it.
+            UsageProblem: if another process holds it, or its name is not UTF-8.
             RunProblem: if it cannot be written.
         """
         if self._lock is not None:
             return
+        try:
+            str(self.path).encode()
+        except UnicodeEncodeError:  # tokenizers and safetensors write to no such path
+            raise UsageProblem(
+                f"{self.path} is not UTF-8, or the locale is not; choose another --output."
+            ) from None
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = (self.path / LOCK).open("a")

@@ -104,7 +104,8 @@ def split(name: str, documents: list[Document]) -> Corpus:
 
 
 def _is_held_out(name: str) -> bool:
-    digest = hashlib.sha256(name.encode()).digest()
+    # Python gives the bytes of a file name that are not UTF-8 as surrogates.
+    digest = hashlib.sha256(name.encode(errors="surrogateescape")).digest()
     return int.from_bytes(digest[:4], "big") < HELD_OUT_SHARE * 2**32
 
 
