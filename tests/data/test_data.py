@@ -1,5 +1,6 @@
 """Text sources, their split, tokenizers trained on the spot, blocks of tokens."""
 
+import errno
 import json
 import os
 import sys
@@ -30,10 +31,23 @@ def test_folder_glob_and_file(tmp_path: Path) -> None:
     folder = load_corpus(str(tmp_path))
     assert len(folder.train) + len(folder.held_out) == 60
     assert 0 < len(folder.held_out) < 15
+    assert (folder.found, folder.left_out) == (61, 1)
     some = load_corpus(str(tmp_path / "1*.txt"))
     assert len(some.train) + len(some.held_out) >= 11
     one = load_corpus(str(tmp_path / "7.txt"))
     assert one.train[0].text + one.held_out[0].text == "text number 7"
+
+
+def test_file_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path) -> bytes:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    for name in ("a", "b"):
+        (tmp_path / name).write_text("to be or not to be")
+    monkeypatch.setattr(Path, "read_bytes", refuse)  # root may read everything
+    for source in (tmp_path, tmp_path / "?", tmp_path / "a"):
+        with pytest.raises(DataError, match=r"/a cannot be read \(Permission denied\); pass a re"):
+            load_corpus(str(source))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems refuse such names")

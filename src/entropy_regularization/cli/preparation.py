@@ -62,6 +62,11 @@ def prepare(
                     f"took the first {options.text_limit} million characters; --text-limit reads "
                     "more"
                 )
+            if corpus.left_out:
+                console.print(
+                    f"left out {corpus.left_out:,} of {corpus.found:,} files, which are not UTF-8 "
+                    "text"
+                )
             if size is None:
                 model, tokenizer = load_model(options)
             else:

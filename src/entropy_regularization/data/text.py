@@ -16,6 +16,10 @@ class DataError(ValueError):
     """Text that cannot be used; the sentence says what came, what was expected, what to do."""
 
 
+class NotText(DataError):  # noqa: N818
+    """A file that holds something else."""
+
+
 class Document(NamedTuple):
     """One text and where it came from."""
 
@@ -31,12 +35,16 @@ class Corpus(NamedTuple):
         train: documents to train on.
         held_out: documents to measure perplexity on.
         limited: whether the source holds more text than was read.
+        found: files or rows of the source that were looked at.
+        left_out: those among them that are not UTF-8 text, as pictures beside it are.
     """
 
     name: str
     train: list[Document]
     held_out: list[Document]
     limited: bool = False
+    found: int = 0
+    left_out: int = 0
 
 
 def load_corpus(
@@ -58,9 +66,9 @@ def load_corpus(
         The corpus.
 
     Raises:
-        DataError: if nothing is there, or what is there is empty or not text.
+        DataError: if nothing is there, or what is there is empty, not text, or cannot be read.
     """
-    documents: Iterable[Document]
+    documents: Iterable[Document | None]
     if source == "stdlib":
         documents = _standard_library()
     elif source.startswith("hf:"):
@@ -68,18 +76,24 @@ def load_corpus(
     else:
         documents = _files(source)
     kept, limited = _limited(documents, limit_characters)
-    return split(source, kept)._replace(limited=limited)
+    texts = [document for document in kept if document is not None]
+    return split(source, texts)._replace(
+        limited=limited, found=len(kept), left_out=len(kept) - len(texts)
+    )
 
 
-def _limited(documents: Iterable[Document], limit: int | None) -> tuple[list[Document], bool]:
-    """Return the first documents, and whether there are more."""
-    kept: list[Document] = []
+def _limited(
+    documents: Iterable[Document | None], limit: int | None
+) -> tuple[list[Document | None], bool]:
+    """Return the first documents, None for what is no text, and whether there are more."""
+    kept: list[Document | None] = []
     size = 0
     for document in documents:
-        if limit is not None and size >= limit:
-            return kept, True
+        if document is not None:
+            if limit is not None and size >= limit:
+                return kept, True
+            size += len(document.text)
         kept.append(document)
-        size += len(document.text)
     return kept, False
 
 
@@ -131,7 +145,8 @@ def _standard_library() -> list[Document]:
     return documents
 
 
-def _files(source: str) -> list[Document]:
+def _files(source: str) -> list[Document | None]:
+    """Return the documents of a file, folder or glob, None for a file among others not of text."""
     path = Path(source)
     if path.is_file():
         return [Document(path.name, _read(path))]
@@ -145,13 +160,13 @@ def _files(source: str) -> list[Document]:
             f"{source} is no file, folder or glob that matches anything; pass one, 'stdlib', or "
             "'hf:NAME' for a hub data set."
         )
-    documents = []
+    documents: list[Document | None] = []
     for each in found:
         try:
             documents.append(Document(_name(each, path), _read(each)))
-        except DataError:
-            continue  # a folder may hold pictures beside its text
-    if not documents:
+        except NotText:
+            documents.append(None)  # a folder may hold pictures beside its text
+    if not any(documents):
         raise DataError(f"none of the {len(found)} files of {source} is UTF-8 text; pass text.")
     return documents
 
@@ -169,11 +184,11 @@ def _read(path: Path) -> str:
             f"{path} cannot be read ({error.strerror}); pass a readable file."
         ) from None
     if b"\0" in data:
-        raise DataError(f"{path} is a binary file; pass UTF-8 text.")
+        raise NotText(f"{path} is a binary file; pass UTF-8 text.")
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError:
-        raise DataError(f"{path} is not UTF-8 text; convert it first.") from None
+        raise NotText(f"{path} is not UTF-8 text; convert it first.") from None
 
 
 def _hub(name: str, column: str) -> Iterable[Document]:
