@@ -38,6 +38,23 @@ def test_folder_glob_and_file(tmp_path: Path) -> None:
     assert one.train[0].text + one.held_out[0].text == "text number 7"
 
 
+def test_equal_names_in_several_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number in range(60):
+        folder = tmp_path / "same" / f"part{number}"
+        folder.mkdir(parents=True)
+        (folder / "text.txt").write_text(f"text number {number}")
+    monkeypatch.chdir(tmp_path)
+    whole = load_corpus("same")
+    assert 0 < len(whole.held_out) < 15
+    for pattern in ("same/*/text.txt", "./same/p*/t*.txt", f"{tmp_path}/same/**/*.txt"):
+        some = load_corpus(pattern)
+        assert (some.train, some.held_out) == (whole.train, whole.held_out)
+    assert {d.name for d in load_corpus("*/part[12]/text.txt").train} == {
+        "same/part1/text.txt",
+        "same/part2/text.txt",
+    }
+
+
 def test_file_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(path: Path) -> bytes:
         raise PermissionError(errno.EACCES, "Permission denied", str(path))

@@ -3,6 +3,8 @@
 import glob
 import hashlib
 import importlib
+import os
+import re
 import sysconfig
 from collections.abc import Iterable
 from pathlib import Path
@@ -52,7 +54,8 @@ def load_corpus(
 ) -> Corpus:
     """Read text and split it, by document, into train and held-out.
 
-    The split depends only on the documents' names, so that it is the same on every machine. A
+    The split depends only on the documents' names, so that it is the same on every machine: a
+    file is named by its place in the folder, or below what precedes a glob's first wildcard. A
     single document is cut: its last twentieth is held out.
 
     Args:
@@ -150,9 +153,11 @@ def _files(source: str) -> list[Document | None]:
     path = Path(source)
     if path.is_file():
         return [Document(path.name, _read(path))]
+    root = path
     if path.is_dir():
         found = sorted(each for each in path.rglob("*") if each.is_file())
     else:
+        root = _root(source)
         found = sorted(Path(each) for each in glob.glob(source, recursive=True))
         found = [each for each in found if each.is_file()]
     if not found:
@@ -163,7 +168,7 @@ def _files(source: str) -> list[Document | None]:
     documents: list[Document | None] = []
     for each in found:
         try:
-            documents.append(Document(_name(each, path), _read(each)))
+            documents.append(Document(each.relative_to(root).as_posix(), _read(each)))
         except NotText:
             documents.append(None)  # a folder may hold pictures beside its text
     if not any(documents):
@@ -171,9 +176,10 @@ def _files(source: str) -> list[Document | None]:
     return documents
 
 
-def _name(path: Path, folder: Path) -> str:
-    """Name a document by its place in the folder, so that the split is the same anywhere."""
-    return path.relative_to(folder).as_posix() if folder.is_dir() else path.name
+def _root(pattern: str) -> Path:
+    """Return the folder that all matches of a glob lie in, from which they are named."""
+    before, *_ = re.split(r"[*?[]", pattern, maxsplit=1)
+    return Path(os.path.dirname(before))
 
 
 def _read(path: Path) -> str:
