@@ -59,7 +59,7 @@ def test_run_with_other_options_is_no_arm(tmp_path: Path) -> None:
     for folder, penalty in ((output, "published"), (output / "baseline", "calibrated")):
         options = {**demo_module.options_of("none", 4).as_dict(), "penalty": penalty}
         folder.mkdir(parents=True)
-        RunFolder(folder).write_config("train", options, options)
+        RunFolder(folder).write_config("train", options, options, {})
         refused = CliRunner().invoke(main, ["demo", f"--output={output}", "--steps=4"])
         assert refused.exit_code == 2
         assert f"{folder} holds a run with --penalty {penalty} in place of" in refused.stderr

@@ -1,7 +1,9 @@
 """What entropy-reg train says about its text."""
 
+import json
 from pathlib import Path
 
+import pytest
 from click.testing import CliRunner, Result
 
 from entropy_regularization.cli.main import main
@@ -26,3 +28,41 @@ def test_files_that_are_left_out(tmp_path: Path) -> None:
     done = train(tmp_path / "*.txt", tmp_path / "some")
     assert done.exit_code == 0, done.output
     assert "left out 1 of 5 files, which are not UTF-8 text\n" in done.stdout
+
+
+BEGUN = "to be or not to be, " * 300
+
+
+@pytest.mark.parametrize(
+    ("changed", "parts"),
+    [
+        (BEGUN.replace("to", "at", 1), "training text"),
+        ("that is the question, " * 300, "training text and the held-out text"),
+    ],
+    ids=["begin", "all"],
+)
+def test_text_that_changed_before_the_run_goes_on(changed: str, parts: str, tmp_path: Path) -> None:
+    text, output = tmp_path / "text", tmp_path / "run"
+    text.write_text(BEGUN)
+    assert train(text, output).exit_code == 0
+    (output / "result.json").unlink()
+    records = (output / "records.jsonl").read_bytes()
+    text.write_text(changed)
+    done = train(text, output, "--resume")
+    assert done.exit_code == 2
+    (line,) = done.stderr.splitlines()
+    assert f"the {parts} of --data {text}, or its tokenizer, changed since the run in " in line
+    assert (output / "records.jsonl").read_bytes() == records
+    text.write_text(BEGUN)
+    assert train(text, output, "--resume").exit_code == 0
+
+
+def test_run_that_kept_no_checksums_goes_on(tmp_path: Path) -> None:
+    text, output = tmp_path / "text", tmp_path / "run"
+    text.write_text(BEGUN)
+    assert train(text, output).exit_code == 0
+    (output / "result.json").unlink()
+    config = json.loads((output / "config.json").read_text())
+    del config["text_crc32"]
+    (output / "config.json").write_text(json.dumps(config))
+    assert train(text, output, "--resume").exit_code == 0

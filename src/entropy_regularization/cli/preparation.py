@@ -45,7 +45,8 @@ def prepare(
         Model, tokenizer and blocks.
 
     Raises:
-        UsageProblem: if the options do not fit together, the text or the model.
+        UsageProblem: if the options do not fit together, the text or the model, or if the text is
+            not the one that the run began with.
         RunProblem: if the model cannot be used.
     """
     size = size_of(options)
@@ -75,11 +76,14 @@ def prepare(
             blocks = TokenBlocks(tokenizer, corpus.train, options.context_length)
             held_out = _held_out_blocks(options, tokenizer, corpus)
             _check_batch(options, len(blocks))
+            sums = {"train": blocks.crc32, "held_out": held_out.crc32}
+            if folder.config.is_file():
+                folder.check_text(sums, options.data)
             if arguments.process_index == 0:
                 # Only now: a command that failed above leaves nothing in the way of the next one.
                 if not folder.config.is_file():
                     given = options.from_anywhere()
-                    folder.write_config("train", given.as_dict(), _acting(given, size))
+                    folder.write_config("train", given.as_dict(), _acting(given, size), sums)
                 if size is not None:
                     _keep_tokenizer(tokenizer, folder)
     except DataError as error:

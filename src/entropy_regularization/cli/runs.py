@@ -22,6 +22,7 @@ except ModuleNotFoundError:  # Windows
 
 LIBRARIES = ("entropy-regularization", "torch", "transformers", "tokenizers", "accelerate")
 LOCK = ".lock"  # file whose lock a process holds while it writes into the folder
+PARTS = {"train": "training text", "held_out": "held-out text"}
 COMPLETE = "complete"  # file that is written into a checkpoint last
 
 
@@ -106,13 +107,42 @@ class RunFolder:
             UsageProblem: if one of them is not what the command line would take.
             RunProblem: if they cannot be read.
         """
+        return TrainOptions.of_config(self._saved("options"), self.config)
+
+    def check_text(self, sums: dict[str, int], source: str) -> None:
+        """Check that the tokens are those that the run began with.
+
+        Args:
+            sums: the checksums of the tokens to train on and of those held out, by name; older
+                runs kept none.
+            source: of the text, as it was typed.
+
+        Raises:
+            UsageProblem: if they are others.
+            RunProblem: if the checksums cannot be read.
+        """
+        begun = self._saved("text_crc32", {})
+        changed = [name for name in sums if begun.get(name, sums[name]) != sums[name]]
+        if changed:
+            parts = " and the ".join(PARTS[name] for name in changed)
+            raise UsageProblem(
+                f"the {parts} of --data {source}, or its tokenizer, changed since the run in "
+                f"{self.path} was started; put back what it was, or start a new run with another "
+                "--output."
+            )
+
+    def _saved(self, key: str, default: Any = None) -> dict[str, Any]:
+        """Return what config.json holds under a key.
+
+        Raises:
+            RunProblem: if that is no object, or is missing and there is no default.
+        """
         try:
-            saved = dict(json.loads(self.config.read_bytes())["options"])
-        except (ValueError, KeyError, TypeError):
+            return dict(json.loads(self.config.read_bytes()).get(key, default))
+        except (ValueError, AttributeError, TypeError):
             raise RunProblem(
                 f"{self.config} is damaged, so the run cannot be resumed; start a new one."
             ) from None
-        return TrainOptions.of_config(saved, self.config)
 
     def take(self) -> None:
         """Hold the folder until the end of the block, or of the process however it ends.
@@ -158,9 +188,13 @@ class RunFolder:
             self._lock = None
 
     def write_config(
-        self, command: str, options: dict[str, Any], in_effect: dict[str, Any]
+        self,
+        command: str,
+        options: dict[str, Any],
+        in_effect: dict[str, Any],
+        text_crc32: dict[str, int],
     ) -> None:
-        """Write down the options as given, those that act, and what they ran with."""
+        """Write down the options as given, those that act, and what they ran with and on."""
         versions = {}
         for library in LIBRARIES:
             try:
@@ -173,6 +207,7 @@ class RunFolder:
                 "command": command,
                 "options": options,
                 "in_effect": in_effect,
+                "text_crc32": text_crc32,
                 "versions": {"python": platform.python_version(), **versions},
                 "machine": {"processor": _processor(), "cores": os.cpu_count()},
             },

@@ -1,5 +1,6 @@
 """Tokenizers trained on the spot, and text cut into blocks of tokens."""
 
+import zlib
 from collections.abc import Sequence
 
 import torch
@@ -93,6 +94,11 @@ class TokenBlocks(Dataset[dict[str, Tensor]]):
         if limit is not None and count > limit:
             blocks = blocks[torch.linspace(0, count - 1, limit).long()]
         self.blocks = blocks
+
+    @property
+    def crc32(self) -> int:
+        """CRC-32 of all tokens, as little-endian integers of eight bytes."""
+        return zlib.crc32(self.blocks.numpy().astype("<i8", copy=False).data)
 
     def __len__(self) -> int:
         """Return the number of blocks."""
