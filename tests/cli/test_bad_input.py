@@ -48,7 +48,7 @@ WRONG = [
     (("--learning-rate=-1",), 2, "-1.0 is not in the range"),
     (("--learning-rate=1e9",), 2, "is not in the range"),
     (("--learning-rate=nan",), 2, "--learning-rate is nan; pass a finite number"),
-    (("--loss-coeff=inf",), 2, "--loss-coeff is inf"),
+    (("--weight-decay=inf",), 2, "--weight-decay is inf"),
     (("--seed=99999999999",), 2, "is not in the range"),
     (("--width=60000", "--layers=900", "--heads=2"), 2, "this machine has"),
     (("--batch-size=100000", "--context-length=16"), 2, "more than the"),
@@ -237,3 +237,19 @@ def test_terminal_without_unicode(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert done.stdout == "reading Gr??e.txt\n"
     assert "is no file, folder or glob" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("option", "sentence"),
+    [
+        ("--loss-coeff=1e39", "1e+39 is not in the range 0.0<=x<=1e+38."),
+        ("--epochs=1e308", "1e+308 is not in the range 0<x<=1000000000.0."),
+    ],
+)
+def test_number_that_is_too_large(option: str, sentence: str, words: Path, tmp_path: Path) -> None:
+    output = tmp_path / "output"
+    found, errors = call("train", f"--output={output}", f"--data={words}", NANO[0], option)
+    assert found == 2
+    (line,) = errors.splitlines()
+    assert line == f"entropy-reg: Invalid value for '{option.split('=')[0]}': {sentence}"
+    assert not output.exists()

@@ -57,7 +57,7 @@ class TrainOptions:
     accumulation: int = _option(1, "Micro-batches in an optimizer step.", POSITIVE)
     steps: int | None = _option(None, "Optimizer steps. [default: 200, or --epochs]", POSITIVE)
     epochs: float | None = _option(
-        None, "Passes over the text, in place of --steps.", click.FloatRange(0, min_open=True)
+        None, "Passes over the text, in place of --steps.", click.FloatRange(0, 1e9, min_open=True)
     )
     learning_rate: float = _option(
         1e-3, "Highest learning rate.", click.FloatRange(0, 10, min_open=True)
@@ -83,7 +83,9 @@ class TrainOptions:
         click.Choice(["calibrated", "published", "none"]),
     )
     loss_coeff: float | None = _option(
-        None, "Strength of the penalty. [default: 1 calibrated, 1e-5 published]", AMOUNT
+        None,
+        "Strength of the penalty. [default: 1 calibrated, 1e-5 published]",
+        click.FloatRange(0.0, 1e38),  # what float32 can hold
     )
     tolerance: float | None = _option(
         None,
