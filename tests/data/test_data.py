@@ -92,6 +92,24 @@ def test_no_more_text_than_asked_for(tmp_path: Path) -> None:
     assert not load_corpus(str(tmp_path), limit_characters=3000).limited
 
 
+def test_no_more_files_are_read_than_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def count(path: Path) -> bytes:
+        read.append(path.name)
+        with path.open("rb") as file:
+            return file.read()
+
+    read: list[str] = []
+    for number in range(9):
+        (tmp_path / f"{number}.txt").write_text("x" * 100)
+    monkeypatch.setattr(Path, "read_bytes", count)
+    for source in (tmp_path, tmp_path / "*.txt"):
+        assert load_corpus(str(source), limit_characters=150).limited
+        assert read == ["0.txt", "1.txt", "2.txt"]  # the third shows that there are more
+        read.clear()
+
+
 def test_hub_data_set_from_a_local_folder(tmp_path: Path) -> None:
     pytest.importorskip("datasets")
     lines = [json.dumps({"content": f"def f{n}(): return {n}"}) for n in range(80)]

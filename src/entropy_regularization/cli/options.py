@@ -49,7 +49,8 @@ class TrainOptions:
     text_column: str = _option("text", "Column of a hub data set that holds the text.")
     text_limit: int = _option(
         100,
-        "Read at most this many million characters; a hub data set may hold far more.",
+        "Read no further document after this many million characters; a hub data set may hold far "
+        "more.",
         POSITIVE,
     )
     context_length: int = _option(256, "Tokens in a context.", click.IntRange(min=2))

@@ -6,7 +6,7 @@ import importlib
 import os
 import re
 import sysconfig
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -126,33 +126,32 @@ def _is_held_out(name: str) -> bool:
     return int.from_bytes(digest[:4], "big") < HELD_OUT_SHARE * 2**32
 
 
-def _standard_library() -> list[Document]:
+def _standard_library() -> Iterator[Document]:
     root = Path(sysconfig.get_paths()["stdlib"])
     paths = sorted(
         path
         for path in root.rglob("*.py")
         if not SKIPPED_FOLDERS.intersection(path.relative_to(root).parts)
     )
-    documents = []
+    if not paths:
+        raise DataError(
+            f"no Python source lies in {root}; this Python was installed without its library "
+            "source, pass --data with a file or folder of text."
+        )
     for path in paths:
         try:
             text = path.read_text(encoding="utf-8")
         except UnicodeDecodeError:
             continue  # a few modules are written in another encoding on purpose
-        documents.append(Document(path.relative_to(root).as_posix(), text))
-    if not documents:
-        raise DataError(
-            f"no Python source lies in {root}; this Python was installed without its library "
-            "source, pass --data with a file or folder of text."
-        )
-    return documents
+        yield Document(path.relative_to(root).as_posix(), text)
 
 
-def _files(source: str) -> list[Document | None]:
-    """Return the documents of a file, folder or glob, None for a file among others not of text."""
+def _files(source: str) -> Iterator[Document | None]:
+    """Yield the documents of a file, folder or glob, None for a file among others not of text."""
     path = Path(source)
     if path.is_file():
-        return [Document(path.name, _read(path))]
+        yield Document(path.name, _read(path))
+        return
     root = path
     if path.is_dir():
         found = sorted(each for each in path.rglob("*") if each.is_file())
@@ -165,15 +164,15 @@ def _files(source: str) -> list[Document | None]:
             f"{source} is no file, folder or glob that matches anything; pass one, 'stdlib', or "
             "'hf:NAME' for a hub data set."
         )
-    documents: list[Document | None] = []
+    left_out = 0
     for each in found:
         try:
-            documents.append(Document(each.relative_to(root).as_posix(), _read(each)))
+            yield Document(each.relative_to(root).as_posix(), _read(each))
         except NotText:
-            documents.append(None)  # a folder may hold pictures beside its text
-    if not any(documents):
+            left_out += 1
+            yield None  # a folder may hold pictures beside its text
+    if left_out == len(found):
         raise DataError(f"none of the {len(found)} files of {source} is UTF-8 text; pass text.")
-    return documents
 
 
 def _root(pattern: str) -> Path:
