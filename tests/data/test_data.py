@@ -76,6 +76,17 @@ def test_file_names_that_are_not_utf8(tmp_path: Path) -> None:
     assert 0 < len(corpus.held_out) < 15
 
 
+def test_places_without_files(tmp_path: Path) -> None:
+    (tmp_path / "empty" / "below").mkdir(parents=True)
+    with pytest.raises(
+        DataError, match=r"no file is found in the folder .*/empty; pass one with t"
+    ):
+        load_corpus(str(tmp_path / "empty"))
+    for source in ("nowhere", "emp*"):
+        with pytest.raises(DataError, match="is no file, folder or glob that matches a file; pass"):
+            load_corpus(str(tmp_path / source))
+
+
 def test_single_document_is_cut_at_its_end() -> None:
     corpus = split("one", [Document("a", "x" * 1000)])
     assert len(corpus.train[0].text) == 950

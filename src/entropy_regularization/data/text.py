@@ -159,9 +159,11 @@ def _files(source: str) -> Iterator[Document | None]:
         root = _root(source)
         found = sorted(Path(each) for each in glob.glob(source, recursive=True))
         found = [each for each in found if each.is_file()]
+    if not found and path.is_dir():
+        raise DataError(f"no file is found in the folder {source}; pass one with text in it.")
     if not found:
         raise DataError(
-            f"{source} is no file, folder or glob that matches anything; pass one, 'stdlib', or "
+            f"{source} is no file, folder or glob that matches a file; pass one, 'stdlib', or "
             "'hf:NAME' for a hub data set."
         )
     left_out = 0
