@@ -34,12 +34,15 @@ class StopSignals:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._restore()
+
+    def _restore(self) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self.number = number
-        signal.signal(number, self._previous[number])
+        self._restore()  # of both: a second signal may be the other one
         self._say("stopping after this step; once more to stop at once")
 
     def came_to_any(self, device: torch.device) -> bool:
