@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from entropy_regularization import EntropyMonitor, EntropyRegularization
-from entropy_regularization.data.text import load_corpus
+from entropy_regularization.data.text import DataError, load_corpus
 from entropy_regularization.data.tokenization import TokenBlocks, train_tokenizer
 from entropy_regularization.integrations.transformers import regularize
 from entropy_regularization.monitoring.records import RecordWriter
@@ -34,12 +34,20 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if options.output.exists():
         parser.error(f"--output {options.output} is there already; choose another one.")
-    options.output.mkdir(parents=True)
+    if options.steps < 1 or options.context_length < 2:
+        parser.error(
+            f"--steps {options.steps} and --context-length {options.context_length}: pass at least "
+            "1 step and 2 tokens in a context."
+        )
     torch.manual_seed(0)
 
-    corpus = load_corpus(options.data, limit_characters=2_000_000)
-    tokenizer = train_tokenizer(corpus.train, 1024)
-    blocks = TokenBlocks(tokenizer, corpus.train, options.context_length)
+    try:
+        corpus = load_corpus(options.data, limit_characters=2_000_000)
+        tokenizer = train_tokenizer(corpus.train, 1024)
+        blocks = TokenBlocks(tokenizer, corpus.train, options.context_length)
+    except DataError as error:
+        parser.error(f"--data {options.data}: {error}")
+    options.output.mkdir(parents=True)
     model = GPT2LMHeadModel(
         GPT2Config(
             vocab_size=len(tokenizer),

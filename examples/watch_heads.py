@@ -23,6 +23,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--length", type=int, default=512, help="tokens in a window")
     parser.add_argument("--picture", type=Path, default=Path("heads.png"))
     options = parser.parse_args(arguments)
+    if options.picture.is_dir() or not options.picture.parent.is_dir():
+        parser.error(
+            f"--picture {options.picture} is no file in a folder that is there; pass another place."
+        )
 
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     model = AutoModel.from_pretrained(options.model).eval()

@@ -47,3 +47,24 @@ def test_heads_of_a_text(model: Path, tmp_path: Path, capsys: pytest.CaptureFixt
 def test_training_twice(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     line = refused("train_with_penalty.py", [f"--output={tmp_path}"], capsys)
     assert f"--output {tmp_path} is there already; choose another one." in line
+
+
+def test_picture_at_a_place_that_is_not_there(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for place in (tmp_path / "nowhere" / "heads.png", tmp_path):
+        arguments = ["--model=nowhere", f"--text={tmp_path}/none", f"--picture={place}"]
+        line = refused("watch_heads.py", arguments, capsys)
+        assert f"--picture {place} is no file in a folder that is there; pass another" in line
+
+
+def test_training_on_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "run"
+    for option, sentence in (
+        ("--steps=0", "--steps 0 and --context-length 128: pass at least 1 step and 2 tokens"),
+        ("--context-length=1", "--steps 100 and --context-length 1: pass at least 1 step"),
+        (f"--data={tmp_path}", f"--data {tmp_path}: no file is found in the folder"),
+    ):
+        line = refused("train_with_penalty.py", [f"--output={output}", option], capsys)
+        assert sentence in line
+        assert not output.exists()
