@@ -12,7 +12,13 @@ import torch
 import torch.distributed as dist
 from rich.console import Console
 from safetensors import SafetensorError
-from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainingArguments
+from transformers import (
+    PreTrainedModel,
+    PrinterCallback,
+    Trainer,
+    TrainingArguments,
+    default_data_collator,
+)
 from transformers.utils import logging as transformers_logging
 
 from entropy_regularization.cli.console import PlainConsole
@@ -175,6 +181,8 @@ class Run:
             "args": arguments,
             "train_dataset": self.blocks,
             "processing_class": self.tokenizer,
+            # All blocks have one length; Trainer's own choice needs a tokenizer that can pad.
+            "data_collator": default_data_collator,
         }
         self.trainer: Trainer
         if options.penalty == "none":

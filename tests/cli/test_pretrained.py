@@ -1,0 +1,57 @@
+"""entropy-reg train --model FOLDER: what others saved is trained as it is, or refused in a line."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from entropy_regularization.cli.main import main
+from entropy_regularization.data.text import Document
+from entropy_regularization.data.tokenization import train_tokenizer
+
+TEXT = "".join(f"line {n} of {n * n}\n" for n in range(400))
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a small GPT-2 and its tokenizer of 300."""
+    folder = tmp_path_factory.mktemp("saved") / "model"
+    tokenizer = train_tokenizer([Document("text", TEXT)], 300)
+    tokenizer.save_pretrained(folder)
+    config = GPT2Config(vocab_size=300, n_positions=32, n_layer=2, n_embd=16, n_head=2)
+    GPT2LMHeadModel(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def model(saved: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(saved, tmp_path / "model"))
+
+
+def change(path: Path, **changed: Any) -> None:
+    """Change a JSON file; None takes a key out."""
+    content = json.loads(path.read_text()) | changed
+    path.write_text(json.dumps({k: v for k, v in content.items() if v is not None}))
+
+
+def train(model: Path, *more: str) -> tuple[int, str, str]:
+    """Train for two steps in the folder beside a model."""
+    text = model.parent / "words.txt"
+    text.write_text(TEXT)
+    done = CliRunner().invoke(
+        main,
+        ["train", f"--model={model}", f"--data={text}", f"--output={model.parent / 'run'}",
+         "--steps=2", "--context-length=16", "--batch-size=2", "--evaluation-blocks=2", *more],
+    )  # fmt: skip
+    return done.exit_code, done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("penalty", ["calibrated", "none"])
+def test_tokenizer_without_a_padding_token(penalty: str, model: Path) -> None:
+    change(model / "tokenizer_config.json", pad_token=None)
+    code, _, errors = train(model, f"--penalty={penalty}")
+    assert code == 0, errors
