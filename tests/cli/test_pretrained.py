@@ -50,8 +50,24 @@ def train(model: Path, *more: str) -> tuple[int, str, str]:
     return done.exit_code, done.stdout, done.stderr
 
 
+def refused(model: Path) -> str:
+    """Return the sentence with which a model is refused before a run is begun."""
+    code, _, errors = train(model)
+    assert code == 1, errors
+    (line,) = errors.splitlines()
+    assert line.startswith(f"entropy-reg: --model {model}")
+    assert not (model.parent / "run" / "config.json").exists()
+    return line
+
+
 @pytest.mark.parametrize("penalty", ["calibrated", "none"])
 def test_tokenizer_without_a_padding_token(penalty: str, model: Path) -> None:
     change(model / "tokenizer_config.json", pad_token=None)
     code, _, errors = train(model, f"--penalty={penalty}")
     assert code == 0, errors
+
+
+def test_no_tokenizer(model: Path) -> None:
+    for file in model.glob("tokenizer*"):
+        file.unlink()
+    assert "holds no tokenizer; put the files" in refused(model)

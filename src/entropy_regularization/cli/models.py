@@ -141,6 +141,7 @@ def load_model(options: TrainOptions) -> tuple[PreTrainedModel, PreTrainedTokeni
     except (ValueError, KeyError, SafetensorError) as error:
         reason = str(error).strip().split("\n")[0]
         raise RunProblem(f"--model {options.model} cannot be used: {reason}") from None
+    _check_tokenizer(options.model, tokenizer)
     longest = getattr(model.config, "max_position_embeddings", None)
     if longest is not None and options.context_length > longest:
         raise UsageProblem(
@@ -148,3 +149,12 @@ def load_model(options: TrainOptions) -> tuple[PreTrainedModel, PreTrainedTokeni
             f"{options.model}; pass at most {longest}."
         )
     return model, tokenizer
+
+
+def _check_tokenizer(name: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse the empty tokenizer that transformers makes up where there are no files of one."""
+    if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
+        raise RunProblem(
+            f"--model {name} holds no tokenizer; put the files that save_pretrained of its "
+            "tokenizer writes beside the model."
+        )
