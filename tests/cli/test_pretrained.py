@@ -71,3 +71,10 @@ def test_no_tokenizer(model: Path) -> None:
     for file in model.glob("tokenizer*"):
         file.unlink()
     assert "holds no tokenizer; put the files" in refused(model)
+
+
+@pytest.mark.parametrize("size", [100, 299])
+def test_tokenizer_larger_than_the_model(size: int, model: Path) -> None:
+    config = GPT2Config(vocab_size=size, n_positions=32, n_layer=2, n_embd=16, n_head=2)
+    GPT2LMHeadModel(config).save_pretrained(model)
+    assert f"embeds the tokens 0 to {size - 1}, but its tokenizer gave 299;" in refused(model)

@@ -3,10 +3,11 @@
 import difflib
 import os
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
+from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -149,6 +150,28 @@ def load_model(options: TrainOptions) -> tuple[PreTrainedModel, PreTrainedTokeni
             f"{options.model}; pass at most {longest}."
         )
     return model, tokenizer
+
+
+def check_tokens(options: TrainOptions, model: PreTrainedModel, *blocks: Tensor) -> None:
+    """Check that a model has an embedding for every token that it will be given.
+
+    Args:
+        options: name the model.
+        model: any.
+        *blocks: what it will be given.
+
+    Raises:
+        RunProblem: if it lacks one.
+    """
+    embedding: Any = model.get_input_embeddings()
+    rows = embedding.weight.shape[0]
+    largest = max(int(each.max()) for each in blocks)
+    if largest >= rows:
+        raise RunProblem(
+            f"--model {options.model} embeds the tokens 0 to {rows - 1}, but its tokenizer gave "
+            f"{largest}; put the tokenizer of this model beside it, or resize_token_embeddings "
+            "first."
+        )
 
 
 def _check_tokenizer(name: str, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -14,7 +14,7 @@ from transformers import (
 )
 
 from entropy_regularization.cli.errors import RunProblem, UsageProblem
-from entropy_regularization.cli.models import Size, build_model, load_model, size_of
+from entropy_regularization.cli.models import Size, build_model, check_tokens, load_model, size_of
 from entropy_regularization.cli.options import TrainOptions
 from entropy_regularization.cli.runs import RunFolder
 from entropy_regularization.data.text import Corpus, DataError, load_corpus
@@ -75,6 +75,7 @@ def prepare(
                 model = build_model(options, size, tokenizer)
             blocks = TokenBlocks(tokenizer, corpus.train, options.context_length)
             held_out = _held_out_blocks(options, tokenizer, corpus)
+            check_tokens(options, model, blocks.blocks, held_out.blocks)
             _check_batch(options, len(blocks))
             sums = {"train": blocks.crc32, "held_out": held_out.crc32}
             if folder.config.is_file():
