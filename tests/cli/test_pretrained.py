@@ -78,3 +78,11 @@ def test_tokenizer_larger_than_the_model(size: int, model: Path) -> None:
     config = GPT2Config(vocab_size=size, n_positions=32, n_layer=2, n_embd=16, n_head=2)
     GPT2LMHeadModel(config).save_pretrained(model)
     assert f"embeds the tokens 0 to {size - 1}, but its tokenizer gave 299;" in refused(model)
+
+
+def test_weights_that_do_not_fit_the_configuration(model: Path) -> None:
+    change(model / "config.json", n_embd=32)
+    line = refused(model)
+    assert "do not fit its config.json: transformer.h.0.attn.c_attn.bias is (48,) in pla" in line
+    assert "is (48,) in place of (96,), transformer.h.0." in line
+    assert " and 25 more; put back the two files that were saved together." in line

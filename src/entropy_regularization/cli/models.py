@@ -132,16 +132,22 @@ def load_model(options: TrainOptions) -> tuple[PreTrainedModel, PreTrainedTokeni
     transformers_logging.set_verbosity_error()
     try:
         tokenizer = AutoTokenizer.from_pretrained(options.model)
-        model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32)
+        model, found = AutoModelForCausalLM.from_pretrained(
+            options.model,
+            dtype=torch.float32,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # refused below, by name
+        )
     except OSError as error:
         reason = str(error).strip().split("\n")[0]
         raise UsageProblem(
             f"--model {options.model} cannot be loaded: {reason} Pass a folder that "
             f"save_pretrained wrote, a hub name, or one of {', '.join(SIZES)}."
         ) from None
-    except (ValueError, KeyError, SafetensorError) as error:
+    except (ValueError, KeyError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().split("\n")[0]
         raise RunProblem(f"--model {options.model} cannot be used: {reason}") from None
+    _check_weights(options.model, found)
     _check_tokenizer(options.model, tokenizer)
     longest = getattr(model.config, "max_position_embeddings", None)
     if longest is not None and options.context_length > longest:
@@ -172,6 +178,25 @@ def check_tokens(options: TrainOptions, model: PreTrainedModel, *blocks: Tensor)
             f"{largest}; put the tokenizer of this model beside it, or resize_token_embeddings "
             "first."
         )
+
+
+def _check_weights(name: str, found: dict[str, Any]) -> None:
+    """Refuse weights in whose place transformers has made up others."""
+    wrong = [
+        f"{key} is {tuple(saved)} in place of {tuple(wanted)}"
+        for key, saved, wanted in sorted(found["mismatched_keys"])
+    ]
+    if wrong:
+        raise RunProblem(
+            f"--model {name} has weights that do not fit its config.json: {_first(wrong)}; put "
+            "back the two files that were saved together."
+        )
+
+
+def _first(names: list[str]) -> str:
+    """Return the first of many names."""
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more
 
 
 def _check_tokenizer(name: str, tokenizer: PreTrainedTokenizerBase) -> None:
