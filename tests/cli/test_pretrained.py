@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from entropy_regularization.cli.main import main
 from entropy_regularization.data.text import Document
@@ -71,6 +71,46 @@ def test_no_tokenizer(model: Path) -> None:
     for file in model.glob("tokenizer*"):
         file.unlink()
     assert "holds no tokenizer; put the files" in refused(model)
+
+
+def test_tokenizer_that_cannot_be_loaded(model: Path) -> None:
+    for file in model.glob("tokenizer*"):
+        file.unlink()
+    config = LlamaConfig(
+        vocab_size=300,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+    )
+    LlamaForCausalLM(config).save_pretrained(model)
+    line = refused(model)
+    assert "holds no tokenizer that can be loaded (Couldn't instantiate the backend tok" in line
+    assert "need to have sentencepiece or tiktoken installed" in line
+    assert line.endswith("; put the files that save_pretrained of its tokenizer writes beside the "
+                         "model.")  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("changed", "sentence"),
+    [
+        ({"model_type": "mytype"}, "model type `mytype` but Transformers does not recognize this"),
+        ({"model_type": "mytype"}, "with the command `pip install --upgrade transformers`."),
+        ({"model_type": "t5"}, "AutoModelForCausalLM. Pass a causal language model."),
+        ({"n_layer": "two"}, "Field 'n_layer' expected int, got str (value: 'two')."),
+        ({"n_head": 3}, "must be divisible by num_heads"),
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "optimum"),
+    ],
+    ids=str,
+)
+def test_configuration_that_cannot_be_used(
+    changed: dict[str, Any], sentence: str, model: Path
+) -> None:
+    change(model / "config.json", **changed)
+    line = refused(model)
+    assert "cannot be used: " in line
+    assert sentence in line
+    assert len(line) < 700
 
 
 @pytest.mark.parametrize("size", [100, 299])

@@ -2,10 +2,15 @@
 
 import difflib
 import os
+import re
+import textwrap
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import (
@@ -36,6 +41,16 @@ SIZES = {
     "gpt2-mini": Size(6, 256, 8),
     "gpt2-small": Size(12, 768, 12),
 }
+
+# What transformers raises for a model that is there and cannot be loaded.
+UNUSABLE = (
+    ValueError,
+    KeyError,
+    RuntimeError,
+    ImportError,
+    SafetensorError,
+    StrictDataclassError,
+)
 
 
 def size_of(options: TrainOptions) -> Size | None:
@@ -130,25 +145,16 @@ def load_model(options: TrainOptions) -> tuple[PreTrainedModel, PreTrainedTokeni
         RunProblem: if it is there and cannot be used.
     """
     transformers_logging.set_verbosity_error()
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(options.model)
-        model, found = AutoModelForCausalLM.from_pretrained(
+    with _loading_in_words(options.model):
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             options.model,
             dtype=torch.float32,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # refused below, by name
         )
-    except OSError as error:
-        reason = str(error).strip().split("\n")[0]
-        raise UsageProblem(
-            f"--model {options.model} cannot be loaded: {reason} Pass a folder that "
-            f"save_pretrained wrote, a hub name, or one of {', '.join(SIZES)}."
-        ) from None
-    except (ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise RunProblem(f"--model {options.model} cannot be used: {reason}") from None
+        tokenizer = _load_tokenizer(options.model)
+    model, found = loaded
     _check_weights(options.model, found)
-    _check_tokenizer(options.model, tokenizer)
     longest = getattr(model.config, "max_position_embeddings", None)
     if longest is not None and options.context_length > longest:
         raise UsageProblem(
@@ -199,10 +205,39 @@ def _first(names: list[str]) -> str:
     return ", ".join(names[:3]) + more
 
 
-def _check_tokenizer(name: str, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Refuse the empty tokenizer that transformers makes up where there are no files of one."""
-    if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
+def _load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """Load a tokenizer; refuse the empty one that transformers makes up where there are no files.
+
+    Raises:
+        RunProblem: if there is none.
+    """
+    todo = "put the files that save_pretrained of its tokenizer writes beside the model."
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name)
+    except ValueError as error:
         raise RunProblem(
-            f"--model {name} holds no tokenizer; put the files that save_pretrained of its "
-            "tokenizer writes beside the model."
-        )
+            f"--model {name} holds no tokenizer that can be loaded ({_in_one_line(error)}); {todo}"
+        ) from None
+    if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
+        raise RunProblem(f"--model {name} holds no tokenizer; {todo}")
+    return tokenizer
+
+
+@contextmanager
+def _loading_in_words(name: str) -> Iterator[None]:
+    """Turn what transformers says of a model that it cannot load into a sentence."""
+    try:
+        yield
+    except OSError as error:
+        raise UsageProblem(
+            f"--model {name} cannot be loaded: {_in_one_line(error)}. Pass a folder that "
+            f"save_pretrained wrote, a hub name, or one of {', '.join(SIZES)}."
+        ) from None
+    except UNUSABLE as error:
+        raise RunProblem(f"--model {name} cannot be used: {_in_one_line(error)}.") from None
+
+
+def _in_one_line(error: Exception) -> str:
+    """Return all that an error says, but for a list of every class that transformers has."""
+    said = re.sub("Model type should be one of .*", "Pass a causal language model", str(error))
+    return textwrap.shorten(said, 600, placeholder=" ...").rstrip(".")
