@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from click.testing import CliRunner
+from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from entropy_regularization.cli.main import main
@@ -126,3 +128,35 @@ def test_weights_that_do_not_fit_the_configuration(model: Path) -> None:
     assert "do not fit its config.json: transformer.h.0.attn.c_attn.bias is (48,) in pla" in line
     assert "is (48,) in place of (96,), transformer.h.0." in line
     assert " and 25 more; put back the two files that were saved together." in line
+
+
+@pytest.mark.parametrize(
+    ("removed", "changed", "sentence"),
+    [
+        (["transformer.wpe.weight"], {}, "config.json: transformer.wpe.weight; put back the two"),
+        (["transformer.wte.weight"], {}, "transformer.wte.weight"),
+        ([], {"n_layer": 3}, "transformer.h.2.attn.c_proj.bias and 9 more; put back the two"),
+        ([], {"tie_word_embeddings": False}, "config.json: lm_head.weight; put back the two"),
+    ],
+    ids=str,
+)
+def test_missing_weights_are_not_made_up(
+    removed: list[str], changed: dict[str, Any], sentence: str, model: Path
+) -> None:
+    weights = load_file(model / "model.safetensors")
+    kept = {name: weight for name, weight in weights.items() if name not in removed}
+    save_file(kept, model / "model.safetensors", {"format": "pt"})
+    change(model / "config.json", **changed)
+    line = refused(model)
+    assert "lacks weights of its config.json: " in line
+    assert sentence in line
+
+
+def test_weights_that_the_model_does_not_use(model: Path) -> None:
+    """Thresholds of a run, and the masks that old files of GPT-2 hold."""
+    weights = load_file(model / "model.safetensors")
+    weights["entropy_thresholds.fraction_bias"] = torch.zeros(2, 2)
+    weights["transformer.h.0.attn.bias"] = torch.ones(1, 1, 32, 32)
+    save_file(weights, model / "model.safetensors", {"format": "pt"})
+    code, _, errors = train(model)
+    assert code == 0, errors

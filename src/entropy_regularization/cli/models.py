@@ -154,7 +154,7 @@ def load_model(options: TrainOptions) -> tuple[PreTrainedModel, PreTrainedTokeni
         )
         tokenizer = _load_tokenizer(options.model)
     model, found = loaded
-    _check_weights(options.model, found)
+    _check_weights(options.model, model, found)
     longest = getattr(model.config, "max_position_embeddings", None)
     if longest is not None and options.context_length > longest:
         raise UsageProblem(
@@ -186,7 +186,7 @@ def check_tokens(options: TrainOptions, model: PreTrainedModel, *blocks: Tensor)
         )
 
 
-def _check_weights(name: str, found: dict[str, Any]) -> None:
+def _check_weights(name: str, model: PreTrainedModel, found: dict[str, Any]) -> None:
     """Refuse weights in whose place transformers has made up others."""
     wrong = [
         f"{key} is {tuple(saved)} in place of {tuple(wanted)}"
@@ -196,6 +196,13 @@ def _check_weights(name: str, found: dict[str, Any]) -> None:
         raise RunProblem(
             f"--model {name} has weights that do not fit its config.json: {_first(wrong)}; put "
             "back the two files that were saved together."
+        )
+    buffers = {key for key, _ in model.named_buffers()}  # computed, not learned
+    missing = sorted(set(found["missing_keys"]) - buffers)
+    if missing:
+        raise RunProblem(
+            f"--model {name} lacks weights of its config.json: {_first(missing)}; put back the two "
+            "files that were saved together."
         )
 
 
