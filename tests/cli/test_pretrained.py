@@ -1,6 +1,7 @@
 """entropy-reg train --model FOLDER: what others saved is trained as it is, or refused in a line."""
 
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,11 @@ from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
+from entropy_regularization.cli.evaluation import Evaluation
 from entropy_regularization.cli.main import main
 from entropy_regularization.data.text import Document
 from entropy_regularization.data.tokenization import train_tokenizer
+from entropy_regularization.monitoring.statistics import HeadStatistics
 
 TEXT = "".join(f"line {n} of {n * n}\n" for n in range(400))
 
@@ -160,3 +163,31 @@ def test_weights_that_the_model_does_not_use(model: Path) -> None:
     save_file(weights, model / "model.safetensors", {"format": "pt"})
     code, _, errors = train(model)
     assert code == 0, errors
+
+
+def test_weights_that_are_no_numbers(model: Path) -> None:
+    weights = load_file(model / "model.safetensors")
+    weights["transformer.ln_f.bias"][3] = math.nan
+    save_file(weights, model / "model.safetensors", {"format": "pt"})
+    assert "has weights that are infinite or NaN: transformer.ln_f.bias; pass" in refused(model)
+
+
+def test_model_whose_loss_is_not_finite_before_training(model: Path) -> None:
+    weights = load_file(model / "model.safetensors")
+    weights["transformer.ln_f.weight"].fill_(3e38)
+    weights["transformer.wte.weight"].fill_(3e38)
+    save_file(weights, model / "model.safetensors", {"format": "pt"})
+    code, said, errors = train(model)
+    assert code == 1
+    assert "held-out perplexity before training: nan" in said
+    (line,) = errors.splitlines()
+    assert "the loss is nan at step 1, before any weight was changed; pass another --model" in line
+    assert "--learning-rate" not in line
+
+
+def test_perplexity_of_a_loss_that_is_no_number() -> None:
+    statistics = HeadStatistics([], [], [], [])
+    losses = (math.nan, math.inf, 800.0, 0.0)
+    found = [Evaluation(loss, 1, statistics, 0.0).perplexity for loss in losses]
+    assert math.isnan(found[0])
+    assert found[1:] == [math.inf, math.inf, 1.0]

@@ -33,8 +33,8 @@ class Evaluation:
 
     @property
     def perplexity(self) -> float:
-        """The exponential of the loss."""
-        return math.exp(self.loss) if self.loss < 700 else math.inf
+        """The exponential of the loss; of NaN it is NaN."""
+        return math.inf if self.loss >= 700 else math.exp(self.loss)
 
 
 def evaluate(

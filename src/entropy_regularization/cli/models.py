@@ -187,7 +187,7 @@ def check_tokens(options: TrainOptions, model: PreTrainedModel, *blocks: Tensor)
 
 
 def _check_weights(name: str, model: PreTrainedModel, found: dict[str, Any]) -> None:
-    """Refuse weights in whose place transformers has made up others."""
+    """Refuse weights in whose place transformers has made up others, and what is no number."""
     wrong = [
         f"{key} is {tuple(saved)} in place of {tuple(wanted)}"
         for key, saved, wanted in sorted(found["mismatched_keys"])
@@ -203,6 +203,12 @@ def _check_weights(name: str, model: PreTrainedModel, found: dict[str, Any]) -> 
         raise RunProblem(
             f"--model {name} lacks weights of its config.json: {_first(missing)}; put back the two "
             "files that were saved together."
+        )
+    broken = [key for key, weight in model.named_parameters() if not weight.isfinite().all()]
+    if broken:
+        raise RunProblem(
+            f"--model {name} has weights that are infinite or NaN: {_first(broken)}; pass one that "
+            "was saved before it diverged."
         )
 
 

@@ -168,6 +168,11 @@ class Watch(TrainerCallback):
         """Stop before a checkpoint holds weights that are not finite."""
         wrong = None
         last = self._step[-1] if self._step else None
+        if last and step == 1 and not math.isfinite(loss := last.loss.item()):
+            raise RunProblem(
+                f"the loss is {loss} at step 1, before any weight was changed; pass another "
+                "--model or --precision."
+            )
         if last and not math.isfinite(loss := (last.loss + last.penalty).item()):
             wrong = f"the loss became {loss}"
         elif saving and not all(p.isfinite().all() for p in self.model.parameters()):
