@@ -165,6 +165,37 @@ def test_changed_config(changed: dict[str, object], sentence: str, run: Path) ->
     assert sentence in errors
 
 
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"context_length": 16},
+        {"layers": 3},
+        {"width": 32},
+        {"heads": 4},
+        {"penalty": "none"},
+        {"penalty": "none", "heads": 4},
+        {"fixed_thresholds": True},
+    ],
+    ids=str,
+)
+def test_changed_config_of_another_model(changed: dict[str, object], run: Path) -> None:
+    cut(run / "checkpoints" / "checkpoint-6" / "optimizer.pt")
+    before = (run / "config.json").read_text()
+    config = json.loads(before)
+    config["options"] |= changed
+    (run / "config.json").write_text(json.dumps(config))
+    code, _, errors = resume(run)
+    assert code == 2, errors
+    (line,) = errors.splitlines()
+    assert f"{run}/config.json or the model that it names was changed: " in line
+    assert line.endswith(
+        "not that of checkpoint-4; put it back, or start again with another --output."
+    )
+    (run / "config.json").write_text(before)
+    code, _, errors = resume(run)
+    assert code == 0, errors
+
+
 def test_relative_data_is_found_from_another_folder(
     whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -22,7 +22,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from entropy_regularization.cli.console import PlainConsole
-from entropy_regularization.cli.errors import RunProblem, Stopped
+from entropy_regularization.cli.errors import RunProblem, Stopped, UsageProblem
 from entropy_regularization.cli.evaluation import evaluate, numbers_of
 from entropy_regularization.cli.options import TrainOptions
 from entropy_regularization.cli.preparation import Materials, check_precision, prepare
@@ -39,6 +39,9 @@ from entropy_regularization.thresholds import HeadThresholds
 
 # What the messages of torch's and safetensors' writers hold when a file could not be written.
 WRITING_FAILED = ("inline_container", "PytorchStreamWriter", "Error while serializing")
+
+# What torch says of a checkpoint of another model, or of one that learned other parameters.
+OTHER_MODEL = ("Error(s) in loading state_dict", "doesn't match the size of optimizer's group")
 
 
 def run_training(options: TrainOptions, folder: RunFolder, *, resume: bool = False) -> None:
@@ -175,7 +178,7 @@ class Run:
             if enable is None:  # its name in transformers 5.17
                 enable = self.model.gradient_checkpointing_enable
             enable({"use_reentrant": False})
-        shapes = layers_and_heads(self.model, options.model)
+        self.shapes = layers_and_heads(self.model, options.model)
         common: dict[str, Any] = {
             "model": self.model,
             "args": arguments,
@@ -189,7 +192,7 @@ class Run:
             self.trainer = Trainer(**common)
         else:
             learned = not options.fixed_thresholds
-            thresholds = HeadThresholds(*shapes, options.threshold, learnable=learned)
+            thresholds = HeadThresholds(*self.shapes, options.threshold, learnable=learned)
             self.band = Band.of(settings, thresholds)
             self.trainer = EntropyRegularizedTrainer(
                 **common, regularization=settings, thresholds=thresholds
@@ -210,10 +213,11 @@ class Run:
                 self._evaluate(writer, 0, "before")
             else:
                 self.console.print(f"going on from step {checkpoint[0]}")
+            step = 0 if checkpoint is None else checkpoint[0]
             watch = self._watch(writer)
             self.trainer.add_callback(watch)
             try:
-                with watch.signals, suppress(NothingLeft):
+                with watch.signals, suppress(NothingLeft), self._other_model_in_words(step):
                     self.trainer.train(
                         resume_from_checkpoint=None if checkpoint is None else str(checkpoint[1])
                     )
@@ -230,20 +234,40 @@ class Run:
         if not self.trainer.is_world_process_zero():
             return RecordWriter(os.devnull)
         if step is not None:
-            self._check_records()
+            self._check_records(step)
         self.folder.clear_checkpoints_after(step or 0)
         return RecordWriter(self.folder.records, keep_until=-1 if step is None else step)
 
-    def _check_records(self) -> None:
+    def _check_records(self, step: int) -> None:
         """Refuse to go on from a checkpoint without the records of the steps before it."""
         if self.folder.records.is_file():
             records = read_records(self.folder.records)
-            if records.train and records.evaluation("before"):
+            before = records.evaluation("before")
+            if records.train and before is not None:
+                heads = max(len(layer) for layer in before.statistics.entropy)
+                if heads != self.shapes[1]:
+                    raise self._other_model(step)
                 return
         raise RunProblem(
             f"{self.folder.records} lacks what was recorded before the checkpoint; put it back, or "
             "start a new run with another --output."
         )
+
+    def _other_model(self, step: int) -> UsageProblem:
+        return UsageProblem(
+            f"{self.folder.config} or the model that it names was changed: its model or penalty is "
+            f"not that of checkpoint-{step}; put it back, or start again with another --output."
+        )
+
+    @contextmanager
+    def _other_model_in_words(self, step: int) -> Iterator[None]:
+        """Turn what torch says of a checkpoint that does not fit into a sentence."""
+        try:
+            yield
+        except (RuntimeError, ValueError) as error:
+            if not any(words in str(error) for words in OTHER_MODEL):
+                raise
+            raise self._other_model(step) from error
 
     def _watch(self, writer: RecordWriter) -> Watch:
         options = self.options
