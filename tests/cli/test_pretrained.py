@@ -155,14 +155,26 @@ def test_missing_weights_are_not_made_up(
     assert sentence in line
 
 
-def test_weights_that_the_model_does_not_use(model: Path) -> None:
-    """Thresholds of a run, and the masks that old files of GPT-2 hold."""
+def test_masks_that_old_files_of_gpt2_hold(model: Path) -> None:
     weights = load_file(model / "model.safetensors")
-    weights["entropy_thresholds.fraction_bias"] = torch.zeros(2, 2)
     weights["transformer.h.0.attn.bias"] = torch.ones(1, 1, 32, 32)
     save_file(weights, model / "model.safetensors", {"format": "pt"})
-    code, _, errors = train(model)
+    code, said, errors = train(model)
     assert code == 0, errors
+    assert "thresholds" not in said
+
+
+@pytest.mark.parametrize("penalty", ["calibrated", "none"])
+def test_thresholds_of_an_earlier_run_are_not_used_and_it_is_said(
+    penalty: str, model: Path
+) -> None:
+    weights = load_file(model / "model.safetensors")
+    weights["entropy_thresholds.fraction_bias"] = torch.full((2, 2), 0.9)
+    save_file(weights, model / "model.safetensors", {"format": "pt"})
+    code, said, errors = train(model, "--threshold=0.3", f"--penalty={penalty}")
+    assert code == 0, errors
+    sentence = f"the thresholds saved with {model} are not used: --threshold starts them at 0.3"
+    assert said.splitlines().count(sentence) == (penalty != "none")
 
 
 def test_weights_that_are_no_numbers(model: Path) -> None:

@@ -24,11 +24,13 @@ from transformers.utils import logging as transformers_logging
 from entropy_regularization.cli.console import PlainConsole
 from entropy_regularization.cli.errors import RunProblem, Stopped, UsageProblem
 from entropy_regularization.cli.evaluation import evaluate, numbers_of
+from entropy_regularization.cli.models import SIZES
 from entropy_regularization.cli.options import TrainOptions
 from entropy_regularization.cli.preparation import Materials, check_precision, prepare
 from entropy_regularization.cli.runs import RunFolder, write_json
 from entropy_regularization.cli.signals import EXIT_CODES
 from entropy_regularization.cli.watch import NothingLeft, Watch
+from entropy_regularization.integrations.transformers.loading import load_thresholds
 from entropy_regularization.integrations.transformers.trainer import EntropyRegularizedTrainer
 from entropy_regularization.monitoring.plots import save_heatmaps
 from entropy_regularization.monitoring.records import RecordError, RecordWriter, read_records
@@ -210,6 +212,7 @@ class Run:
         checkpoint = self.folder.checkpoint_to_resume(self.console.print) if resume else None
         with self._records(None if checkpoint is None else checkpoint[0]) as writer:
             if checkpoint is None:
+                self._tell_of_thresholds()
                 self._evaluate(writer, 0, "before")
             else:
                 self.console.print(f"going on from step {checkpoint[0]}")
@@ -229,6 +232,18 @@ class Run:
         if self.trainer.is_world_process_zero():
             self._finish()
 
+    def _tell_of_thresholds(self) -> None:
+        """Say that thresholds which lie beside a pretrained model are not gone on with."""
+        options = self.options
+        if options.penalty == "none" or options.model in SIZES:
+            return
+        with suppress(ValueError):  # there are none
+            load_thresholds(options.model, local_files_only=True)
+            self.console.print(
+                f"the thresholds saved with {options.model} are not used: --threshold starts them "
+                f"at {options.threshold:g}"
+            )
+
     def _records(self, step: int | None) -> RecordWriter:
         """Open the records, with what comes after the checkpoint taken out."""
         if not self.trainer.is_world_process_zero():
@@ -239,7 +254,7 @@ class Run:
         return RecordWriter(self.folder.records, keep_until=-1 if step is None else step)
 
     def _check_records(self, step: int) -> None:
-        """Refuse to go on from a checkpoint without the records of the steps before it."""
+        """Refuse to go on without the records of the steps before it, or with other heads."""
         if self.folder.records.is_file():
             records = read_records(self.folder.records)
             before = records.evaluation("before")
