@@ -169,6 +169,7 @@ def test_changed_config(changed: dict[str, object], sentence: str, run: Path) ->
     "changed",
     [
         {"context_length": 16},
+        {"layers": 1},
         {"layers": 3},
         {"width": 32},
         {"heads": 4},

@@ -10,7 +10,14 @@ import pytest
 import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 from entropy_regularization.cli.evaluation import Evaluation
 from entropy_regularization.cli.main import main
@@ -195,6 +202,37 @@ def test_model_whose_loss_is_not_finite_before_training(model: Path) -> None:
     (line,) = errors.splitlines()
     assert "the loss is nan at step 1, before any weight was changed; pass another --model" in line
     assert "--learning-rate" not in line
+
+
+def result_of(run: Path) -> Any:
+    return json.loads((run / "result.json").read_text())["after"]
+
+
+@pytest.mark.parametrize("family", ["gpt_neox", "mixtral"])
+def test_resumed_model_whose_weights_are_saved_under_other_names(family: str, model: Path) -> None:
+    """The head of GPT-NeoX and the experts of Mixtral, of which Trainer finds none."""
+    more = {"num_key_value_heads": 2, "num_local_experts": 2} if family == "mixtral" else {}
+    config = AutoConfig.for_model(
+        family,
+        vocab_size=300,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=32,
+        **more,
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(model)
+    code, _, errors = train(model, "--steps=4", "--checkpoint-steps=2", "--learning-rate=0.01")
+    assert code == 0, errors
+    run = model.parent / "run"
+    whole = result_of(run)
+    (run / "result.json").unlink()
+    shutil.rmtree(run / "checkpoints" / "checkpoint-4")
+    done = CliRunner().invoke(main, ["train", "--resume", f"--output={run}"])
+    assert done.exit_code == 0, done.output
+    assert "going on from step 2" in done.stdout
+    assert result_of(run)["loss"] == pytest.approx(whole["loss"], rel=0, abs=1e-6)
 
 
 def test_perplexity_of_a_loss_that_is_no_number() -> None:

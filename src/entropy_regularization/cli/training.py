@@ -24,7 +24,7 @@ from transformers.utils import logging as transformers_logging
 from entropy_regularization.cli.console import PlainConsole
 from entropy_regularization.cli.errors import RunProblem, Stopped, UsageProblem
 from entropy_regularization.cli.evaluation import evaluate, numbers_of
-from entropy_regularization.cli.models import SIZES
+from entropy_regularization.cli.models import SIZES, load_renamed_weights
 from entropy_regularization.cli.options import TrainOptions
 from entropy_regularization.cli.preparation import Materials, check_precision, prepare
 from entropy_regularization.cli.runs import RunFolder, write_json
@@ -216,6 +216,7 @@ class Run:
                 self._evaluate(writer, 0, "before")
             else:
                 self.console.print(f"going on from step {checkpoint[0]}")
+                load_renamed_weights(self.model, checkpoint[1])
             step = 0 if checkpoint is None else checkpoint[0]
             watch = self._watch(writer)
             self.trainer.add_callback(watch)
