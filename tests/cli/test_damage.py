@@ -168,7 +168,6 @@ def test_changed_config(changed: dict[str, object], sentence: str, run: Path) ->
 @pytest.mark.parametrize(
     "changed",
     [
-        {"context_length": 16},
         {"layers": 1},
         {"layers": 3},
         {"width": 32},
@@ -195,6 +194,14 @@ def test_changed_config_of_another_model(changed: dict[str, object], run: Path) 
     (run / "config.json").write_text(before)
     code, _, errors = resume(run)
     assert code == 0, errors
+
+
+def test_changed_context_length_gives_other_tokens(run: Path) -> None:
+    path = run / "config.json"
+    path.write_text(path.read_text().replace('"context_length": 32', '"context_length": 16'))
+    code, _, errors = resume(run)
+    assert code == 2
+    assert f"or the context length in {path} changed since the run was started" in errors
 
 
 def test_relative_data_is_found_from_another_folder(

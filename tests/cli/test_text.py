@@ -51,7 +51,7 @@ def test_text_that_changed_before_the_run_goes_on(changed: str, parts: str, tmp_
     done = train(text, output, "--resume")
     assert done.exit_code == 2
     (line,) = done.stderr.splitlines()
-    assert f"the {parts} of --data {text}, or its tokenizer, changed since the run in " in line
+    assert f"the {parts} of --data {text}, its tokenizer, or the context length in " in line
     assert (output / "records.jsonl").read_bytes() == records
     text.write_text(BEGUN)
     assert train(text, output, "--resume").exit_code == 0

@@ -126,9 +126,9 @@ class RunFolder:
         if changed:
             parts = " and the ".join(PARTS[name] for name in changed)
             raise UsageProblem(
-                f"the {parts} of --data {source}, or its tokenizer, changed since the run in "
-                f"{self.path} was started; put back what it was, or start a new run with another "
-                "--output."
+                f"the {parts} of --data {source}, its tokenizer, or the context length in "
+                f"{self.config} changed since the run was started; put back what it was, or start "
+                "a new run with another --output."
             )
 
     def _saved(self, key: str, default: Any = None) -> dict[str, Any]:
