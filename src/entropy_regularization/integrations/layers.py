@@ -88,19 +88,22 @@ def _as_tuple(layers: Any) -> tuple[Any, ...]:
     return tuple(layers) if isinstance(layers, Iterable) else (None,)
 
 
-def places_among(names: Iterable[str], recorded: Sequence[str], layers: int) -> list[int] | None:
+def places_among(
+    names: Iterable[str], recorded: Sequence[str], layers: int, others: Iterable[str] = ()
+) -> list[int] | None:
     """Tell which layers of a model were recorded in a pass that left some out (layer dropout).
 
     Args:
         names: of the model's modules, in its order.
         recorded: of the layers that were recorded.
         layers: how many a whole pass records, one after the other in the order of the model.
+        others: layers that other passes recorded: this one may lack all that are named alike.
 
     Returns:
         The place of each recorded layer among all that are named like one, but for numbers; None
         if those are not as many as ``layers``, or one was recorded twice.
     """
-    kinds = {_without_numbers(name) for name in recorded}
+    kinds = {_without_numbers(name) for name in (*recorded, *others)}
     alike = [name for name in names if _without_numbers(name) in kinds]
     if len(alike) != layers or len(set(recorded)) != len(recorded):
         return None

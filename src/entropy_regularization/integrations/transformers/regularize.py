@@ -216,7 +216,7 @@ class Regularized:
         self.unadded: Tensor | None = None
         self._listening = False
         self._thread = 0  # in which the pass runs that is listened to
-        self._has_fitted = False  # whether the thresholds fitted the calls of a pass
+        self._fitted: set[str] = set()  # layers of passes whose calls the thresholds fitted
         self._use = LossUse()
         self._collected: list[TrainingPass] | None = None
         self._warned: set[str] = set()
@@ -382,18 +382,19 @@ class Regularized:
             ValueError: if it cannot be told which these are.
         """
         calls, heads = len(recording), max((layer.heads for layer in recording), default=0)
+        recorded = [layer.name for layer in recording]
         if (calls, heads) == (held.layers, held.heads):
-            self._has_fitted = True
+            self._fitted.update(recorded)
             return held
         places = None
         if calls < held.layers and heads <= held.heads:
             names = names_of(self.model).values()
             wanted = [name for name in names if self._recorder.layers.takes(-1, name)]
-            places = places_among(wanted, [layer.name for layer in recording], held.layers)
+            places = places_among(wanted, recorded, held.layers, self._fitted)
         if places is not None:
-            self._has_fitted = True
-            return as_tensor(held, "thresholds")[places]
-        if self._has_fitted:
+            self._fitted.update(recorded)
+            return as_tensor(held, "thresholds")[places, :heads]
+        if self._fitted:
             do = "other passes made another number; choose layers that every pass calls once "
             do += "(layers=...), or pass fixed thresholds"
         else:
