@@ -21,7 +21,7 @@ from entropy_regularization.cli.errors import RunProblem
 from entropy_regularization.cli.progress import TrainingProgress
 from entropy_regularization.cli.runs import RunFolder
 from entropy_regularization.cli.signals import StopSignals
-from entropy_regularization.integrations.transformers.regularize import handle_of
+from entropy_regularization.integrations.transformers.regularized import handle_of
 from entropy_regularization.monitoring.monitor import EntropyMonitor
 from entropy_regularization.monitoring.records import RecordWriter
 from entropy_regularization.monitoring.statistics import Band, mean_of_heads

@@ -1,4 +1,4 @@
-"""Attention that several ranks share."""
+"""Models and attention that several ranks share."""
 
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -109,3 +109,9 @@ def is_distributed(function: object) -> bool:
     """Tell whether a function is one of torch's that compute over several ranks."""
     module = getattr(function, "__module__", None) or ""
     return bool(module.startswith("torch.distributed."))
+
+
+def is_data_parallel(module: nn.Module) -> bool:
+    """Tell whether torch's data parallelism has wrapped a module, by name: it need not be there."""
+    wrappers = ("DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule")
+    return any(kind.__name__ in wrappers for kind in type(module).__mro__)

@@ -29,7 +29,7 @@ from transformers import (
 from entropy_regularization import EntropyRegularization, HeadThresholds, record_entropy
 from entropy_regularization.integrations.transformers import load_thresholds, regularize
 from entropy_regularization.integrations.transformers.accumulation import share_of_step
-from entropy_regularization.integrations.transformers.regularize import handle_of
+from entropy_regularization.integrations.transformers.regularized import handle_of
 from entropy_regularization.thresholds import without_weight_decay
 
 SHAPE = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 32}

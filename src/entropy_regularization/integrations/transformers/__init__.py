@@ -9,7 +9,8 @@ if reason := unsupported_reason():
     raise ImportError(reason, name="transformers")
 
 from entropy_regularization.integrations.transformers.loading import load_thresholds
-from entropy_regularization.integrations.transformers.regularize import Regularized, regularize
+from entropy_regularization.integrations.transformers.regularize import regularize
+from entropy_regularization.integrations.transformers.regularized import Regularized
 
 if TYPE_CHECKING:
     from entropy_regularization.integrations.transformers.callback import EntropyCallback

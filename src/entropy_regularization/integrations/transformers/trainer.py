@@ -18,11 +18,8 @@ from entropy_regularization.integrations.transformers.loading import (
     save_beside,
 )
 from entropy_regularization.integrations.transformers.losses import TrainingPass
-from entropy_regularization.integrations.transformers.regularize import (
-    Regularized,
-    handle_of,
-    regularize,
-)
+from entropy_regularization.integrations.transformers.regularize import regularize
+from entropy_regularization.integrations.transformers.regularized import Regularized, handle_of
 from entropy_regularization.monitoring.monitor import EntropyMonitor
 from entropy_regularization.regularization import EntropyRegularization
 from entropy_regularization.thresholds import HeadThresholds
