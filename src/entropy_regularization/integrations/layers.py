@@ -97,7 +97,7 @@ def places_among(
         names: of the model's modules, in its order.
         recorded: of the layers that were recorded.
         layers: how many a whole pass records, one after the other in the order of the model.
-        others: layers that other passes recorded: this one may lack all that are named alike.
+        others: layers that another pass may record: this one may lack all that are named alike.
 
     Returns:
         The place of each recorded layer among all that are named like one, but for numbers; None
@@ -112,6 +112,12 @@ def places_among(
 
 def _without_numbers(name: str) -> str:
     return re.sub(r"\d+", "#", name)
+
+
+def attending(names: Names) -> list[str]:
+    """Return the names of modules that are attention by their classes' names, and hold no other."""
+    found = [name for part, name in names.items() if "attention" in type(part).__name__.lower()]
+    return [name for name in found if not any(other.startswith(f"{name}.") for other in found)]
 
 
 def kind_of(name: str, module: nn.Module | None = None) -> Literal["self", "cross"]:

@@ -643,14 +643,19 @@ def test_an_attention_that_is_set_meanwhile_stays() -> None:
     assert model.config._attn_implementation == "eager"
 
 
-def test_layers_that_a_pass_drops_keep_their_thresholds() -> None:
-    torch.manual_seed(0)
+def dropping_bart() -> BartForConditionalGeneration:
+    """Return three layers of an encoder and one of a decoder, which training drops at times."""
     config = BartConfig(
         d_model=16, encoder_layers=3, decoder_layers=1, encoder_attention_heads=2, vocab_size=32,
         decoder_attention_heads=4, encoder_ffn_dim=16, decoder_ffn_dim=16, pad_token_id=1,
         max_position_embeddings=32, encoder_layerdrop=0.3, decoder_layerdrop=0.3, dropout=0.0,
     )  # fmt: skip
-    model = BartForConditionalGeneration(config).train()
+    return BartForConditionalGeneration(config).train()
+
+
+def test_layers_that_a_pass_drops_keep_their_thresholds() -> None:
+    torch.manual_seed(0)
+    model = dropping_bart()
     order = [f"model.encoder.layers.{k}.self_attn" for k in range(3)]
     order += [f"model.decoder.layers.0.{name}" for name in ("self_attn", "encoder_attn")]
     initial = torch.rand(5, 4)
@@ -670,6 +675,19 @@ def test_layers_that_a_pass_drops_keep_their_thresholds() -> None:
     assert len(passes[0]) < 5  # the first one has dropped some
     assert [0, 1, 2, 3, 4] in passes
     assert any(4 not in rows for rows in passes)  # the whole decoder was
+
+
+def test_the_first_passes_may_drop_all_layers_of_a_kind() -> None:
+    model = dropping_bart()
+    initial = torch.rand(5, 4)
+    handle = regularize(model, thresholds=HeadThresholds(5, 4, initial))
+    for layerdrop, calls in ((1.0, 3), (1.0, 3), (0.0, 5)):
+        model.model.encoder.layerdrop, model.model.decoder.layerdrop = 0.0, layerdrop
+        model(**batch_of()).loss.backward()
+        recording = handle.recording
+        assert len(recording) == calls
+        fixed = initial[:calls, : max(layer.heads for layer in recording)]
+        torch.testing.assert_close(handle.penalty, handle.regularization(recording, fixed))
 
 
 def test_calls_whose_number_follows_the_batch_are_refused() -> None:

@@ -1,6 +1,7 @@
 """EntropyRegularizedTrainer: accumulation, ranks, resuming, logs; plain Trainer with regularize."""
 
 import json
+import math
 import os
 import socket
 import subprocess
@@ -232,6 +233,32 @@ def test_logs_and_evaluation(tmp_path: Path) -> None:
         assert 0 < line["entropy/mean"] < torch.tensor(float(N)).log()
         assert 0 < line["entropy/utilisation"] <= 1
     assert lines(trainer, "penalty")[-1] < lines(trainer, "penalty")[0]
+
+
+@pytest.mark.parametrize("filtered", [True, False])
+def test_a_loss_that_is_not_finite_is_logged_as_trainer_logs_it(
+    tmp_path: Path, filtered: bool
+) -> None:
+    """In float16 one overflows now and then, and the logs go on."""
+
+    def loss_of_logits(outputs, labels, num_items_in_batch):
+        overflows = trainer.state.global_step == 1
+        return outputs.logits.square().mean() + (math.inf if overflows else 0.0)
+
+    options = arguments(
+        tmp_path, logging_nan_inf_filter=filtered, logging_steps=4, learning_rate=0.0
+    )
+    trainer = EntropyRegularizedTrainer(
+        build(), options, train_dataset=data(), regularization=calibrated(), thresholds=0.5,
+        compute_loss_func=loss_of_logits,
+    )  # fmt: skip
+    trainer.train()
+    for key in ("loss", "penalty", "model_loss"):
+        (logged,) = lines(trainer, key)
+        assert math.isfinite(logged) == filtered
+    if filtered:  # nothing was learned; what Trainer takes for a second step is half the first
+        last = trainer.regularized.penalty.item()
+        assert lines(trainer, "penalty") == pytest.approx([3.5 / 4 * last], rel=0.01)
 
 
 def test_first_step_is_the_published_sum(tmp_path: Path) -> None:

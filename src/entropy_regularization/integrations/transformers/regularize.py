@@ -5,7 +5,7 @@ import inspect
 from torch import nn
 from transformers import PreTrainedModel
 
-from entropy_regularization.integrations.layers import Wanted, heads_of
+from entropy_regularization.integrations.layers import Wanted, attending, heads_of
 from entropy_regularization.integrations.modules import qualified_names
 from entropy_regularization.integrations.sharding import is_data_parallel
 from entropy_regularization.integrations.transformers.recorder import names_of, outermost
@@ -158,11 +158,8 @@ def _layers_and_heads(model: PreTrainedModel, layers: Wanted) -> tuple[int, int]
         # one call a layer of the encoder, self and cross of the decoder
         calls = encoder + 2 * decoder if encoder and decoder else None
     if layers.given is not None:
-        parts = names_of(model).items()
-        names = [name for part, name in parts if "attention" in type(part).__name__.lower()]
-        calling = [n for n in names if not any(other.startswith(f"{n}.") for other in names)]
         indices = sum(not isinstance(want, str) for want in layers)
-        calls = indices + sum(layers.takes(-1, name) for name in calling)
+        calls = indices + sum(layers.takes(-1, name) for name in attending(names_of(model)))
         if calls == 0:
             raise ValueError(
                 f"layers={layers.given!r} matches no attention module of {type(model).__name__}; "

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from entropy_regularization.integrations.checkpointing import refuse_lost_gradient
-from entropy_regularization.integrations.layers import places_among
+from entropy_regularization.integrations.layers import attending, places_among
 from entropy_regularization.integrations.sharding import is_data_parallel
 from entropy_regularization.integrations.stack import backward_enters_checkpoint, runs_forward
 from entropy_regularization.integrations.transformers.accumulation import share_of_step
@@ -244,9 +244,10 @@ class Regularized:
             return held
         places = None
         if calls < held.layers and heads <= held.heads:
-            names = names_of(self.model).values()
-            wanted = [name for name in names if self._recorder.layers.takes(-1, name)]
-            places = places_among(wanted, recorded, held.layers, self._fitted)
+            names = names_of(self.model)
+            wanted = [name for name in names.values() if self._recorder.layers.takes(-1, name)]
+            for others in (self._fitted, attending(names)):  # of the first passes little is known
+                places = places or places_among(wanted, recorded, held.layers, others)
         if places is not None:
             self._fitted.update(recorded)
             return as_tensor(held, "thresholds")[places, :heads]

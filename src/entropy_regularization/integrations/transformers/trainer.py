@@ -205,13 +205,18 @@ class EntropyRegularizedTrainer(Trainer):
                 added = each.penalty.to(loss) / (steps if is_scaled else 1)
                 loss, part = loss + added, part + added.detach()
             self._monitor.update(each.recording)
-        part = part if is_scaled else part / steps  # as Trainer will divide the loss
+        self._count(part if is_scaled else part / steps, loss)  # as Trainer will divide the loss
+        return loss
+
+    def _count(self, part: Tensor, loss: Tensor) -> None:
+        """Add the part of a loss that is the penalty to what is logged, as Trainer adds a loss."""
         if self._penalty_sum is None:
             self._first_step = self.state.global_step  # after a resume, not 0
-            self._penalty_sum = part
-        else:
-            self._penalty_sum = self._penalty_sum + part
-        return loss
+            self._penalty_sum = torch.zeros_like(part)
+        if self.args.logging_nan_inf_filter:  # Trainer takes a mean for a loss that is not finite
+            steps = 1 + self.state.global_step - self._first_step
+            part = torch.where(loss.detach().isfinite(), part, self._penalty_sum / steps)
+        self._penalty_sum = self._penalty_sum + part
 
     def _is_scaled(self, num_items_in_batch: Tensor | int | None) -> bool:
         """Tell whether Trainer takes the loss as normalised over the accumulated batch."""
