@@ -68,6 +68,21 @@ def test_file_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems refuse such names")
+def test_folder_that_cannot_be_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    listing = os.scandir
+
+    def refuse(path: str) -> object:
+        if Path(path).name == "closed":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return listing(path)
+
+    (tmp_path / "closed").mkdir()
+    (tmp_path / "text").write_text("to be or not to be")
+    monkeypatch.setattr(os, "scandir", refuse)  # root may list everything
+    with pytest.raises(DataError, match=r"/closed cannot be read \(Permission denied\); pass a fo"):
+        load_corpus(str(tmp_path))
+
+
 def test_file_names_that_are_not_utf8(tmp_path: Path) -> None:
     for number in range(60):
         (tmp_path / os.fsdecode(b"\xe4%d.txt" % number)).write_text(f"text number {number}")

@@ -154,7 +154,7 @@ def _files(source: str) -> Iterator[Document | None]:
         return
     root = path
     if path.is_dir():
-        found = sorted(each for each in path.rglob("*") if each.is_file())
+        found = sorted(each for each in _below(path) if each.is_file())
     else:
         root = _root(source)
         found = sorted(Path(each) for each in glob.glob(source, recursive=True))
@@ -175,6 +175,18 @@ def _files(source: str) -> Iterator[Document | None]:
             yield None  # a folder may hold pictures beside its text
     if left_out == len(found):
         raise DataError(f"none of the {len(found)} files of {source} is UTF-8 text; pass text.")
+
+
+def _below(folder: Path) -> Iterator[Path]:
+    """Walk over the files of a folder and of those in it."""
+
+    def refuse(error: OSError) -> None:
+        raise DataError(
+            f"{error.filename} cannot be read ({error.strerror}); pass a folder whose folders can."
+        )
+
+    for inside, _, names in os.walk(folder, onerror=refuse):
+        yield from (Path(inside, name) for name in names)
 
 
 def _root(pattern: str) -> Path:
