@@ -68,12 +68,12 @@ def test_how_files_of_a_checkpoint_are_opened_to_be_synchronized(
     monkeypatch.setattr(runs.os, "fsync", synchronize)
     monkeypatch.setattr(runs.os, "access", lambda *_: may_write)  # root may write everything
     folder = runs.RunFolder(tmp_path)
-    checkpoint = folder.checkpoints / "checkpoint-3"
+    checkpoint = folder.checkpoints.path / "checkpoint-3"
     (checkpoint / "model").mkdir(parents=True)
     (checkpoint / "model" / "weights").write_bytes(b"1234")
-    folder.mark_complete(3)
+    folder.checkpoints.mark_complete(3)
     assert modes == [os.O_RDWR if may_write else os.O_RDONLY, os.O_WRONLY]  # the file, the mark
-    assert folder.last_checkpoint() == (3, checkpoint)
+    assert folder.checkpoints.last() == (3, checkpoint)
     assert (checkpoint / "model" / "weights").read_bytes() == b"1234"
 
 

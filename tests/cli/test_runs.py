@@ -5,24 +5,25 @@ from pathlib import Path
 
 import pytest
 
+from entropy_regularization.cli.checkpoints import Checkpoints
 from entropy_regularization.cli.errors import UsageProblem
 from entropy_regularization.cli.runs import RunFolder
 
 
 def test_only_our_checkpoints_are_cleared(tmp_path: Path) -> None:
-    folder = RunFolder(tmp_path)
+    checkpoints = Checkpoints(tmp_path)
     theirs = ("checkpoint-best", "checkpoint-8-kept", "checkpoint-²")
     for name in (*theirs, "checkpoint-4", "checkpoint-5", "checkpoint-7"):
-        (folder.checkpoints / name).mkdir(parents=True)
-        (folder.checkpoints / name / "weights").write_text("1234")
-    (folder.checkpoints / "checkpoint-9").write_text("a plain file")
-    (folder.checkpoints / "checkpoint-10").symlink_to(folder.checkpoints / "checkpoint-best")
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "weights").write_text("1234")
+    (tmp_path / "checkpoint-9").write_text("a plain file")
+    (tmp_path / "checkpoint-10").symlink_to(tmp_path / "checkpoint-best")
     for step in (4, 7):
-        folder.mark_complete(step)
-    folder.clear_checkpoints_after(4)
-    left = {path.name for path in folder.checkpoints.iterdir()}
+        checkpoints.mark_complete(step)
+    checkpoints.clear_after(4)
+    left = {path.name for path in tmp_path.iterdir()}
     assert left == {*theirs, "checkpoint-4", "checkpoint-9", "checkpoint-10"}
-    assert folder.last_checkpoint() == (4, folder.checkpoints / "checkpoint-4")
+    assert checkpoints.last() == (4, tmp_path / "checkpoint-4")
 
 
 def test_name_that_is_not_utf8(tmp_path: Path) -> None:

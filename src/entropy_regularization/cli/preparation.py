@@ -133,7 +133,7 @@ def _check_tokenizer(folder: RunFolder) -> None:
         except (OSError, ValueError):
             raise RunProblem(
                 f"{path} is missing or damaged; copy the one of a checkpoint in "
-                f"{folder.checkpoints}, or start a new run with another --output."
+                f"{folder.checkpoints.path}, or start a new run with another --output."
             ) from None
 
 

@@ -1,18 +1,16 @@
-"""A run's folder: what lies where, whether it may be written, and its last complete checkpoint."""
+"""A run's folder: what lies where, whether it may be written, and what it was started with."""
 
 import json
-import math
 import os
 import platform
 import shlex
-import shutil
-import zlib
-from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from typing import IO, Any
 
+from entropy_regularization.cli.checkpoints import Checkpoints
 from entropy_regularization.cli.errors import RunProblem, UsageProblem
+from entropy_regularization.cli.files import write_json
 from entropy_regularization.cli.options import TrainOptions
 
 try:
@@ -23,7 +21,6 @@ except ModuleNotFoundError:  # Windows
 LIBRARIES = ("entropy-regularization", "torch", "transformers", "tokenizers", "accelerate")
 LOCK = ".lock"  # file whose lock a process holds while it writes into the folder
 PARTS = {"train": "training text", "held_out": "held-out text"}
-COMPLETE = "complete"  # file that is written into a checkpoint last
 
 
 class RunFolder:
@@ -42,7 +39,7 @@ class RunFolder:
         self.config = path / "config.json"
         self.result = path / "result.json"
         self.records = path / "records.jsonl"
-        self.checkpoints = path / "checkpoints"
+        self.checkpoints = Checkpoints(path / "checkpoints")
         self.model = path / "model"
         self.tokenizer = path / "tokenizer"
         self.heatmaps = path / "heatmaps.png"
@@ -213,30 +210,6 @@ class RunFolder:
             },
         )
 
-    def mark_complete(self, step: int) -> None:
-        """Mark a checkpoint as whole, after everything else in it is on the disk."""
-        folder = self.checkpoints / f"checkpoint-{step}"
-        sums = {}
-        for path in folder.rglob("*"):
-            if path.is_file() and path.name != COMPLETE:
-                # Windows synchronizes no file opened to be read; a copied one may be read-only
-                with path.open("r+b" if os.access(path, os.W_OK) else "rb") as file:
-                    os.fsync(file.fileno())
-                sums[path.relative_to(folder).as_posix()] = _sum_of(path)
-        write_json(folder / COMPLETE, {"step": step, "crc32": sums})
-
-    def clear_checkpoints_after(self, step: int) -> None:
-        """Remove what is torn or damaged: Trainer would keep it before whole checkpoints."""
-        for number, folder in self._checkpoints():
-            to_go = not (folder / COMPLETE).is_file() or number > step
-            if to_go and not folder.is_symlink():
-                shutil.rmtree(folder)
-
-    def last_checkpoint(self) -> tuple[int, Path] | None:
-        """Return step and folder of the last whole checkpoint; one cut off by a kill is ignored."""
-        found = self._complete_checkpoints()
-        return found[0] if found else None
-
     def how_to_go_on(self) -> str:
         """Return what to do when the run was stopped."""
         if self.config.is_file():
@@ -245,93 +218,9 @@ class RunFolder:
 
     def where_it_stopped(self) -> str:
         """Return a sentence about a run that was stopped: what is saved and what to do."""
-        found = self.last_checkpoint()
+        found = self.checkpoints.last()
         where = "before the first checkpoint" if found is None else f"at step {found[0]}"
         return f"stopped {where}; {self.how_to_go_on()}"
-
-    def checkpoint_to_resume(self, say: Callable[[str], None]) -> tuple[int, Path] | None:
-        """Return step and folder of the last checkpoint that is as it was written.
-
-        Args:
-            say: called with a sentence for each that is not.
-
-        Raises:
-            RunProblem: if there are checkpoints, but none to go on from.
-        """
-        damaged: list[str] = []
-        for step, folder in self._complete_checkpoints():
-            wrong = _damage_of(folder)
-            if wrong is None:
-                for sentence in damaged:
-                    say(f"{sentence}; the checkpoint of step {step} is used in its place")
-                return step, folder
-            damaged.append(wrong)
-        if damaged:
-            raise RunProblem(
-                f"{'; '.join(damaged)}, and there is no other checkpoint; put the file back, or "
-                "start a new run with another --output."
-            )
-        return None
-
-    def _complete_checkpoints(self) -> list[tuple[int, Path]]:
-        """Return steps and folders of checkpoints that were written to the end, newest first."""
-        found = [each for each in self._checkpoints() if (each[1] / COMPLETE).is_file()]
-        return sorted(found, reverse=True)
-
-    def _checkpoints(self) -> list[tuple[int, Path]]:
-        """Return steps and folders of checkpoints, whole or not; other names are not ours."""
-        found = []
-        for folder in self.checkpoints.glob("checkpoint-*"):
-            number = folder.name.removeprefix("checkpoint-")
-            if number.isdecimal() and folder.is_dir():
-                found.append((int(number), folder))
-        return found
-
-
-def _damage_of(checkpoint: Path) -> str | None:
-    """Return what is wrong with a checkpoint: a file that is not what was written."""
-    try:
-        sums = json.loads((checkpoint / COMPLETE).read_bytes()).get("crc32", {})
-    except (OSError, ValueError, AttributeError):
-        return f"{checkpoint / COMPLETE} cannot be read"
-    for name, expected in sums.items():
-        path = checkpoint / name
-        try:
-            if _sum_of(path) != expected:
-                return f"{path} is damaged"
-        except OSError as error:
-            return f"{path} cannot be read ({error.strerror})"
-    return None
-
-
-def _sum_of(path: Path) -> int:
-    """Return the CRC-32 of a file."""
-    found = 0
-    with path.open("rb") as file:
-        while part := file.read(1 << 20):
-            found = zlib.crc32(part, found)
-    return found
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write a JSON file that is there whole or not at all; not finite becomes null."""
-    beside = path.with_name(path.name + ".new")
-    try:
-        with beside.open("w", encoding="utf-8") as file:
-            json.dump(_finite(content), file, indent=1, allow_nan=False)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(path)
-    except OSError:
-        beside.unlink(missing_ok=True)
-        raise
-
-
-def _finite(content: Any) -> Any:
-    if isinstance(content, dict):
-        return {key: _finite(value) for key, value in content.items()}
-    return None if isinstance(content, float) and not math.isfinite(content) else content
 
 
 def _processor() -> str:

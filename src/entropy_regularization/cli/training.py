@@ -24,10 +24,11 @@ from transformers.utils import logging as transformers_logging
 from entropy_regularization.cli.console import PlainConsole
 from entropy_regularization.cli.errors import RunProblem, Stopped, UsageProblem
 from entropy_regularization.cli.evaluation import evaluate, numbers_of
+from entropy_regularization.cli.files import write_json
 from entropy_regularization.cli.models import SIZES, load_renamed_weights
 from entropy_regularization.cli.options import TrainOptions
 from entropy_regularization.cli.preparation import Materials, check_precision, prepare
-from entropy_regularization.cli.runs import RunFolder, write_json
+from entropy_regularization.cli.runs import RunFolder
 from entropy_regularization.cli.signals import EXIT_CODES
 from entropy_regularization.cli.watch import NothingLeft, Watch
 from entropy_regularization.integrations.transformers.loading import load_thresholds
@@ -114,7 +115,7 @@ def _failures_in_words(folder: RunFolder) -> Iterator[None]:
 def training_arguments(options: TrainOptions, folder: RunFolder) -> TrainingArguments:
     """Return the options in Trainer's words."""
     return TrainingArguments(
-        output_dir=str(folder.checkpoints),
+        output_dir=str(folder.checkpoints.path),
         per_device_train_batch_size=options.batch_size,
         gradient_accumulation_steps=options.accumulation,
         max_steps=options.total_steps,
@@ -209,7 +210,7 @@ class Run:
 
     def run(self, *, resume: bool) -> None:
         """Evaluate, train, evaluate, write."""
-        checkpoint = self.folder.checkpoint_to_resume(self.console.print) if resume else None
+        checkpoint = self.folder.checkpoints.to_resume(self.console.print) if resume else None
         with self._records(None if checkpoint is None else checkpoint[0]) as writer:
             if checkpoint is None:
                 self._tell_of_thresholds()
@@ -251,7 +252,7 @@ class Run:
             return RecordWriter(os.devnull)
         if step is not None:
             self._check_records(step)
-        self.folder.clear_checkpoints_after(step or 0)
+        self.folder.checkpoints.clear_after(step or 0)
         return RecordWriter(self.folder.records, keep_until=-1 if step is None else step)
 
     def _check_records(self, step: int) -> None:

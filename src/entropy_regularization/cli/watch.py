@@ -178,7 +178,7 @@ class Watch(TrainerCallback):
         elif saving and not all(p.isfinite().all() for p in self.model.parameters()):
             wrong = "a weight became infinite or NaN"
         if wrong is not None:
-            found = self.folder.last_checkpoint()
+            found = self.folder.checkpoints.last()
             kept = (
                 "no checkpoint was written before it"
                 if found is None
@@ -196,7 +196,7 @@ class Watch(TrainerCallback):
         if args.world_size > 1:
             dist.barrier()  # every rank has written its part
         if state.is_world_process_zero:
-            self.folder.mark_complete(state.global_step)
+            self.folder.checkpoints.mark_complete(state.global_step)
 
     # what is written
 
