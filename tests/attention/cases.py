@@ -163,6 +163,24 @@ def check_rows_without_keys_pass_nothing_on(implementation: str, sinks: bool, de
     assert all(map(torch.equal, *derivatives))
 
 
+def check_a_sink_of_infinity_leaves_nothing(
+    implementation: str, dtype: torch.dtype, device: str
+) -> None:
+    """Output, entropy and gradients are 0 beside it, not NaN; the log-normalizer is the sink."""
+    case = next(case for case in CASES if case.name == "sinks-window-padding")
+    inputs, options = case.build(dtype, device)
+    with torch.no_grad():
+        inputs[-1][1] = torch.inf
+    found = case.run(inputs, options, implementation)
+    assert (found.output[:, 1] == 0).all()
+    assert (found.entropy[:, 1] == 0).all()
+    assert (found.log_normalizer[:, 1] == torch.inf).all()
+    derivatives = gradients(found, inputs)
+    assert all(each.isfinite().all() for each in (*found[:2], *derivatives))
+    assert (derivatives[0][:, 1] == 0).all()
+    assert torch.allclose(derivatives[-1][1], upstream(found)[2][:, 1].sum())
+
+
 def check_large_scores(implementation: str, dtype: torch.dtype, device: str) -> None:
     """Scores beyond float16's range: a row that one key has won has no gradient left to give.
 

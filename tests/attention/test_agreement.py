@@ -9,10 +9,10 @@ import torch
 from cases import (
     CASES,
     Case,
+    check_a_sink_of_infinity_leaves_nothing,
     check_large_scores,
     check_rows_without_keys_pass_nothing_on,
     gradients,
-    upstream,
     worst_error,
 )
 
@@ -160,18 +160,7 @@ def test_a_sink_of_minus_infinity_is_none(implementation: str) -> None:
 
 @pytest.mark.parametrize("implementation", ["reference", "blockwise"])
 def test_a_sink_of_infinity_leaves_nothing(implementation: str) -> None:
-    case = next(case for case in CASES if case.name == "sinks-window-padding")
-    inputs, options = case.build(torch.float64)
-    with torch.no_grad():
-        inputs[-1][1] = torch.inf
-    found = case.run(inputs, options, implementation)
-    assert (found.output[:, 1] == 0).all()
-    assert (found.entropy[:, 1] == 0).all()
-    assert (found.log_normalizer[:, 1] == torch.inf).all()
-    derivatives = gradients(found, inputs)
-    assert all(each.isfinite().all() for each in (*found[:2], *derivatives))
-    assert (derivatives[0][:, 1] == 0).all()
-    assert torch.allclose(derivatives[-1][1], upstream(found)[2][:, 1].sum())
+    check_a_sink_of_infinity_leaves_nothing(implementation, torch.float64, "cpu")
 
 
 @pytest.mark.parametrize("implementation", ["reference", "blockwise"])

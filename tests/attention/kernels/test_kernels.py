@@ -11,6 +11,7 @@ import torch
 from cases import (
     CASES,
     Case,
+    check_a_sink_of_infinity_leaves_nothing,
     check_error_is_at_most_that_of_naive_attention,
     check_large_scores,
     check_rows_without_keys_pass_nothing_on,
@@ -83,6 +84,11 @@ def test_equals_reference_over_many_tiles(
 def test_rows_without_keys_pass_nothing_on(sinks: bool, device: str, set_tiles: Any) -> None:
     set_tiles(16, 16)
     check_rows_without_keys_pass_nothing_on("triton", sinks, device)
+
+
+def test_a_sink_of_infinity_leaves_nothing(device: str, set_tiles: Any) -> None:
+    set_tiles(16, 16)
+    check_a_sink_of_infinity_leaves_nothing("triton", torch.float32, device)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])

@@ -349,7 +349,7 @@ def sinks_gradient(
     """Return dsinks: ``dlse/dsink`` is the sink's share of a row, ``dp_j/dsink`` minus that p_j."""
     empty = log2_normalizer == -math.inf
     log2_share = sinks.to(log2_normalizer.dtype)[None, :, None] * LOG2_E - log2_normalizer
-    share = log2_share.exp2().masked_fill(empty, 1.0)
+    share = log2_share.exp2().masked_fill(log2_normalizer.isinf(), 1.0)
     inner = constants.delta
     if upstream.entropy is not None:
         inner = inner - upstream.entropy.masked_fill(empty, 0.0)

@@ -314,7 +314,9 @@ def join_sink(entropy, log2_normalizer, sink_log2):
     difference = sink_log2 - log2_normalizer
     log2_share = -(tl.maximum(difference, 0.0) + tl.log2(1.0 + tl.exp2(-tl.abs(difference))))
     share = tl.exp2(log2_share)
-    return share * (entropy - log2_share * LN_2), log2_normalizer - log2_share, share
+    # beside a sink of infinity: 0 * -inf would be NaN
+    finite = at_least(log2_share, MASKED_LOG_PROBABILITY)
+    return share * (entropy - finite * LN_2), log2_normalizer - log2_share, share
 
 
 @triton.jit

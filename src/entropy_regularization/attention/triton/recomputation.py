@@ -45,7 +45,8 @@ def row_constants_kernel(
 
     ``delta_i = dO_i . O_i + g_i (H_i + share of the sink) - (gradient of lse_i)``, the
     log-normalizer in base 2 (finite) and ``g_i ln 2``. The saved log-normalizer is in base 2, -inf
-    for a row without a key: no gradient flows through it; that of its sink is added by itself.
+    for a row without a key: no gradient flows through it; that of its sink is added by itself. It
+    is inf beside a sink of infinity, which leaves nothing to the keys.
     ``constants`` are what is filled and the distance from head to head, a multiple of 16.
     """
     p_delta, p_log2_normalizer, p_entropy_slope, stride = constants
@@ -60,6 +61,7 @@ def row_constants_kernel(
     # [ROWS]
     normalizer = tl.load(p_saved_normalizer + o_row, mask=m_row, other=0.0)
     empty = normalizer == float("-inf")
+    alone = tl.abs(normalizer) == float("inf")  # a sink, if there is one, has all of the row
     delta = tl.zeros([ROWS], WIDE)
     if d_output is not None:
         output = with_known_strides(output, STRIDES_BY_8)
@@ -79,15 +81,15 @@ def row_constants_kernel(
         slope = tl.where(empty, 0.0, tl.load(p_d_entropy + o_row, mask=m_row, other=0.0))
         if p_sinks is not None:
             log2_share = tl.load(p_sinks + head).to(WIDE) * LOG2_E - normalizer
-            bracket += tl.where(empty, 1.0, tl.exp2(log2_share))
+            bracket += tl.where(alone, 1.0, tl.exp2(log2_share))
         delta += slope * bracket
         tl.store(p_entropy_slope + o_constant, slope * LN_2, mask=m_row)
     if p_d_normalizer is not None:
         d_normalizer = tl.load(p_d_normalizer + o_row, mask=m_row, other=0.0)
         delta -= tl.where(empty, 0.0, d_normalizer)
     tl.store(p_delta + o_constant, delta, mask=m_row)
-    # An empty row: all its scores are masked later, so any finite number will do.
-    tl.store(p_log2_normalizer + o_constant, tl.where(empty, 0.0, normalizer), mask=m_row)
+    # Beyond every score, and its product with any gradient of the entropy is finite.
+    tl.store(p_log2_normalizer + o_constant, tl.where(alone, 1e22, normalizer), mask=m_row)
 
 
 @triton.jit
