@@ -6,8 +6,8 @@
 
 Random weights in bfloat16. The 1B model has the shape of Llama 3.2 1B (16 layers, width 2048, 32
 query and 8 key heads) and runs with non-reentrant checkpointing. Each arm runs in a process of its
-own, so that peak memory is its own. An arm that fails is reported, the others go on, and the exit
-status is 1.
+own, so that peak memory is its own; all of them import what they need at once, while the first one
+runs. An arm that fails is reported, the others go on, and the exit status is 1.
 """
 
 import argparse
@@ -117,20 +117,37 @@ def work(name: str, tokens: int, arm: str, turns: int) -> dict[str, float]:
     }
 
 
-def run_worker(arguments: list[str], seconds: float) -> dict[str, Any]:
-    """Run one arm in a fresh process; what goes wrong there is a result as well."""
-    command = [sys.executable, __file__, "--worker", *arguments]
+def start_worker() -> subprocess.Popen[str]:
+    """Start a fresh process, which waits for what it shall run when it has imported all it needs.
+
+    Imports take as long as most arms do.
+    """
+    pipe = subprocess.PIPE
+    command = [sys.executable, __file__, "--worker"]
+    return subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True)
+
+
+def run_worker(
+    process: subprocess.Popen[str], arguments: list[str], seconds: float
+) -> dict[str, Any]:
+    """Let a started process run one arm; what goes wrong there is a result as well."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=seconds)
+        printed, said = process.communicate(json.dumps(arguments) + "\n", timeout=seconds)
     except subprocess.TimeoutExpired:
+        stop_worker(process)
         return {"skipped": f"took more than {seconds:.0f} s"}
-    if done.returncode == OUT_OF_MEMORY:
+    if process.returncode == OUT_OF_MEMORY:
         return {"skipped": "out of memory"}
-    if done.returncode != 0:
-        print(done.stderr[-3000:], file=sys.stderr, flush=True)
-        return {"failed": done.stderr.strip()[-500:]}
-    row: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    if process.returncode != 0:
+        print(said[-3000:], file=sys.stderr, flush=True)
+        return {"failed": said.strip()[-500:]}
+    row: dict[str, Any] = json.loads(printed.splitlines()[-1])
     return row
+
+
+def stop_worker(process: subprocess.Popen[str]) -> None:
+    process.kill()
+    process.communicate()
 
 
 def largest_context(name: str, arm: str, seconds: float) -> dict[str, Any]:
@@ -173,6 +190,9 @@ def measure(chosen: argparse.Namespace, result: dict[str, Any]) -> Iterator[dict
     def left() -> float:
         return chosen.total_seconds - (time.perf_counter() - begin)
 
+    searched = ("gpt2-small", "llama-1b") if chosen.largest else ()
+    arms_in_all = (len(PROBLEMS) + len(searched)) * len(ARMS)
+    workers = [start_worker() for _ in range(arms_in_all if left() >= 1 else 0)]
     for name, tokens in PROBLEMS:
         arms: dict[str, Any] = {}
         result["problems"].append({"model": name, "tokens": tokens, "arms": arms})
@@ -182,10 +202,11 @@ def measure(chosen: argparse.Namespace, result: dict[str, Any]) -> Iterator[dict
                 arms[arm] = {"skipped": "not reached in time"}
                 yield arms[arm]
                 continue
-            arms[arm] = run_worker(["step", name, arm, str(tokens), str(chosen.turns)], limit)
+            task = ["step", name, arm, str(tokens), str(chosen.turns)]
+            arms[arm] = run_worker(workers.pop(0), task, limit)
             print(f"{name:10s} {tokens:6d} {arm:9s} {arms[arm]}", flush=True)
             yield arms[arm]
-    for name in ("gpt2-small", "llama-1b") if chosen.largest else ():
+    for name in searched:
         found = result["largest"][name] = {}
         for arm in ARMS:
             limit = min(chosen.seconds, left())
@@ -193,9 +214,12 @@ def measure(chosen: argparse.Namespace, result: dict[str, Any]) -> Iterator[dict
                 found[arm] = {"skipped": "not reached in time"}
                 yield found[arm]
                 continue
-            found[arm] = run_worker(["largest", name, arm, "0", str(limit - 20)], limit)
+            task = ["largest", name, arm, "0", str(limit - 20)]
+            found[arm] = run_worker(workers.pop(0), task, limit)
             print(f"{name:10s} largest context {arm:9s} {found[arm]}", flush=True)
             yield found[arm]
+    for process in workers:
+        stop_worker(process)
 
 
 def main() -> None:
@@ -206,10 +230,12 @@ def main() -> None:
     parser.add_argument("--largest", action="store_true", help="also search the largest context")
     parser.add_argument("--output", type=Path, default=RESULTS)
     parser.add_argument("--dry-run", action="store_true", help="print the plan")
-    parser.add_argument("--worker", nargs=5, help=argparse.SUPPRESS)
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     chosen = parser.parse_args()
     if chosen.worker:
-        worker(chosen.worker)
+        given = sys.stdin.readline()
+        if given:
+            worker(json.loads(given))
         return
     if chosen.dry_run:
         for name, tokens in PROBLEMS:

@@ -163,9 +163,32 @@ def test_what_training_did_not_reach_is_written(
 
 def test_a_worker_that_fails_is_a_result(load: Any) -> None:
     bench = load("gpu_training_step")
-    command = ["step", "gpt2-small", "ours", "many", "1"]
-    assert "invalid literal for int" in bench.run_worker(command, 200.0)["failed"]
-    assert bench.run_worker(command, 0.01) == {"skipped": "took more than 0 s"}
+    task = ["step", "gpt2-small", "ours", "many", "1"]
+    failing, late = bench.start_worker(), bench.start_worker()
+    assert "invalid literal for int" in bench.run_worker(failing, task, 200.0)["failed"]
+    assert bench.run_worker(late, task, 0.01) == {"skipped": "took more than 0 s"}
+    assert late.returncode is not None
+
+
+def test_workers_import_while_others_run(
+    load: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Imports, one after the other, would take more of a call on a GPU than the steps."""
+    bench = load("gpu_training_step")
+    started, ran = [], []
+
+    def run_worker(process: int, task: list[str], seconds: float) -> dict[str, Any]:
+        assert len(started) == len(bench.PROBLEMS) * len(bench.ARMS)
+        ran.append(process)
+        return {}
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(bench, "environment", dict)
+    monkeypatch.setattr(bench, "start_worker", lambda: started.append(0) or len(started))
+    monkeypatch.setattr(bench, "run_worker", run_worker)
+    monkeypatch.setattr(sys, "argv", ["gpu_training_step.py", "--output", str(tmp_path / "steps")])
+    bench.main()
+    assert sorted(ran) == list(range(1, len(started) + 1))
 
 
 def test_tile_configurations_give_the_same_numbers(load: Any, device: str, set_tiles: Any) -> None:
