@@ -11,17 +11,15 @@ the chosen do not run.
 
 import argparse
 import json
-import multiprocessing
 import statistics
 import sys
 import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from gpu_attention import environment, milliseconds
+from gpu_attention import compile_all, environment, milliseconds
 
 from entropy_regularization.attention.masking import Structure
 from entropy_regularization.attention.triton import launch
@@ -137,26 +135,6 @@ def compile_trial(trial: Trial) -> str | None:
     return None
 
 
-def compile_all(trials: list[Trial], jobs: int, seconds: float) -> dict[Trial, str]:
-    """Compile in processes side by side; return what failed, and why."""
-    failed = dict.fromkeys(trials, "not compiled in time")
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(max_workers=jobs, mp_context=context)
-    futures = {pool.submit(compile_trial, trial): trial for trial in trials}
-    try:
-        for future in as_completed(futures, timeout=seconds):
-            error = future.exception()  # a process that was killed, for one
-            reason = future.result() if error is None else f"{type(error).__name__}: {error}"
-            if reason is None:
-                del failed[futures[future]]
-            else:
-                failed[futures[future]] = reason
-    except TimeoutError:
-        pass
-    pool.shutdown(wait=False, cancel_futures=True)
-    return failed
-
-
 def difference(found: Any, expected: Any) -> float:
     """Return the largest difference, as a share of the largest number."""
     pairs = zip(found, expected, strict=True)
@@ -190,7 +168,7 @@ def run(turns: int, seconds: float, jobs: int, output: Path) -> list[str]:
     """Compile and time all trials; write what there is after each problem; return what failed."""
     begin = time.perf_counter()
     trials = plan()
-    failed = compile_all(trials, jobs, seconds / 2)
+    failed = compile_all(compile_trial, trials, jobs, seconds / 2)
     result: dict[str, Any] = {"environment": environment(), "trials": [], "not_reached": []}
     result["failed"] = [[*trial[:2], list(trial.tiles), why] for trial, why in failed.items()]
     output.parent.mkdir(parents=True, exist_ok=True)

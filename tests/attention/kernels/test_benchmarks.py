@@ -2,9 +2,11 @@
 
 import importlib
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -223,7 +225,7 @@ def test_tile_configurations_are_timed_and_written(
     monkeypatch.setattr(bench, "CANDIDATES", {"forward": {16: [(32, 16, 4, 1), (16, 32, 4, 1)]}})
     small = bench.Workload(1, 40)
     monkeypatch.setattr(bench, "WORKLOADS", (small,))
-    monkeypatch.setattr(bench, "compile_all", lambda trials, *rest: {trials[1]: "too large"})
+    monkeypatch.setattr(bench, "compile_all", lambda call, trials, *rest: {trials[1]: "too large"})
     monkeypatch.setattr(bench, "prepare", lambda dim, *rest: prepare(dim, small, "cpu", width=dim))
     monkeypatch.setattr(bench, "milliseconds", lambda step: float(step() is not None))
     assert bench.run(2, 60.0, 1, tmp_path / "tiles.json") == []
@@ -263,6 +265,42 @@ def test_attention_is_written_after_every_problem(
     assert written["problems"][0]["arms"]["ours"]["ratio_to_sdpa_flash"] == 1.5
     assert bench.run(shapes, list(bench.QUICK), 3, 0.0, output) == []
     assert len(json.loads(output.read_text())["not_reached"]) == 4
+
+
+def test_what_compiles_for_every_shape_is_compiled_side_by_side_before(
+    load: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    bench = load("gpu_attention")
+    shapes = bench.plan([16, 32], [64], 32)
+    done: list[Any] = []
+
+    def measure(shape: Any, backward: bool, arms: list[str], turns: int) -> dict[str, Any]:
+        done.append(arms)
+        return {}
+
+    def compile_all(call: Any, tasks: list[Any], jobs: int, seconds: float) -> dict[Any, str]:
+        assert call is bench.compile_arm
+        assert 0 < seconds < 60
+        done.append(tasks)
+        return {}
+
+    monkeypatch.setattr(bench, "measure_rates", lambda: bench.NOMINAL)
+    monkeypatch.setattr(bench, "measure", measure)
+    monkeypatch.setattr(bench, "compile_all", compile_all)
+    assert bench.run(shapes, ["ours", "flex"], 3, 60.0, tmp_path / "attention.json") == []
+    tasks = [("flex", shape, backward) for shape in shapes for backward in (False, True)]
+    assert done == [*[["ours"]] * 4, tasks, *[["ours", "flex"]] * 4]
+    done.clear()
+    assert bench.run(shapes, ["ours"], 3, 60.0, tmp_path / "attention.json") == []
+    assert done == [["ours"]] * 4
+
+
+@pytest.mark.slow
+def test_no_process_that_compiles_is_left(load: Any) -> None:
+    bench = load("gpu_attention")
+    late = {600.0: "not compiled in time"}
+    assert bench.compile_all(time.sleep, [0.0, 600.0], 2, 15.0) == late
+    assert multiprocessing.active_children() == []
 
 
 def run_script(*arguments: str, out: Path) -> subprocess.CompletedProcess[str]:
