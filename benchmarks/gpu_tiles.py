@@ -66,16 +66,13 @@ class Trial(NamedTuple):
 
 
 def plan() -> list[Trial]:
-    """List the trials; the first of every kernel and head dimension is what tiles.py has."""
-    return [
-        Trial(kernel, dim, tiles)
-        for kernel, by_dim in CANDIDATES.items()
-        for dim, given in by_dim.items()
-        for tiles in [
-            choose_tiles(kernel, dim, torch.bfloat16),
-            *(Tiles(*numbers) for numbers in given),
-        ]
-    ]
+    """List the trials: first what tiles.py has for every kernel and head dimension."""
+    chosen, others = [], []
+    for kernel, by_dim in CANDIDATES.items():
+        for dim, given in by_dim.items():
+            chosen.append(Trial(kernel, dim, choose_tiles(kernel, dim, torch.bfloat16)))
+            others += [Trial(kernel, dim, Tiles(*numbers)) for numbers in given]
+    return chosen + others
 
 
 def prepare(

@@ -213,8 +213,9 @@ def test_tile_configurations_start_with_the_chosen(load: Any) -> None:
     trials = bench.plan()
     assert len(set(trials)) == len(trials)
     firsts = {(trial.kernel, trial.dim): trial.tiles for trial in reversed(trials)}
-    for (kernel, dim), tiles in firsts.items():
-        assert tiles == bench.choose_tiles(kernel, dim, torch.bfloat16)
+    for kernel, dim, tiles in trials[: len(firsts)]:  # or time may end before one is compiled
+        assert tiles == firsts.pop((kernel, dim)) == bench.choose_tiles(kernel, dim, torch.bfloat16)
+    assert not firsts
 
 
 def test_tile_configurations_are_timed_and_written(
