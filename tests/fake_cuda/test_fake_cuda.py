@@ -51,3 +51,32 @@ def test_steps(tmp_path: Path) -> None:
         if name not in ("layers_lie_on_two_devices", "heads_are_watched"):  # no backward
             assert in_backward >= {"query_gradient_kernel", "key_gradient_kernel"}, name
         assert ("forward_kernel" in in_backward) == ("checkpointing" in name), name
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="needs Triton")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a driver")
+@pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler")
+def test_launches(tmp_path: Path) -> None:
+    """Every argument of a kernel arrives at the driver, through the launcher that Triton builds."""
+    library = tmp_path / "libcuda.so.1"
+    build = [COMPILER, "-shared", "-fPIC", "-std=c++20", HERE / "driver.cpp", "-o", library]
+    subprocess.run(build, check=True)
+    (tmp_path / "libcuda.so").symlink_to(library)
+    folders = [HERE.parent / "attention", HERE.parent / "ptx", HERE.parents[1] / "benchmarks"]
+    environment = os.environ | {
+        "TRITON_INTERPRET": "0",
+        "TRITON_CACHE_DIR": str(tmp_path / "cache"),
+        "TRITON_LIBCUDA_PATH": str(tmp_path),
+        "LD_LIBRARY_PATH": str(tmp_path),
+        "PYTHONPATH": os.pathsep.join([*map(str, folders), *sys.path]),
+    }
+    command = [sys.executable, HERE / "launches.py", library]
+    ran = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert ran.returncode == 0, ran.stderr
+    launched = json.loads(ran.stdout.splitlines()[-1])
+    of_three_cases = dict.fromkeys(
+        ("forward_kernel", "row_constants_kernel", "query_gradient_kernel", "key_gradient_kernel"),
+        9,
+    )
+    assert launched == {**of_three_cases, "bias_gradient_kernel": 3}
