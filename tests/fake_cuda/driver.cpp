@@ -30,6 +30,7 @@ int cuCtxGetCurrent(void** context) {
 
 #define NOTHING(name) \
   int name() { return 0; }
+NOTHING(cuCtxGetDevice)
 NOTHING(cuCtxGetLimit)
 NOTHING(cuCtxSetCurrent)
 NOTHING(cuCtxSetLimit)
@@ -43,4 +44,5 @@ NOTHING(cuFuncSetCacheConfig)
 NOTHING(cuGetErrorString)
 NOTHING(cuModuleGetFunction)
 NOTHING(cuModuleLoadData)
+NOTHING(cuModuleUnload)
 }
