@@ -28,6 +28,7 @@ from transformers import (
     CLIPModel,
     CLIPSegConfig,
     CLIPSegForImageSegmentation,
+    EncoderDecoderCache,
     FalconConfig,
     FalconForCausalLM,
     Gemma3ForCausalLM,
@@ -949,6 +950,26 @@ def test_static_cache_by_hand() -> None:
         model(tokens(), use_cache=False)
     torch.testing.assert_close(recording[1].entropy, plain[1].entropy, rtol=0, atol=1e-5)
     assert torch.equal(recording[1].allowed_keys, plain[1].allowed_keys)
+
+
+@pytest.mark.parametrize("kind", ["decoder", "encoder and decoder"])
+def test_the_mask_of_a_static_cache_may_be_as_long_as_it(kind: str) -> None:
+    model, given, name = llama(), {}, "attention_mask"
+    if kind == "encoder and decoder":
+        model, name = bart(), "decoder_attention_mask"
+        given["encoder_outputs"] = model.get_encoder()(tokens(), return_dict=True)
+    ids = "decoder_input_ids" if given else "input_ids"
+    cache, mask = StaticCache(config=model.config, max_cache_len=16), padding("left")
+    if given:
+        cache = EncoderDecoderCache(cache, StaticCache(config=model.config, max_cache_len=16))
+    rows = []
+    for first, stop in ((0, 5), (5, 9)):
+        whole = torch.nn.functional.pad(mask[:, :stop], (0, 16 - stop))
+        with record_entropy(model, gradient=False) as recording:
+            inputs = {ids: tokens()[:, first:stop], name: whole}
+            model(past_key_values=cache, use_cache=True, **inputs, **given)
+        rows.append(recording[0].rows)
+    assert torch.equal(torch.cat(rows, 1), mask.bool())
 
 
 # Structured masks

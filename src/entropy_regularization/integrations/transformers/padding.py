@@ -4,8 +4,10 @@ import inspect
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
+from transformers import StaticCache
 
 from entropy_regularization.attention.masking import Memo, once
 
@@ -17,7 +19,8 @@ class _Given(NamedTuple):
 
     mask: Tensor | None
     reads: str
-    memo: Memo  # its end, by length
+    memo: Memo  # the part that is its rows', by length
+    filled: Tensor | int | None = None  # tokens in a static cache, whose mask may be as long as it
 
 
 class PaddingTracker:
@@ -51,11 +54,12 @@ class PaddingTracker:
         given = arguments_of(part, args, kwargs)
         reads = getattr(part, "main_input_name", "input_ids")
         mask = given.get("attention_mask")
+        filled = _filled(given)
         outer = self._given[-1] if self._given else None
         if "attention_mask" not in given and outer is not None and outer.reads == reads:
-            mask = outer.mask
+            mask, filled = outer.mask, outer.filled
         usable = isinstance(mask, Tensor) and mask.dim() == 2
-        self._given.append(_Given(mask if usable else None, reads, {}))
+        self._given.append(_Given(mask if usable else None, reads, {}, filled))
 
     def leave(self, part: nn.Module, args: Any, output: Any) -> None:
         """Forget the mask of a model whose forward has ended."""
@@ -79,17 +83,40 @@ class PaddingTracker:
                 calls the forward of a model, and so none of its hooks.
         """
         batch, _, n_queries = entropy.shape
-        mask, reads, memo = self._given[-1] if self._given else _Given(None, "", {})
+        given = self._given[-1] if self._given else _Given(None, "", {})
+        mask = given.mask
         if mask is not None and mask.shape[0] == batch:
-            if mask.shape[1] == n_queries or (reads in TOKENS and mask.shape[1] > n_queries):
-                what, first = (n_queries, entropy.device), mask.shape[1] - n_queries
-                end: Tensor = once(memo, what, lambda: mask[:, first:].bool().to(entropy.device))
-                return end
+            if mask.shape[1] == n_queries or (given.reads in TOKENS and mask.shape[1] > n_queries):
+                what = (n_queries, entropy.device)
+                part: Tensor = once(given.memo, what, lambda: _part(given, *what))
+                return part
         elif self._given:  # a model that was given none
             key_padding = None
         if key_padding is not None and key_padding.shape == (batch, n_queries):
             return key_padding
         return None
+
+
+def _filled(given: dict[str, Any]) -> Tensor | int | None:
+    """Return how many tokens a static cache holds before a pass; None if there is none."""
+    cache = given.get("past_key_values")
+    cache = given.get("cache") if cache is None else cache  # its name from transformers 5.24 on
+    cache = getattr(cache, "self_attention_cache", cache)
+    if not isinstance(cache, StaticCache):
+        return None
+    filled: Tensor | int = cache.get_seq_length()
+    return filled.clone() if isinstance(filled, Tensor) else filled
+
+
+def _part(given: _Given, n_queries: int, device: torch.device) -> Tensor:
+    """Return the part of a mask that tells of the queries, ``[batch, queries]``: mostly its end."""
+    assert given.mask is not None
+    mask = given.mask.bool().to(device)
+    last = mask.shape[1] - n_queries
+    if given.filled is None or last == 0:
+        return mask[:, last:]
+    places = torch.arange(n_queries, device=device) + given.filled
+    return mask.index_select(1, places.clamp(max=mask.shape[1] - 1))
 
 
 def arguments_of(part: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
