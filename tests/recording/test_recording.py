@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from entropy_regularization import EntropyRecording, LayerEntropy, record_entropy
 
@@ -126,4 +126,15 @@ def test_joining_refuses_what_does_not_belong_together() -> None:
 
 def test_what_is_not_a_model_is_refused() -> None:
     with pytest.raises(TypeError, match="model is a str; pass a torch"), record_entropy("gpt2"):
+        pass
+
+
+@pytest.mark.parametrize("flag", ["gradient", "allow_partial"])
+def test_flags_that_are_none_are_refused(flag: str) -> None:
+    """The text "no" is true: a recording that must be whole would be a partial one."""
+    model = nn.Linear(2, 2)
+    with (
+        pytest.raises(TypeError, match=f"{flag} is 'no'; pass True or False"),
+        record_entropy(model, **{flag: "no"}),
+    ):
         pass

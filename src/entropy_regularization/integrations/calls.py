@@ -9,6 +9,7 @@ from torch.utils.hooks import RemovableHandle
 
 from entropy_regularization.attention.api import AttentionOutput
 from entropy_regularization.attention.masking import Memo, Structure, once
+from entropy_regularization.checks import check_flag
 from entropy_regularization.integrations import interception
 from entropy_regularization.integrations.checkpointing import AtNextForward, refuse_lost_gradient
 from entropy_regularization.integrations.compiled import holds_compiled, unwrapped
@@ -37,6 +38,9 @@ class CallRecorder:
         gradient: False detaches what is recorded.
         allow_partial: accept modules that attend unheard; they are in ``missing``.
         training_only: leave out passes without a gradient.
+
+    Raises:
+        TypeError: if a flag is not True or False.
     """
 
     def __init__(
@@ -50,8 +54,8 @@ class CallRecorder:
     ) -> None:
         self.model = unwrapped(model)
         self.layers = Wanted(layers)
-        self.gradient = gradient
-        self.allow_partial = allow_partial
+        self.gradient = check_flag("gradient", gradient)
+        self.allow_partial = check_flag("allow_partial", allow_partial)
         self._training_only = training_only
         self._know({})
         self._recording = EntropyRecording()

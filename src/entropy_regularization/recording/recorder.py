@@ -49,7 +49,7 @@ def make_recorder(
     With ``training_only`` it leaves out passes without a gradient, such as generated text.
 
     Raises:
-        TypeError: if the model is not a torch module.
+        TypeError: if the model is not a torch module, or a flag not True or False.
         ValueError: if no host can see this model's attention; the sentence names what was found.
         ImportError: if it is a model of an older transformers than is supported.
     """
@@ -95,7 +95,7 @@ def record_entropy(
         The recording, which fills as the model runs.
 
     Raises:
-        TypeError: if the model is not a torch module.
+        TypeError: if the model is not a torch module, or a flag not True or False.
         ValueError: if the model, or a part of it, cannot be seen; the sentence names the modules.
         ImportError: if it is a model of an older transformers than is supported.
 

@@ -68,7 +68,8 @@ def regularize(
         A handle: the last loss, penalty and recording, and ``remove()``.
 
     Raises:
-        TypeError: if the model holds no transformers model, or regularization is something else.
+        TypeError: if the model holds no transformers model, regularization is something else, or
+            allow_partial not True or False.
         ValueError: if the model is regularized already, wrapped by data parallelism or holds
             several, its attention cannot be recorded, its configuration does not tell its heads, or
             thresholds do not fit.
