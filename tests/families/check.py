@@ -10,6 +10,7 @@ from compare import (
     Rows,
     gradient_error,
     output_error,
+    padding_counted,
     pair_by_name,
     pair_returned,
     random_loss,
@@ -42,7 +43,7 @@ class Result:
         layers: recorded attention calls.
         reference: where the eager weights came from.
         errors: the worst of "output", "entropy", "returned" and "gradient", relative where that
-            has a meaning.
+            has a meaning; and "padding", the number of layers that count rows of it.
         unseen: modules with attention that was not recorded, ``name (class)``; all of them where
             nothing was recorded.
         note: why, where the outcome is not exact.
@@ -248,6 +249,7 @@ def _compare(result: Result, case: Case, eager: Eager, recorded: Recorded) -> No
         name for name, found in (("kept", pairs), ("returned", returned)) if found.layers
     )
     result.errors["output"] = output_error(eager.output, output, rows)
+    result.errors["padding"] = padding_counted(recording, case.batch)
     for name, found in (("entropy", pairs), ("returned", returned)):
         if found.layers:
             result.errors[name] = found.error(rows)
@@ -269,6 +271,7 @@ def _judge(
         "entropy": ENTROPY_TOLERANCE,
         "returned": ENTROPY_TOLERANCE,
         "gradient": GRADIENT_TOLERANCE,
+        "padding": 0,
     }
     if len(pairs.layers) == len(recording):
         limits["returned"] = torch.inf  # some return other matrices than act (informer, t5gemma2)

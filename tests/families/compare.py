@@ -34,6 +34,16 @@ class Rows:
         return torch.ones(batch, length, dtype=torch.bool) if mask is None else mask
 
 
+def padding_counted(recording: EntropyRecording, batch: dict[str, Any]) -> int:
+    """Return how many layers count rows that are padding by every mask of their length."""
+    masks = [mask for name, mask in batch.items() if "attention_mask" in name and mask.dim() == 2]
+    found = 0
+    for layer in recording:
+        of_rows = [mask.bool() for mask in masks if mask.shape == layer.rows.shape]
+        found += bool(of_rows) and all(bool((layer.rows & ~mask).any()) for mask in of_rows)
+    return found
+
+
 @dataclass
 class Pairs:
     """Recorded layers with the eager entropies of the same calls, and what found no partner."""

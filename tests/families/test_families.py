@@ -19,13 +19,12 @@ from entropy_regularization import record_entropy
 _FAST = """
     albert apertus arcee aya_vision bart beit bert bert-generation biogpt bitnet blenderbot
     camembert clip cohere cohere2 ctrl data2vec-text deepseek_v3 deepseek_v32 deit dinov2
-    distilbert doge dots3_note_text electra ernie exaone4 falcon gemma gemma2 gemma3_text glm glm4
-    gpt2 gpt_bigcode gpt_neo
-    gpt_neox gpt_oss granite granite_swa granitemoe helium hubert inkling2_text jamba jetmoe
-    lfm2 llama llava m2m_100 marian mbart megatron-bert mistral mixtral modernbert mpt nemotron
-    olmo olmo2 olmoe opt pegasus persimmon phi phi3 pixtral plbart qwen2 qwen2_moe qwen2_vl
-    qwen3 qwen3_moe rembert roberta seed_oss siglip smollm3 stablelm starcoder2 swin t5 umt5 vit
-    vit_mae wav2vec2 whisper xclip xlm-roberta
+    distilbert doge dots3_note_text electra ernie exaone4 falcon gemma gemma2 gemma3 gemma3_text
+    glm glm4 gpt2 gpt_bigcode gpt_neo gpt_neox gpt_oss granite granite_swa granitemoe helium
+    hubert inkling2_text jamba jetmoe lfm2 llama llava m2m_100 marian mbart megatron-bert mistral
+    mixtral modernbert mpt nemotron olmo olmo2 olmoe opt paligemma pegasus persimmon phi phi3
+    pixtral plbart qwen2 qwen2_moe qwen2_vl qwen3 qwen3_moe rembert roberta seed_oss siglip
+    smollm3 stablelm starcoder2 swin t5 umt5 vit vit_mae wav2vec2 whisper xclip xlm-roberta
 """.split()
 FAST = [family for family in _FAST if family in families()]  # older transformers have fewer
 # Families outside the attention interface, refused with a sentence or, where they call
@@ -82,6 +81,11 @@ def _change_first(recording, change):
     recording.layers[0] = replace(first, entropy=change(first.entropy))
 
 
+def _count_all_rows(recording):
+    first = recording.layers[0]
+    recording.layers[0] = replace(first, rows=torch.ones_like(first.rows))
+
+
 def _nudge_one_row(entropy):
     nudge = torch.zeros_like(entropy)
     nudge[1, 1, 5] = 1e-3
@@ -94,9 +98,10 @@ def _nudge_one_row(entropy):
         (functools.partial(_change_first, change=_nudge_one_row), "entropy"),
         (functools.partial(_change_first, change=torch.Tensor.detach), "gradient"),
         (functools.partial(_change_first, change=lambda entropy: entropy * torch.nan), "entropy"),
+        (_count_all_rows, "padding"),
         (lambda recording: recording.layers.reverse(), None),
     ],
-    ids=["one row", "no gradient", "nan", "order is not content"],
+    ids=["one row", "no gradient", "nan", "padding", "order is not content"],
 )
 def test_the_check_notices_a_wrong_recording(change, said):
     result = check("llama", "left", record=_with(change))

@@ -41,6 +41,8 @@ from transformers import (
     LlamaForCausalLM,
     MambaConfig,
     MambaForCausalLM,
+    PaliGemmaConfig,
+    PaliGemmaForConditionalGeneration,
     PreTrainedModel,
     SiglipVisionConfig,
     SiglipVisionModel,
@@ -270,6 +272,32 @@ def test_an_image_beside_the_text_has_no_padding_of_the_text() -> None:
     for layer in recording:
         text = "text" in layer.name
         assert torch.equal(layer.rows, mask.bool() if text else torch.ones(2, 5).bool())
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_padding_is_known_where_the_model_around_makes_the_mask(compiled: bool) -> None:
+    """Of its 2-D mask, which its text model does not get to see."""
+    text = {**TEXT, "model_type": "gemma", "head_dim": 4, "num_key_value_heads": 2}
+    vision = {**VISION, "vision_use_head": False}
+    config = PaliGemmaConfig(vision_config=vision, text_config=text, projection_dim=16)
+    model = sharpen(PaliGemmaForConditionalGeneration(config)).train()
+    mask, types = padding("right"), torch.ones(2, 9, dtype=torch.int64)
+    run = torch.compile(model, backend="eager") if compiled else model
+    with record_entropy(run, gradient=False) as recording:
+        run(input_ids=tokens(), attention_mask=mask, token_type_ids=types)
+    assert all(torch.equal(layer.rows, mask.bool()) for layer in recording)
+
+
+def test_a_decoder_does_not_take_the_mask_of_its_encoder() -> None:
+    model, mask = bart(), padding("right")
+    causal = torch.ones(9, 9, dtype=torch.bool).tril().expand(2, 1, 9, 9)
+    given = {"attention_mask": mask, "decoder_attention_mask": causal}
+    with record_entropy(model, gradient=False) as recording:
+        model(tokens(), decoder_input_ids=tokens(), **given)
+    encoder, *_, own, crossing = recording
+    assert torch.equal(encoder.rows, mask.bool())
+    assert own.rows.all()
+    assert crossing.rows.all()
 
 
 def test_frames_of_a_padded_sound_are_no_rows() -> None:

@@ -21,6 +21,7 @@ class _Given(NamedTuple):
     reads: str
     memo: Memo  # the part that is its rows', by length
     filled: Tensor | int | None = None  # tokens in a static cache, whose mask may be as long as it
+    made: bool = False  # the mask is that of the model around, which made another of it
 
 
 class PaddingTracker:
@@ -48,6 +49,7 @@ class PaddingTracker:
         """Note the mask of a model whose forward begins.
 
         A part without one inherits it, unless it reads something else (an image beside the text).
+        So does a part that is given what the model around made of its mask (gemma3, paligemma).
         """
         if not self.active:
             return
@@ -56,10 +58,12 @@ class PaddingTracker:
         mask = given.get("attention_mask")
         filled = _filled(given)
         outer = self._given[-1] if self._given else None
-        if "attention_mask" not in given and outer is not None and outer.reads == reads:
-            mask, filled = outer.mask, outer.filled
-        usable = isinstance(mask, Tensor) and mask.dim() == 2
-        self._given.append(_Given(mask if usable else None, reads, {}, filled))
+        made = mask is not None and not _is_of_tokens(mask) and not _may_decode(part)
+        inherits = "attention_mask" not in given or made
+        if inherits and outer is not None and outer.reads == reads:
+            mask, filled, made = outer.mask, outer.filled, made or outer.made
+        usable = mask if _is_of_tokens(mask) else None
+        self._given.append(_Given(usable, reads, {}, filled, made))
 
     def leave(self, part: nn.Module, args: Any, output: Any) -> None:
         """Forget the mask of a model whose forward has ended."""
@@ -86,7 +90,8 @@ class PaddingTracker:
         given = self._given[-1] if self._given else _Given(None, "", {})
         mask = given.mask
         if mask is not None and mask.shape[0] == batch:
-            if mask.shape[1] == n_queries or (given.reads in TOKENS and mask.shape[1] > n_queries):
+            longer = mask.shape[1] > n_queries and given.reads in TOKENS and not given.made
+            if longer or mask.shape[1] == n_queries:
                 what = (n_queries, entropy.device)
                 part: Tensor = once(given.memo, what, lambda: _part(given, *what))
                 return part
@@ -95,6 +100,17 @@ class PaddingTracker:
         if key_padding is not None and key_padding.shape == (batch, n_queries):
             return key_padding
         return None
+
+
+def _is_of_tokens(mask: Any) -> bool:
+    """Tell a mask ``[batch, tokens]`` from one of queries and keys, or several of them."""
+    return isinstance(mask, Tensor) and mask.dim() == 2
+
+
+def _may_decode(part: nn.Module) -> bool:
+    """Tell whether a model may be the decoder of another, whose mask is that of the encoder."""
+    names = ("is_encoder_decoder", "is_decoder")
+    return any(getattr(getattr(part, "config", None), name, False) for name in names)
 
 
 def _filled(given: dict[str, Any]) -> Tensor | int | None:
