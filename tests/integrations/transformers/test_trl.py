@@ -136,3 +136,26 @@ def test_regularize_alone_is_refused(tmp_path: Path) -> None:
     message = r"mix the trainer: class MyTrainer\(EntropyRegularizedTrainer, SFTTrainer\)"
     with pytest.raises(ValueError, match=message):
         trainer.train()
+
+
+def test_a_copied_reference_model_needs_fixed_thresholds(tmp_path: Path) -> None:
+    """TRL goes over the parameters of both models, of which there would not be as many."""
+    words = {"prompt": text(0, 3), "chosen": text(1, 4), "rejected": text(2, 5)}
+    options = {**COMMON, "sync_ref_model": True, "ref_model_sync_steps": 1}
+    mixed = type("Mixed", (EntropyRegularizedTrainer, trl.DPOTrainer), {})
+
+    def train(thresholds: object) -> Any:
+        trainer = mixed(
+            model=build(),
+            ref_model=build(),
+            args=trl.DPOConfig(output_dir=str(tmp_path), **options),
+            train_dataset=datasets.Dataset.from_list([words] * 8),
+            processing_class=tokenizer(),
+            regularization=EntropyRegularization.calibrated(0.5, 0.02),
+            thresholds=thresholds,
+        )
+        return logged(trainer)
+
+    assert train(0.2)["penalty"] > 0.02
+    with pytest.raises(ValueError, match="sync_ref_model=True copies all parameters of the model"):
+        train(None)

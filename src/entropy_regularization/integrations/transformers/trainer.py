@@ -37,7 +37,9 @@ class EntropyRegularizedTrainer(Trainer):
     With PEFT, which saves its adapters alone, the thresholds are saved beside them and resumed. A
     trainer that makes its loss in its own way, as those of TRL do, is mixed:
     ``class MyTrainer(EntropyRegularizedTrainer, SFTTrainer): pass``; or derive from this one and
-    write a ``compute_loss``, to whose loss the penalty is added. Logs gain
+    write a ``compute_loss``, to whose loss the penalty is added. What copies the parameters into a
+    second model, as ``sync_ref_model`` and ``BEMACallback`` of TRL do, needs fixed thresholds,
+    since the second model has none. Logs gain
 
     - ``penalty``: the part of ``loss`` that is the penalty (as the model added it, if a trainer of
       one's own then weighs the model's loss);
@@ -58,7 +60,8 @@ class EntropyRegularizedTrainer(Trainer):
     Raises:
         TypeError: if no transformers model is given, or settings are something else.
         ValueError: if settings are given twice, the model cannot be regularized (see
-            ``regularize``), or an optimizer is given that does not train its thresholds.
+            ``regularize``), an optimizer is given that does not train its thresholds, or
+            ``sync_ref_model`` asks for learned ones in a reference model.
 
     Example:
         >>> trainer = EntropyRegularizedTrainer(  # doctest: +SKIP
@@ -102,6 +105,7 @@ class EntropyRegularizedTrainer(Trainer):
         super().__init__(*args, **kwargs)
         self.regularized = self._regularize(cast(nn.Module, self.model))  # Trainer refuses none
         _check_trained(self.regularized.thresholds, self.optimizer)
+        _check_copied(self.regularized.thresholds, self.args)
         self._begin_window()
 
     def _begin_window(self) -> None:
@@ -281,6 +285,15 @@ def _check_trained(thresholds: object, optimizer: Any) -> None:
         raise ValueError(
             "the optimizer that was given does not train the thresholds of the heads; call "
             "regularize(model, ...) before it is made, or pass fixed thresholds."
+        )
+
+
+def _check_copied(thresholds: object, args: Any) -> None:
+    """Refuse to copy the parameters into a reference model, which has no thresholds (TRL)."""
+    if isinstance(thresholds, HeadThresholds) and getattr(args, "sync_ref_model", False):
+        raise ValueError(
+            "sync_ref_model=True copies all parameters of the model into a reference model, which "
+            "has no thresholds to take; pass fixed thresholds, for instance thresholds=0.5."
         )
 
 
