@@ -106,3 +106,15 @@ def test_what_was_learned_may_leave_the_unit_interval() -> None:
     for learned in (module, module(), module() + 0):
         assert EntropyRegularization(thresholds=learned).thresholds is learned
     assert as_tensor(module().detach(), "thresholds").max() > 1
+
+
+def test_conversion_to_half_precision_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    """A step of 1e-3 is lost from 0.5 on in bfloat16."""
+    nn.Sequential(HeadThresholds(2, 3)).double().float().to("cpu")
+    HeadThresholds(2, 3, learnable=False).half()
+    assert not caplog.messages
+    model = nn.Sequential(HeadThresholds(2, 3)).to(torch.bfloat16)
+    (message,) = caplog.messages
+    assert "the thresholds were converted to torch.bfloat16, where the small steps" in message
+    model.to("cpu")
+    assert len(caplog.messages) == 1

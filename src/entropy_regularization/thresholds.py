@@ -1,13 +1,16 @@
 """Thresholds: which share of its maximum entropy each head is held at."""
 
-from collections.abc import Sequence
-from typing import Any
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any, Self
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from entropy_regularization.checks import check_flag, check_positive_integer, is_number
+
+logger = logging.getLogger("entropy_regularization")
 
 Thresholds = float | Sequence[float] | Sequence[Sequence[float]] | Tensor
 
@@ -88,6 +91,21 @@ class HeadThresholds(nn.Module):
     def heads(self) -> int:
         """The number of heads of a layer."""
         return self.fraction_bias.shape[1]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Move or convert them, as a module does; say if they can hardly learn any more."""
+        before = self.fraction_bias.dtype
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        dtype = self.fraction_bias.dtype
+        coarse = torch.finfo(dtype).eps > torch.finfo(torch.float32).eps
+        if self.fraction_bias.requires_grad and dtype != before and coarse:
+            logger.warning(
+                "the thresholds were converted to %s, where the small steps of an optimizer are "
+                "lost in rounding and leave them as they are, unless it keeps copies in float32; "
+                "convert the model first, and call regularize or make HeadThresholds after.",
+                dtype,
+            )
+        return self
 
     def forward(self) -> Float[Tensor, "layers heads"]:
         """Return the thresholds, not the parameter: FSDP frees what that is gathered into."""
