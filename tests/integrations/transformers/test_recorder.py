@@ -49,6 +49,8 @@ from transformers import (
     StaticCache,
     Wav2Vec2Config,
     Wav2Vec2Model,
+    WavLMConfig,
+    WavLMModel,
 )
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
@@ -300,13 +302,19 @@ def test_a_decoder_does_not_take_the_mask_of_its_encoder() -> None:
     assert crossing.rows.all()
 
 
-def test_frames_of_a_padded_sound_are_no_rows() -> None:
+@pytest.mark.parametrize("kind", ["eager", "compiled", "of torch's own attention"])
+def test_frames_of_a_padded_sound_are_no_rows(kind: str) -> None:
     front = {"conv_dim": (8, 8), "conv_kernel": (10, 3), "conv_stride": (5, 2)}
     sizes = {"num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2}
-    model = Wav2Vec2Model(Wav2Vec2Config(**TEXT, **front, **sizes, num_feat_extract_layers=2))
+    sizes |= {"num_feat_extract_layers": 2}
+    model: nn.Module = Wav2Vec2Model(Wav2Vec2Config(**TEXT, **front, **sizes)).eval()
+    if kind == "compiled":
+        model = torch.compile(model, backend="eager")
+    elif kind == "of torch's own attention":
+        model = WavLMModel(WavLMConfig(**TEXT, **front, **sizes)).eval()
     mask = torch.ones(2, 200, dtype=torch.int64)
     mask[1, 100:] = 0  # of samples; 200 are 19 frames, 100 are 9
-    with record_entropy(model.eval()) as recording:
+    with record_entropy(model) as recording:
         model(torch.randn(2, 200), attention_mask=mask)
     assert torch.equal(recording[0].rows, torch.arange(19) < torch.tensor([[19], [9]]))
     assert recording[0].allowed_keys[:, 0, 0].tolist() == [19, 9]

@@ -1,7 +1,8 @@
 """Which rows are real: the 2-D attention_mask is an argument of the model, not of its attention."""
 
+import functools
 import inspect
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -22,6 +23,7 @@ class _Given(NamedTuple):
     memo: Memo  # the part that is its rows', by length
     filled: Tensor | int | None = None  # tokens in a static cache, whose mask may be as long as it
     made: bool = False  # the mask is that of the model around, which made another of it
+    frames: Callable[[int, Tensor], Tensor] | None = None  # that a mask of samples leaves
 
 
 class PaddingTracker:
@@ -63,7 +65,7 @@ class PaddingTracker:
         if inherits and outer is not None and outer.reads == reads:
             mask, filled, made = outer.mask, outer.filled, made or outer.made
         usable = mask if _is_of_tokens(mask) else None
-        self._given.append(_Given(usable, reads, {}, filled, made))
+        self._given.append(_Given(usable, reads, {}, filled, made, _frames_of(part)))
 
     def leave(self, part: nn.Module, args: Any, output: Any) -> None:
         """Forget the mask of a model whose forward has ended."""
@@ -84,7 +86,8 @@ class PaddingTracker:
             key_padding: ``[batch, keys]``, which keys of the call are real, if its mask says so.
                 It tells of the rows where the model's own mask is that of something longer (of
                 samples of a sound, of which the rows are frames), or unknown: sentence-transformers
-                calls the forward of a model, and so none of its hooks.
+                calls the forward of a model, and so none of its hooks. Where it says nothing
+                (compiled, or wavlm), the model tells the frames that its samples leave.
         """
         batch, _, n_queries = entropy.shape
         given = self._given[-1] if self._given else _Given(None, "", {})
@@ -95,6 +98,10 @@ class PaddingTracker:
                 what = (n_queries, entropy.device)
                 part: Tensor = once(given.memo, what, lambda: _part(given, *what))
                 return part
+            frames = given.frames
+            if key_padding is None and frames is not None and mask.shape[1] > n_queries:
+                real: Tensor = once(given.memo, n_queries, lambda: frames(n_queries, mask))
+                key_padding = real.to(entropy.device)
         elif self._given:  # a model that was given none
             key_padding = None
         if key_padding is not None and key_padding.shape == (batch, n_queries):
@@ -111,6 +118,15 @@ def _may_decode(part: nn.Module) -> bool:
     """Tell whether a model may be the decoder of another, whose mask is that of the encoder."""
     names = ("is_encoder_decoder", "is_decoder")
     return any(getattr(getattr(part, "config", None), name, False) for name in names)
+
+
+def _frames_of(part: nn.Module) -> Callable[[int, Tensor], Tensor] | None:
+    """Return what a model makes of its mask of samples, ``[batch, frames]``; None if nothing."""
+    name = "_get_feature_vector_attention_mask"
+    found: Callable[..., Tensor] | None = getattr(part, name, None)
+    if found is None or "add_adapter" not in inspect.signature(found).parameters:
+        return found
+    return functools.partial(found, add_adapter=False)  # which follows attention
 
 
 def _filled(given: dict[str, Any]) -> Tensor | int | None:
