@@ -509,6 +509,8 @@ def test_a_family_outside_the_interface_is_heard_through_torch() -> None:
         keep = real[:, None].expand_as(expected)
         torch.testing.assert_close(layer.entropy[keep], expected[keep], rtol=0, atol=1e-5)
         assert torch.equal(layer.rows, real)
+    with pytest.raises(ValueError, match="attn_implementation='sdpa'"), record_entropy(eager):
+        eager(tokens())
 
 
 def test_attention_of_torch_inside_a_transformers_model() -> None:

@@ -43,6 +43,11 @@ def _is_inside(others: Iterable[str], name: str) -> bool:
     return any(other == "" or name.startswith(f"{other}.") for other in others)
 
 
+def _could_call_torch(model: PreTrainedModel) -> bool:
+    """Tell whether a model that attends by itself would call torch's attention if asked to."""
+    return model._supports_sdpa and model.config._attn_implementation == "eager"
+
+
 def _handed_on(names: Mapping[nn.Module, str], models: Collection[str]) -> str:
     """Return the name of the one transformers model that wrappers only hand on; else nothing."""
     if len(models) != 1 or "" in models:
@@ -254,8 +259,10 @@ class TransformersRecorder(CallRecorder):
         listed = "; ".join(f"{part} {how}" for part, how in sorted(unheard.items())[:8])
         if len(unheard) > 8:
             listed += f"; and {len(unheard) - 8} more"
-        elsewhere = "load it with attn_implementation='eager' and use compute_loss on "
-        elsewhere += "output_attentions=True."
+        elsewhere = "load it with attn_implementation='sdpa'."
+        if not any(map(_could_call_torch, self._parts)):
+            elsewhere = "load it with attn_implementation='eager' and use compute_loss on "
+            elsewhere += "output_attentions=True."
         if self._attended:
             why = f"a part of its attention cannot be recorded: {listed}; pass allow_partial=True "
             why += f"to leave that part out, or {elsewhere}"

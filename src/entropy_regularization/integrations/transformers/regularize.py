@@ -71,8 +71,9 @@ def regularize(
         TypeError: if the model holds no transformers model, regularization is something else, or
             allow_partial not True or False.
         ValueError: if the model is regularized already, wrapped by data parallelism or holds
-            several, its attention cannot be recorded, its configuration does not tell its heads, or
-            thresholds do not fit.
+            several, its configuration does not tell its heads, or thresholds cannot be used; the
+            first training pass raises it if its attention cannot be recorded, or thresholds are for
+            another number of calls or heads.
     """
     inside = outermost(qualified_names(model)) if isinstance(model, nn.Module) else {}
     if not inside:
