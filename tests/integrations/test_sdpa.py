@@ -257,7 +257,7 @@ class Cross(nn.Module):
 )
 def test_nothing_of_something(q: tuple[int, ...], k: tuple[int, ...], dim: int) -> None:
     model, given = Cross(), (torch.randn(q), torch.randn(k), torch.randn(*k[:-1], dim))
-    plain = model(*given)
+    plain = torch.zeros(*q[:-1], dim)  # as torch's own, but that 2.11 dies where there is no head
     with record_entropy(model) as recording:
         torch.testing.assert_close(model(*given), plain)
     assert recording[0].entropy.shape == q[:-1]
