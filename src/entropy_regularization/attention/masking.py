@@ -338,7 +338,7 @@ def _count_true(
     """Count along the last dimension, first in bytes: a CPU makes integers of all that it sums."""
     whole = mask.shape[-1] // SUM_OF_BYTES
     cut = whole * SUM_OF_BYTES
-    ones = mask.view(torch.uint8)
+    ones = mask.to(torch.uint8)  # a view in torch 2.11 is not mapped by vmap
     parts: Tensor = ones[..., :cut].unflatten(-1, (whole, SUM_OF_BYTES))
     sums = parts.sum(-1, dtype=torch.uint8)
     return sums.sum(-1) + ones[..., cut:].sum(-1, dtype=torch.uint8)
