@@ -1,5 +1,6 @@
 """TransformersRecorder: listens to the attention modules of a transformers model."""
 
+import inspect
 import threading
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
@@ -43,9 +44,10 @@ def _is_inside(others: Iterable[str], name: str) -> bool:
     return any(other == "" or name.startswith(f"{other}.") for other in others)
 
 
-def _could_call_torch(model: PreTrainedModel) -> bool:
-    """Tell whether a model that attends by itself would call torch's attention if asked to."""
-    return model._supports_sdpa and model.config._attn_implementation == "eager"
+def _names_torch(part: nn.Module) -> bool:
+    """Tell whether a module's forward would call torch's attention for another configuration."""
+    forward = getattr(inspect.unwrap(type(part).forward), "__code__", None)
+    return forward is not None and "scaled_dot_product_attention" in forward.co_names
 
 
 def _handed_on(names: Mapping[nn.Module, str], models: Collection[str]) -> str:
@@ -260,7 +262,8 @@ class TransformersRecorder(CallRecorder):
         if len(unheard) > 8:
             listed += f"; and {len(unheard) - 8} more"
         elsewhere = "load it with attn_implementation='sdpa'."
-        if not any(map(_could_call_torch, self._parts)):
+        eager = any(part.config._attn_implementation == "eager" for part in self._parts)
+        if not (eager and any(_names_torch(self._module_of(part)) for part in unheard)):
             elsewhere = "load it with attn_implementation='eager' and use compute_loss on "
             elsewhere += "output_attentions=True."
         if self._attended:
