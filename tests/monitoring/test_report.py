@@ -128,6 +128,16 @@ def test_an_unfinished_run_says_so(tmp_path):
     assert page.row("held-out loss [nats per token]") == ["9.2", "–"]  # noqa: RUF001
 
 
+def test_the_band_of_an_unfinished_run_is_called_what_it_is(tmp_path):
+    run = make_run(tmp_path / "demo", finished=False, steps=7)  # a training line knows one band
+    page, text = page_of(run)
+    cards = text[text.index("Key figures") : text.index("Before and after")]
+    assert "row entropies in the band" in cards
+    assert "first band" not in cards
+    for share in page.row("row entropies in the band"):
+        assert share in cards
+
+
 def test_a_run_killed_in_the_middle_of_its_second_record(tmp_path):
     run = make_run(tmp_path / "demo", steps=1, finished=False)
     records = run / "records.jsonl"

@@ -26,7 +26,6 @@ from entropy_regularization.monitoring.statistics import (
 from entropy_regularization.monitoring.tables import (
     change_maps,
     colour_rules,
-    comparable_band,
     counted,
     digits,
     duration,
@@ -134,10 +133,7 @@ def _cards(runs: dict[str, Run]) -> list[dict[str, Any]]:
 
     figures: list[tuple[str, Callable[[Run, Record], str]]] = [
         ("held-out perplexity", lambda run, record: digits(record["perplexity"])),
-        (
-            "row entropies in the first band",
-            lambda run, record: percent(comparable_band(run, record)),
-        ),
+        _band_figure(next(iter(runs.values()))),
         ("well-behaved heads", lambda run, record: well_behaved(record)),
         (
             "mean entropy [nats]",
@@ -153,6 +149,14 @@ def _cards(runs: dict[str, Run]) -> list[dict[str, Any]]:
         if values[0][2] != missing:
             cards.append({"title": title, "values": values})
     return cards
+
+
+def _band_figure(run: Run) -> tuple[str, Callable[[Run, Record], str]]:
+    """Return the share in the first band, the same in every run, if both looks know it."""
+    if any(math.isnan(record["in_starting_band"]) for record in looks(run)):
+        return "row entropies in the band", lambda run, record: percent(run.in_band(record))
+    key = "in_starting_band"
+    return "row entropies in the first band", lambda run, record: percent(record[key])
 
 
 def _class_bars(runs: dict[str, Run]) -> list[tuple[str, HeadClasses]]:

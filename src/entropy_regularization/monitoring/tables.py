@@ -153,12 +153,6 @@ def looks(run: Run) -> tuple[Record, Record]:
     return run.first, run.last
 
 
-def comparable_band(run: Run, record: Record) -> float:
-    """Return the share in the band of the first thresholds if known: the same band in every run."""
-    first = record["in_starting_band"]
-    return run.in_band(record) if math.isnan(first) else first
-
-
 def digits(number: float) -> str:
     """Write a number with as many digits as are read; an en dash for NaN."""
     if math.isnan(number):
