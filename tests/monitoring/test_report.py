@@ -138,6 +138,19 @@ def test_the_band_of_an_unfinished_run_is_called_what_it_is(tmp_path):
         assert share in cards
 
 
+def test_a_run_that_diverged_says_so(tmp_path):
+    run = make_run(tmp_path / "demo", layers=1, heads=1, steps=2)
+    assert not read_run(run).diverged
+    assert "iverged" not in page_of(run)[0].text
+    with RecordWriter(run / "records.jsonl") as writer:
+        statistics = read_run(run).last.statistics
+        writer.write("train", 3, statistics, loss=math.inf, penalty=math.nan)
+        writer.write("evaluation", 3, statistics, when="after", loss=800.0, perplexity=math.inf)
+    page, _ = page_of(run)
+    assert "Diverged: the last loss or perplexity is not finite." in page.text
+    assert page.row("penalty, first and last step") == ["0.027", "–"]  # noqa: RUF001
+
+
 def test_a_run_killed_in_the_middle_of_its_second_record(tmp_path):
     run = make_run(tmp_path / "demo", steps=1, finished=False)
     records = run / "records.jsonl"

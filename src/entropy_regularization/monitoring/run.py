@@ -61,6 +61,12 @@ class Run:
         return replace(last, statistics=_like(last.statistics, self.first.statistics))
 
     @property
+    def diverged(self) -> bool:
+        """Whether the last look has a loss or perplexity that was not finite (null)."""
+        numbers = self.last.numbers
+        return any(math.isnan(numbers.get(key, 0.0)) for key in ("loss", "perplexity"))
+
+    @property
     def steps(self) -> int:
         """Optimizer steps done."""
         return max(line.step for line in self.records.lines)

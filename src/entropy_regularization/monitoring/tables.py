@@ -189,7 +189,7 @@ def held_out_loss(record: Record) -> float:
 
 
 def _penalties(run: Run) -> tuple[float, float]:
-    known = [x for x in run.train_numbers("penalty") if not math.isnan(x)]
+    known = [line["penalty"] for line in run.records.train if "penalty" in line.numbers]
     return (known[0], known[-1]) if known and run.has_penalty else (math.nan, math.nan)
 
 
