@@ -101,6 +101,17 @@ def test_a_page_of_a_thousand_heads_stays_small(tmp_path):
     assert "map dense" in text
 
 
+def test_numbers_of_a_map_are_not_cut_off_by_its_columns(tmp_path):
+    # looked at in a browser: 12 heads, three maps beside each other, were cut to "+0."
+    _, text = page_of(make_run(tmp_path / "many", layers=1, heads=12))
+    _, few = page_of(make_run(tmp_path / "few", layers=1, heads=8))
+    assert 'class="grid many"' in text
+    assert 'class="grid many"' not in few
+    for page, heads in ((text, 12), (few, 8)):
+        assert f'<table class="map" style="--heads:{heads}">' in page
+        assert re.search(r"\.map:not\(\.dense\) td \{ font-size: min\(.*100cqi.*--heads", page)
+
+
 def test_every_class_has_a_style(tmp_path):
     page, text = page_of(make_run(tmp_path / "demo"))
     used = {name for key, value in page.attributes if key == "class" for name in value.split()}
