@@ -149,6 +149,19 @@ def test_the_band_of_an_unfinished_run_is_called_what_it_is(tmp_path):
         assert share in cards
 
 
+def test_heads_that_are_all_collapsed_have_their_charts(tmp_path):
+    run = tmp_path / "collapsed"
+    run.mkdir()
+    nothing = HeadStatistics(["a"], [[0.0]], [[4.0]], [[0.0]], [[0.0]])
+    with RecordWriter(run / "records.jsonl") as writer:
+        for step in (1, 2):
+            writer.write("train", step, nothing, loss=1.0, penalty=0.0)
+    page, _ = page_of(run)
+    assert "row entropies in the band" in page.text
+    assert page.text.count("all heads [nats]") == 1
+    assert "penalty, as added to the loss" not in page.text
+
+
 def test_a_run_that_diverged_says_so(tmp_path):
     run = make_run(tmp_path / "demo", layers=1, heads=1, steps=2)
     assert not read_run(run).diverged

@@ -50,9 +50,14 @@ class Chart:
 
 def training_charts(runs: dict[str, Run]) -> list[Chart]:
     """Draw loss, penalty and share in the band over the steps, all runs in one chart."""
+    penalised = any(run.has_penalty for run in runs.values())
     charts = [
         _compare("loss [nats per token]", runs, lambda run, line: line["loss"]),
-        _compare("penalty, as added to the loss", runs, lambda run, line: line["penalty"]),
+        _compare(
+            "penalty, as added to the loss",
+            runs,
+            lambda run, line: line["penalty"] if penalised else math.nan,
+        ),
         _compare(
             "row entropies in the band", runs, lambda run, line: run.in_band(line), shares=True
         ),
@@ -72,7 +77,7 @@ def _compare(
     lines = {label: _thin(run.records.train, _MOST_POINTS) for label, run in runs.items()}
     series = {label: [value(runs[label], line) for line in lines[label]] for label in runs}
     known = {label: y for label, y in series.items() if not all(map(math.isnan, y))}
-    if not known or not any(y for ys in known.values() for y in ys):
+    if not known:
         return None
     colours = dict(zip(runs, (FIRST, SECOND), strict=False))
     dashed = dict(zip(runs, (False, True), strict=False))
