@@ -38,6 +38,15 @@ def test_folder_glob_and_file(tmp_path: Path) -> None:
     assert one.train[0].text + one.held_out[0].text == "text number 7"
 
 
+def test_a_glob_with_several_wildcards_for_folders_reads_a_file_once(tmp_path: Path) -> None:
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    (tmp_path / "a" / "b" / "text.txt").write_text("text number 7")
+    corpus = load_corpus(f"{tmp_path}/**/**/*.txt")  # which glob.glob finds three times
+    assert corpus.found == 1
+    (train,), (held_out,) = corpus.train, corpus.held_out  # nothing is in both
+    assert train.text + held_out.text == "text number 7"
+
+
 def test_equal_names_in_several_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for number in range(60):
         folder = tmp_path / "same" / f"part{number}"

@@ -157,7 +157,8 @@ def _files(source: str) -> Iterator[Document | None]:
         found = sorted(each for each in _below(path) if each.is_file())
     else:
         root = _root(source)
-        found = sorted(Path(each) for each in glob.glob(source, recursive=True))
+        # several ** find a file several times
+        found = sorted({Path(each) for each in glob.glob(source, recursive=True)})
         found = [each for each in found if each.is_file()]
     if not found and path.is_dir():
         raise DataError(f"no file is found in the folder {source}; pass one with text in it.")
