@@ -576,8 +576,10 @@ def test_with_a_compiler_that_fails(monkeypatch: pytest.MonkeyPatch, tmp_path: P
 def test_a_cached_file_that_is_cut_off_is_built_again(tmp_path: Path) -> None:
     assert build.unavailable_reason() is None
     (made,) = (tmp_path / "cache" / "entropy_regularization").iterdir()
+    whole = made.read_bytes()
     made.unlink()  # a loaded one must not be written to
-    for content in (b"", b"\x7fELF"):
+    half = len(whole) // 2
+    for content in (b"", b"\x7fELF", whole[:2000], whole[:half] + bytes(len(whole) - half)):
         made.write_bytes(content)
         # Another process: what is loaded once stays.
         subprocess.run([sys.executable, "-c", RUN], check=True, timeout=200)

@@ -14,6 +14,7 @@ import shlex
 import shutil
 import subprocess
 import tempfile
+import zlib
 from pathlib import Path
 
 import torch
@@ -67,7 +68,7 @@ def _found() -> ctypes.CDLL | UnavailableError:
         try:
             return _load(path)
         except OSError:  # cut off by a full disk, or a power cut
-            path.unlink()
+            path.unlink(missing_ok=True)  # another process may have been faster
             return _load(_compiled())
     except UnavailableError as reason:
         logger.info("attention on the CPU runs blockwise, not compiled: %s", reason)
@@ -78,6 +79,9 @@ def _found() -> ctypes.CDLL | UnavailableError:
 
 
 def _load(path: Path) -> ctypes.CDLL:
+    content = path.read_bytes()
+    if _checksum(content[:-4]) != content[-4:]:  # to load a part of a file may end the process
+        raise OSError(f"{path} is not whole")
     found = ctypes.CDLL(str(path))
     if not hasattr(found, "masked_score"):
         raise OSError(f"{path} is something else")
@@ -155,7 +159,13 @@ def _compile(compiler: list[str], target: Path) -> None:
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         made = Path(folder) / target.name
         _run([*compiler, *FLAGS, str(SOURCE), "-o", str(made)])
+        with made.open("ab") as file:  # behind what the loader reads
+            file.write(_checksum(made.read_bytes()))
         made.replace(target)
+
+
+def _checksum(content: bytes) -> bytes:
+    return zlib.crc32(content).to_bytes(4, "little")
 
 
 def _run(command: list[str]) -> str:
