@@ -514,6 +514,28 @@ def test_a_forward_around_the_hooks_is_refused() -> None:
     assert model(**batch_of()).loss > handle.loss
 
 
+def test_training_a_part_alone_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    model, ids = build("llama"), batch_of()["input_ids"]
+    regularize(model)
+    with torch.no_grad():
+        model.model(ids)  # nothing is trained
+    with record_entropy(model):
+        model.model(ids)  # whoever records it penalises it
+    model.lm_head(torch.zeros(1, model.config.hidden_size))  # attends nothing
+    model.model.requires_grad_(False)
+    model.model(ids)
+    assert not caplog.records
+    model.model.requires_grad_()
+    for _ in range(2):
+        model.model(ids)
+    (record,) = caplog.records
+    assert record.getMessage() == (
+        "the LlamaModel of LlamaForCausalLM was called by itself in training, where no entropy "
+        "penalty is added; call the model itself, or record the part with record_entropy and add "
+        "regularization(recording) to your loss."
+    )
+
+
 def test_an_exception_inside_forward_leaves_the_model_usable() -> None:
     model = build("gpt2")
     seen = regularize(model, EntropyRegularization.calibrated())

@@ -32,7 +32,8 @@ def regularize(
 
     A loop that makes its loss from other outputs (TRL's trainers do) does not see what was added to
     the model's loss; the next training pass refuses that. Give the model no labels there and add
-    the handle's ``unadded``, or derive from EntropyRegularizedTrainer.
+    the handle's ``unadded``, or derive from EntropyRegularizedTrainer. A part of the model that is
+    trained by itself (``get_text_features`` of CLIP) gets no penalty; the log says so.
 
     Learnable thresholds become a submodule ``entropy_thresholds`` of the model, so that they are
     optimised (without weight decay by Trainer, see HeadThresholds), moved, sharded, saved by

@@ -13,8 +13,13 @@ from transformers import PreTrainedModel
 from entropy_regularization.integrations.checkpointing import refuse_lost_gradient
 from entropy_regularization.integrations.layers import attending, places_among
 from entropy_regularization.integrations.sharding import is_data_parallel
-from entropy_regularization.integrations.stack import backward_enters_checkpoint, runs_forward
+from entropy_regularization.integrations.stack import (
+    backward_enters_checkpoint,
+    runs_forward,
+    runs_in_backward,
+)
 from entropy_regularization.integrations.transformers.accumulation import share_of_step
+from entropy_regularization.integrations.transformers.attention import RECORDERS
 from entropy_regularization.integrations.transformers.loading import THRESHOLDS
 from entropy_regularization.integrations.transformers.losses import (
     LossUse,
@@ -203,15 +208,24 @@ class Regularized:
         return share
 
     def _check(self, part: nn.Module, args: tuple[Any, ...]) -> None:
-        """Refuse a training pass of the model whose hooks were not called."""
-        if self._listening or not self.model.training or torch.compiler.is_compiling():
+        """Refuse a training pass whose hooks were not called; warn of a part called by itself."""
+        if self._listening or not self.model.training or not torch.is_grad_enabled():
             return
-        if torch.is_grad_enabled() and runs_forward(self.model):  # not a part used alone
+        if torch.compiler.is_compiling():
+            return
+        if runs_forward(self.model):
             raise ValueError(
                 f"the forward of {type(self.model).__name__} was called directly, around the hooks "
                 "that add the entropy penalty; call the model itself, and if PEFT wraps it, call "
                 "regularize after that."
             )
+        sentence = (
+            f"the {type(part).__name__} of %s was called by itself in training, where no entropy "
+            "penalty is added; call the model itself, or record the part with record_entropy and "
+            "add regularization(recording) to your loss."
+        )
+        if sentence not in self._warned and _attends_unrecorded(part) and not runs_in_backward():
+            self._warn_once(sentence)
 
     def _learns(self) -> bool:
         held = self.thresholds
@@ -265,6 +279,12 @@ class Regularized:
         if sentence not in self._warned:
             self._warned.add(sentence)
             logger.warning(sentence, type(self.model).__name__)
+
+
+def _attends_unrecorded(part: nn.Module) -> bool:
+    """Tell whether a part of a model can attend and be trained, and nobody records it."""
+    trained = any(each.requires_grad for each in part.parameters())
+    return trained and not getattr(part, RECORDERS, ()) and bool(attending(names_of(part)))
 
 
 def handle_of(model: nn.Module) -> Regularized | None:
