@@ -68,6 +68,7 @@ OTHER_NAMES = {
 }
 CALLS_TORCH = "calls torch's own attention, which cannot be heard in a compiled model"
 CALLS_OURS = "calls attention_with_entropy, which cannot be heard in a compiled model"
+IF_COMPILED = {CALLS_TORCH, CALLS_OURS}  # what can be heard where nothing is compiled
 
 SCALINGS = {torch.mul, Tensor.mul, Tensor.__mul__}
 # What may lie between the softmax and the product, where the number of elements may change.
@@ -277,7 +278,7 @@ class Watch:
         """
         for part, name in names.items():
             how = _other_name_in(part.__dict__.values()) or attends_by_source(type(part))  # type: ignore[arg-type]
-            if how is not None and not (torch_is_heard and how in (CALLS_TORCH, CALLS_OURS)):
+            if how is not None and not (torch_is_heard and how in IF_COMPILED):
                 self.found[name] = how
 
     def leave(self, *, finished: bool) -> None:

@@ -20,6 +20,7 @@ from entropy_regularization.integrations.stack import calling_module, runs_compi
 from entropy_regularization.integrations.transformers.attention import RECORDERS, refuse_matrices
 from entropy_regularization.integrations.transformers.padding import PaddingTracker, arguments_of
 from entropy_regularization.integrations.transformers.switching import AttentionSwitch, switch_on
+from entropy_regularization.integrations.unseen import IF_COMPILED
 from entropy_regularization.recording.recorder import ForwardCall, Layers
 from entropy_regularization.recording.recording import EntropyRecording
 
@@ -263,7 +264,9 @@ class TransformersRecorder(CallRecorder):
             listed += f"; and {len(unheard) - 8} more"
         elsewhere = "load it with attn_implementation='sdpa'."
         eager = any(part.config._attn_implementation == "eager" for part in self._parts)
-        if not (eager and any(_names_torch(self._module_of(part)) for part in unheard)):
+        if IF_COMPILED.issuperset(unheard.values()):
+            elsewhere = "record it without torch.compile."
+        elif not (eager and any(_names_torch(self._module_of(part)) for part in unheard)):
             elsewhere = "load it with attn_implementation='eager' and use compute_loss on "
             elsewhere += "output_attentions=True."
         if self._attended:
