@@ -375,7 +375,7 @@ def _attends_in_code(kind: type[nn.Module]) -> str | None:
     other = _other_name_in(known.get(name) for name in names)
     if other is not None:
         return other
-    if "scaled_dot_product_attention(" in source:
+    if "scaled_dot_product_attention(" in source or "multi_head_attention_forward(" in source:
         return CALLS_TORCH
     if "attention_with_entropy(" in source:
         return CALLS_OURS

@@ -37,6 +37,8 @@ from transformers import (
     GitForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
+    LayoutLMv3Config,
+    LayoutLMv3Model,
     LlamaConfig,
     LlamaForCausalLM,
     MambaConfig,
@@ -72,6 +74,14 @@ TEXT = {
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "intermediate_size": 24,
+}
+FRONT = {  # of a model of sounds
+    "conv_dim": (8, 8),
+    "conv_kernel": (10, 3),
+    "conv_stride": (5, 2),
+    "num_conv_pos_embeddings": 4,
+    "num_conv_pos_embedding_groups": 2,
+    "num_feat_extract_layers": 2,
 }
 VISION = {key: value for key, value in TEXT.items() if key != "vocab_size"}
 BLOOM = BloomConfig(vocab_size=64, hidden_size=16, n_layer=2, n_head=4)
@@ -290,6 +300,19 @@ def test_padding_is_known_where_the_model_around_makes_the_mask(compiled: bool) 
     assert all(torch.equal(layer.rows, mask.bool()) for layer in recording)
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_padding_is_known_where_the_model_appends_rows_to_the_text(compiled: bool) -> None:
+    sizes = {"input_size": 16, "patch_size": 8, "coordinate_size": 2, "shape_size": 4}
+    model: nn.Module = LayoutLMv3Model(LayoutLMv3Config(**TEXT, **sizes)).eval()
+    run = torch.compile(model, backend="eager") if compiled else model
+    given = {"bbox": torch.zeros(2, 9, 4).long(), "pixel_values": torch.randn(2, 3, 16, 16)}
+    mask = padding("right")
+    with record_entropy(run) as recording:
+        run(tokens(), attention_mask=mask, **given)
+    rows = torch.cat([mask.bool(), torch.ones(2, 5).bool()], 1)  # 4 patches and one for all
+    assert all(torch.equal(layer.rows, rows) for layer in recording)
+
+
 def test_a_decoder_does_not_take_the_mask_of_its_encoder() -> None:
     model, mask = bart(), padding("right")
     causal = torch.ones(9, 9, dtype=torch.bool).tril().expand(2, 1, 9, 9)
@@ -304,14 +327,11 @@ def test_a_decoder_does_not_take_the_mask_of_its_encoder() -> None:
 
 @pytest.mark.parametrize("kind", ["eager", "compiled", "of torch's own attention"])
 def test_frames_of_a_padded_sound_are_no_rows(kind: str) -> None:
-    front = {"conv_dim": (8, 8), "conv_kernel": (10, 3), "conv_stride": (5, 2)}
-    sizes = {"num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2}
-    sizes |= {"num_feat_extract_layers": 2}
-    model: nn.Module = Wav2Vec2Model(Wav2Vec2Config(**TEXT, **front, **sizes)).eval()
+    model: nn.Module = Wav2Vec2Model(Wav2Vec2Config(**TEXT, **FRONT)).eval()
     if kind == "compiled":
         model = torch.compile(model, backend="eager")
     elif kind == "of torch's own attention":
-        model = WavLMModel(WavLMConfig(**TEXT, **front, **sizes)).eval()
+        model = WavLMModel(WavLMConfig(**TEXT, **FRONT)).eval()
     mask = torch.ones(2, 200, dtype=torch.int64)
     mask[1, 100:] = 0  # of samples; 200 are 19 frames, 100 are 9
     with record_entropy(model) as recording:
@@ -472,6 +492,10 @@ def test_compiled_parts_that_call_torch_are_refused_by_name() -> None:
     message += "torch.compile"
     with pytest.raises(ValueError, match=message), record_entropy(compiled):
         compiled(torch.randn(2, 3, 16, 16))
+    sounds = torch.compile(WavLMModel(WavLMConfig(**TEXT, **FRONT)).eval(), backend="eager")
+    message = "encoder.layers.0.attention calls torch's own attention, which cannot be heard in a "
+    with pytest.raises(ValueError, match=message), record_entropy(sounds):
+        sounds(torch.randn(2, 200))
 
 
 @pytest.mark.parametrize(

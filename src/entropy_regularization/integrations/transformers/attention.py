@@ -68,6 +68,7 @@ def entropy_attention(
     structure, bias, memo = _mask_of(attention_mask, query, key)
     if flattened:
         structure, memo = taken_apart(structure, memo, query, key, options)
+    key_padding = _real_keys(structure, query)
     if options.get("indices") is not None:
         structure = structure._replace(allowed=_chosen(options["indices"], structure, key))
         memo = None
@@ -94,7 +95,7 @@ def entropy_attention(
         found = _with_row_sinks(found, options["sinks"])
     recorders = getattr(module, RECORDERS, ())
     for recorder, name in recorders:
-        recorder.deposit(module, name, found, key.shape[2], structure.key_padding)
+        recorder.deposit(module, name, found, key.shape[2], key_padding)
     if not torch.compiler.is_compiling():
         # a part of the model that is recorded by itself, as any module is
         for listener, place in dict(places()).items():
@@ -126,6 +127,18 @@ def _with_row_sinks(found: AttentionOutput, sinks: Tensor) -> AttentionOutput:
     output = (found.output * share[..., None]).to(found.output.dtype)
     log_normalizer = torch.logaddexp(found.log_normalizer, sinks)
     return found._replace(output=output, entropy=entropy, log_normalizer=log_normalizer)
+
+
+def _real_keys(structure: Structure, query: Tensor) -> Tensor | None:
+    """Return which keys are no padding, ``[batch, keys]``; None if the mask does not say it.
+
+    In a graph masks are dense, and a key that no row sees is padding; where nobody asks for it, the
+    compiler leaves it out.
+    """
+    allowed = structure.allowed
+    if structure.key_padding is not None or allowed is None or not torch.compiler.is_compiling():
+        return structure.key_padding
+    return allowed.any(-2).any(1).expand(query.shape[0], -1)
 
 
 def _chosen(indices: Tensor, structure: Structure, key: Tensor) -> Tensor:
