@@ -661,12 +661,13 @@ def test_parts_that_are_called_alone_are_watched(x: Tensor) -> None:
         (["blocks.0", "block.1"], None, "pattern 'block.1' matches no module of Stack"),
         ([2, 3], None, r"layers=\[2, 3\] keeps none of .* in this order: blocks.0, blocks.1\."),
         ("*.out", None, r"layers='\*.out' keeps none"),
+        (["blocks.0", 2], None, "asks for attention call 2 of Stack, which made 2, counted from 0"),
     ],
 )
 def test_layers_are_chosen_or_refused(
     layers: Layers, kept: list[str] | None, message: str | None, x: Tensor
 ) -> None:
-    model = nn.parallel.DataParallel(Stack())
+    model = nn.parallel.DataParallel(Stack()).eval()
     if kept is None:
         with (
             pytest.raises((TypeError, ValueError), match=message),

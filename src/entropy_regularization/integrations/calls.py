@@ -209,7 +209,7 @@ class CallRecorder:
         self._watch.leave(finished=False)
 
     def _refuse_nothing(self, recording: EntropyRecording) -> None:
-        """Refuse a choice of layers that keeps none of what attended.
+        """Refuse a choice of layers that keeps none of what attended, or an index beyond it.
 
         Raises:
             ValueError: naming what attended.
@@ -217,6 +217,8 @@ class CallRecorder:
         left_out = self._training_only and not self._heard  # passes without a gradient alone
         if self._attended and not recording.layers and not left_out:
             self.layers.refuse_nothing(self.model, self._heard)
+        if self._heard and not self.model.training:  # which may drop layers
+            self.layers.refuse_beyond(self.model, self._heard)
 
     def _take(
         self,

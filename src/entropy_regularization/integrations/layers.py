@@ -76,12 +76,29 @@ class Wanted:
         Raises:
             ValueError: naming what attended.
         """
-        names = list(dict.fromkeys(heard))
-        listed = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
         raise ValueError(
             f"layers={self.given!r} keeps none of the attention calls of {type(model).__name__}; "
-            f"choose among those of one pass, in this order: {listed}."
+            f"choose among those of one pass, in this order: {_listed(heard)}."
         )
+
+    def refuse_beyond(self, model: nn.Module, heard: Sequence[str]) -> None:
+        """Refuse an index that no call had.
+
+        Raises:
+            ValueError: naming the index, and what attended.
+        """
+        for want in self:
+            if not isinstance(want, str) and want >= len(heard):
+                raise ValueError(
+                    f"layers={self.given!r} asks for attention call {want} of "
+                    f"{type(model).__name__}, which made {len(heard)}, counted from 0; choose "
+                    f"among those of one pass, in this order: {_listed(heard)}."
+                )
+
+
+def _listed(heard: Iterable[str]) -> str:
+    names = list(dict.fromkeys(heard))
+    return ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
 
 
 def _as_tuple(layers: Any) -> tuple[Any, ...]:
