@@ -1,6 +1,7 @@
 """EntropyRecording: choosing layers and heads, means over the rows that count, joining batches."""
 
 import math
+import re
 from dataclasses import replace
 
 import pytest
@@ -117,11 +118,15 @@ def test_joining_refuses_what_does_not_belong_together() -> None:
     for wrong in ([one, 3], [3], one, None):
         with pytest.raises(TypeError, match="; pass "):
             EntropyRecording.concatenate(wrong)
-    with pytest.raises(ValueError, match="different layers"):
+    message = "call 0 is layers.0.attn (self, 3 heads) in one and layers.1.attn (self, 3 heads) in"
+    with pytest.raises(ValueError, match=re.escape(message)):
         EntropyRecording.concatenate([one, other])
     crossing = EntropyRecording([replace(layer(), kind="cross")])
-    with pytest.raises(ValueError, match="different layers"):
+    with pytest.raises(ValueError, match=r"layers.0.attn \(cross, 3 heads\) in another"):
         EntropyRecording.concatenate([one, crossing])
+    longer = EntropyRecording([layer(), layer("layers.1.attn")])
+    with pytest.raises(ValueError, match=r"call 1 is none in one and layers.1.attn"):
+        EntropyRecording.concatenate([one, longer])
 
 
 def test_what_is_not_a_model_is_refused() -> None:

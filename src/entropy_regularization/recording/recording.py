@@ -3,6 +3,7 @@
 import fnmatch
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import zip_longest
 from typing import Literal
 
 import torch
@@ -196,14 +197,13 @@ class EntropyRecording:
         if not recordings:
             raise ValueError("no recording was given; pass at least one.")
         for other in recordings[1:]:
-            ours, theirs = (
-                [(x.name, x.kind, x.heads) for x in each] for each in (recordings[0], other)
-            )
-            if ours != theirs:
-                raise ValueError(
-                    f"the recordings have different layers ({len(ours)} and {len(theirs)} calls) "
-                    "or heads; join batches of the same model."
-                )
+            calls = ([_described(call) for call in each] for each in (recordings[0], other))
+            for at, (ours, theirs) in enumerate(zip_longest(*calls, fillvalue="none")):
+                if ours != theirs:
+                    raise ValueError(
+                        f"the recordings have different layers: call {at} is {ours} in one and "
+                        f"{theirs} in another; join batches of the same model."
+                    )
         joined = [
             _join(calls)
             for calls in zip(*(recording.layers for recording in recordings), strict=True)
@@ -232,6 +232,10 @@ def _integers(name: str, given: object) -> list[int]:
     if len(found) < len(items):
         raise TypeError(f"{name} is {given!r}; pass a list of integers.")
     return found
+
+
+def _described(layer: LayerEntropy) -> str:
+    return f"{layer.name} ({layer.kind}, {layer.heads} heads)"
 
 
 def _mean_of(layer: LayerEntropy) -> str:
