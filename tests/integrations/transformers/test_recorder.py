@@ -49,6 +49,8 @@ from transformers import (
     SiglipVisionConfig,
     SiglipVisionModel,
     StaticCache,
+    T5Config,
+    T5ForConditionalGeneration,
     Wav2Vec2Config,
     Wav2Vec2Model,
     WavLMConfig,
@@ -274,6 +276,28 @@ def test_prompt_tuning_lengthens_the_rows() -> None:
     for layer in recording:
         assert torch.equal(layer.rows, torch.cat((virtual, padding("left").bool()), 1))
         assert layer.entropy.shape == (2, 4, 12)
+
+
+@pytest.mark.parametrize("family", ["bart", "t5"])
+def test_padding_of_labels_is_padding_of_the_decoder(family: str) -> None:
+    """The collators of transformers make no mask for it; a label left out before is none."""
+    sizes = {"d_model": 16, "d_kv": 4, "d_ff": 16, "num_layers": 2, "num_decoder_layers": 1}
+    config = T5Config(**sizes, num_heads=4, vocab_size=64, decoder_start_token_id=0)
+    model = bart() if family == "bart" else sharpen(T5ForConditionalGeneration(config))
+    labels = tokens().masked_fill(padding("right") == 0, -100)
+    labels[:, 1] = -100
+    inside = {"attention_mask": padding("left"), "labels": labels}
+    for given in (inside, {**inside, "attention_mask": None}):
+        with record_entropy(model, gradient=False) as recording:
+            model(tokens(), **given)
+        encoder, *_, own, crossing = recording
+        assert torch.equal(own.rows, padding("right").bool())
+        assert torch.equal(crossing.rows, padding("right").bool())
+        masked = given["attention_mask"] is not None
+        assert torch.equal(encoder.rows, padding("left").bool() | (not masked))
+    with record_entropy(model, gradient=False) as recording:
+        model(tokens(), decoder_input_ids=tokens(), labels=labels)
+    assert recording[-1].rows.all()
 
 
 def test_an_image_beside_the_text_has_no_padding_of_the_text() -> None:

@@ -11,6 +11,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import StaticCache
 
 from entropy_regularization.attention.masking import Memo, once
+from entropy_regularization.integrations.transformers.accumulation import IGNORED
 
 TOKENS = ("input_ids", "decoder_input_ids")  # of which a cache may hold the first ones
 
@@ -22,8 +23,9 @@ class _Given(NamedTuple):
     reads: str
     memo: Memo  # the part that is its rows', by length
     filled: Tensor | int | None = None  # tokens in a static cache, whose mask may be as long as it
-    made: bool = False  # the mask is that of the model around, which made another of it
+    made: bool = False  # the mask is of the model around, which made another of it, or of labels
     frames: Callable[[int, Tensor], Tensor] | None = None  # that a mask of samples leaves
+    labels: Tensor | None = None  # of which the model makes what its decoder reads
 
 
 class PaddingTracker:
@@ -51,7 +53,8 @@ class PaddingTracker:
         """Note the mask of a model whose forward begins.
 
         A part without one inherits it, unless it reads something else (an image beside the text).
-        So does a part that is given what the model around made of its mask (gemma3, paligemma).
+        So does a part that is given what the model around made of its mask (gemma3, paligemma). A
+        decoder without one, whose tokens are made of labels, takes the padding of the labels.
         """
         if not self.active:
             return
@@ -64,8 +67,13 @@ class PaddingTracker:
         inherits = "attention_mask" not in given or made
         if inherits and outer is not None and outer.reads == reads:
             mask, filled, made = outer.mask, outer.filled, made or outer.made
+        labels = _labels(part, given)
+        if labels is None and outer is not None:
+            labels = outer.labels
+        if mask is None and labels is not None and given.get("encoder_hidden_states") is not None:
+            mask, made = _are_followed(labels), True
         usable = mask if _is_of_tokens(mask) else None
-        self._given.append(_Given(usable, reads, {}, filled, made, _frames_of(part)))
+        self._given.append(_Given(usable, reads, {}, filled, made, _frames_of(part), labels))
 
     def leave(self, part: nn.Module, args: Any, output: Any) -> None:
         """Forget the mask of a model whose forward has ended."""
@@ -118,6 +126,21 @@ def _may_decode(part: nn.Module) -> bool:
     """Tell whether a model may be the decoder of another, whose mask is that of the encoder."""
     names = ("is_encoder_decoder", "is_decoder")
     return any(getattr(getattr(part, "config", None), name, False) for name in names)
+
+
+def _labels(part: nn.Module, given: dict[str, Any]) -> Tensor | None:
+    """Return the labels of which a model makes what its decoder reads, if no mask tells more."""
+    labels = given.get("labels")
+    own = ("decoder_input_ids", "decoder_inputs_embeds", "decoder_attention_mask")
+    if not _is_of_tokens(labels) or any(given.get(name) is not None for name in own):
+        return None
+    return labels if getattr(part.config, "is_encoder_decoder", False) else None
+
+
+def _are_followed(labels: Tensor) -> Tensor:
+    """Return which labels are no padding: all up to the last that counts in the loss."""
+    counts = labels != IGNORED
+    return counts.flip(1).cumsum(1).flip(1) > 0
 
 
 def _frames_of(part: nn.Module) -> Callable[[int, Tensor], Tensor] | None:
