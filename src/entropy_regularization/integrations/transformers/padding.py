@@ -125,7 +125,11 @@ def _is_of_tokens(mask: Any) -> bool:
 def _may_decode(part: nn.Module) -> bool:
     """Tell whether a model may be the decoder of another, whose mask is that of the encoder."""
     names = ("is_encoder_decoder", "is_decoder")
-    return any(getattr(getattr(part, "config", None), name, False) for name in names)
+    return any(_configured(part, name) for name in names)
+
+
+def _configured(part: nn.Module, name: str) -> bool:
+    return bool(getattr(getattr(part, "config", None), name, False))
 
 
 def _labels(part: nn.Module, given: dict[str, Any]) -> Tensor | None:
@@ -134,7 +138,7 @@ def _labels(part: nn.Module, given: dict[str, Any]) -> Tensor | None:
     own = ("decoder_input_ids", "decoder_inputs_embeds", "decoder_attention_mask")
     if not _is_of_tokens(labels) or any(given.get(name) is not None for name in own):
         return None
-    return labels if getattr(part.config, "is_encoder_decoder", False) else None
+    return labels if _configured(part, "is_encoder_decoder") else None
 
 
 def _are_followed(labels: Tensor) -> Tensor:
