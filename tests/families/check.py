@@ -26,7 +26,7 @@ OUTPUT_TOLERANCE, ENTROPY_TOLERANCE, GRADIENT_TOLERANCE = 1e-4, 1e-4, 1e-3
 INTERFACE, FUSED, OWN, NONE = (
     "attention interface",
     "scaled_dot_product_attention",
-    "eager + compute_loss",
+    "a softmax of its own",
     "no attention",
 )
 NO_WEIGHTS = "recorded calls have no eager weights"
@@ -241,7 +241,7 @@ def _implementations(model: nn.Module) -> list[Any]:
 def _compare(result: Result, case: Case, eager: Eager, recorded: Recorded) -> None:
     recording, output = recorded.recording, recorded.output
     rows = Rows(case.batch, [weights for _, weights in eager.kept] or eager.returned())
-    pairs = pair_by_name(recording, eager.kept)
+    pairs = pair_by_name(recording, eager.made())
     returned = pair_returned(recording, eager.returned(), rows)
     result.layers = len(recording)
     result.unseen = _unseen({layer.name for layer in recording}, eager)

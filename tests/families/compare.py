@@ -93,10 +93,16 @@ def pair_by_name(recording: EntropyRecording, kept: list[tuple[str, Tensor]]) ->
     pairs = Pairs()
     for layer in recording:
         candidates = waiting[layer.name]
-        if candidates and candidates[0].numel() // candidates[0].shape[-1] == layer.entropy.numel():
+        if candidates and _fits(candidates[0], layer):
             pairs.add(layer, entropy_of(candidates.pop(0)).reshape(layer.entropy.shape))
     pairs.unmatched = sum(map(len, waiting.values()))
     return pairs
+
+
+def _fits(weights: Tensor, layer: LayerEntropy) -> bool:
+    """Tell whether weights have the rows of a layer, perhaps with heads folded into the batch."""
+    shape = layer.entropy.shape
+    return weights.shape[:-1] in (shape, (shape[0] * shape[1], shape[2]))
 
 
 def pair_returned(recording: EntropyRecording, returned: list[Tensor], rows: Rows) -> Pairs:
@@ -175,7 +181,8 @@ def gradient_error(
     same = [each for each in recorded_model.parameters() if each.requires_grad]
     if not (eager.requires_grad and recorded.requires_grad):
         return 0.0 if eager.requires_grad == recorded.requires_grad else torch.inf
-    theirs = torch.autograd.grad(eager, parameters, allow_unused=True)
+    # A graph that a model keeps (levit) is part of both.
+    theirs = torch.autograd.grad(eager, parameters, allow_unused=True, retain_graph=True)
     ours = torch.autograd.grad(recorded, same, allow_unused=True, retain_graph=True)
     norms = [0.0 if gradient is None else float(gradient.norm()) for gradient in theirs]
     if not all(math.isfinite(norm) for norm in norms):

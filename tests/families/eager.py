@@ -16,10 +16,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.modeling_utils import AttentionInterface
 
 KINDS = ("attentions", "encoder_attentions", "decoder_attentions", "cross_attentions")
+_BY_NAME = {functional.softmax, torch.softmax, Tensor.softmax}
 _SOFTMAX = {torch.ops.aten._softmax.default, torch.ops.aten._safe_softmax.default}
 
 
@@ -42,6 +44,7 @@ class Eager:
             of scaled_dot_product_attention, whose weights are computed beside it.
         called: module names of the calls of the family's eager attention function alone.
         softmaxes: every softmax outside scaled_dot_product_attention.
+        own: (module name, weights) of every softmax that a module calls by name.
         fused: (module name, class) of the calls of scaled_dot_product_attention.
         effective: weights that act, by the identity of those that were returned.
     """
@@ -50,9 +53,14 @@ class Eager:
     kept: list[tuple[str, Tensor]] = field(default_factory=list)
     called: list[str] = field(default_factory=list)
     softmaxes: list[Softmax] = field(default_factory=list)
+    own: list[tuple[str, Tensor]] = field(default_factory=list)
     fused: list[tuple[str, str]] = field(default_factory=list)
-
     effective: dict[int, Tensor] = field(default_factory=dict)
+
+    def made(self) -> list[tuple[str, Tensor]]:
+        """Return the weights that were kept, and those that other modules made themselves."""
+        kept = {name for name, _ in self.kept}
+        return [*self.kept, *((name, weights) for name, weights in self.own if name not in kept)]
 
     def returned(self) -> list[Tensor]:
         """Return the attention weights in the output, of every part of the model."""
@@ -78,6 +86,7 @@ def run_eager(
     names = {module: name for name, module in model.named_modules()}
     with (
         _watch(found, names) as where,
+        _KeptSoftmaxes(found, names, where),
         _kept_weights(found, names, empty),
         _noted_fused(found, names, where),
         _kept_multi_head(found, names, where),
@@ -173,8 +182,13 @@ def _watch(found: Eager, names: dict[nn.Module, str]) -> Iterator[list[nn.Module
                 found.softmaxes.append(Softmax(name, type(module).__name__, shape))
             return function(*args, **(kwargs or {}))
 
+    def enter(module: nn.Module, _: Any) -> None:
+        where.append(module)
+        if module not in names:  # made by the pass itself, as bigbird_pegasus does
+            names.update({part: name for name, part in where[0].named_modules()})
+
     handles = [
-        register_module_forward_pre_hook(lambda module, _: where.append(module)),
+        register_module_forward_pre_hook(enter),
         register_module_forward_hook(lambda *_: where.pop() and None, always_call=True),
     ]
     try:
@@ -183,6 +197,23 @@ def _watch(found: Eager, names: dict[nn.Module, str]) -> Iterator[list[nn.Module
     finally:
         for handle in handles:
             handle.remove()
+
+
+class _KeptSoftmaxes(TorchFunctionMode):
+    """Keeps what a softmax by name has made, which no mode below autograd could."""
+
+    def __init__(self, found: Eager, names: dict[nn.Module, str], where: list[Any]) -> None:
+        super().__init__()
+        self.found, self.names, self.where = found, names, where
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        result = function(*args, **(kwargs or {}))
+        inside = [each for each in self.where if not isinstance(each, nn.Softmax)]
+        if function in _BY_NAME and result.dim() > 2 and inside and inside[-1] is not None:
+            self.found.own.append((self.names.get(inside[-1], ""), result))
+        return result
 
 
 @contextlib.contextmanager

@@ -30,9 +30,9 @@ from entropy_regularization import (
     record_entropy,
 )
 from entropy_regularization.attention.api import observers
-from entropy_regularization.integrations import interception, unseen
+from entropy_regularization.integrations import interception, watch
 from entropy_regularization.integrations.sdpa import SdpaRecorder
-from entropy_regularization.integrations.unseen import attends_by_source
+from entropy_regularization.integrations.source import attends_by_source
 from entropy_regularization.recording.recorder import Layers, make_recorder
 
 ORIGINAL = functional.scaled_dot_product_attention
@@ -1404,9 +1404,6 @@ class Spelled(nn.Module):
             weights[:, :, start : start + 3] = scores[:, :, start : start + 3].softmax(-1)
         return weights @ v
 
-    def linalg(self, v: Tensor, scores: Tensor) -> Tensor:
-        return torch.linalg.matmul(scores.softmax(-1), v)
-
     def gumbel(self, v: Tensor, scores: Tensor) -> Tensor:
         return functional.gumbel_softmax(scores, dim=-1) @ v
 
@@ -1654,8 +1651,8 @@ def test_an_interrupted_watch_ends_with_the_next_one(x: Tensor) -> None:
         model(x)
     assert len(recording) == 2
     assert torch.overrides._get_current_function_mode() is None
-    assert not unseen._watching
-    assert not unseen._running
+    assert not watch._watching
+    assert not watch._running
     interception._listeners.clear()  # of the model that was dropped
     interception.places().clear()
     interception._restore()

@@ -14,17 +14,21 @@ from entropy_regularization.integrations import interception
 from entropy_regularization.integrations.checkpointing import AtNextForward, refuse_lost_gradient
 from entropy_regularization.integrations.compiled import holds_compiled, unwrapped
 from entropy_regularization.integrations.layers import Wanted, kind_of
-from entropy_regularization.integrations.sharding import join_heads
+from entropy_regularization.integrations.sharding import join_heads, tells_heads
 from entropy_regularization.integrations.stack import (
     backward_task,
     calling_module,
+    calling_place,
     in_checkpoint,
+    in_function_of_module,
     refuse_vmap,
     runs_compiled,
     runs_for_compiler,
     runs_with_stranger,
+    shape_given,
 )
-from entropy_regularization.integrations.unseen import Watch
+from entropy_regularization.integrations.watch import Watch
+from entropy_regularization.integrations.weights import Weights, heads_folded
 from entropy_regularization.recording.recorder import ForwardCall, Layers
 from entropy_regularization.recording.recording import EntropyRecording, LayerEntropy
 
@@ -136,9 +140,43 @@ class CallRecorder:
             return None
         return self._memos.setdefault((structure.left, structure.right), {})
 
-    def deposit_call(self, place: str | None, found: AttentionOutput, n_keys: int) -> None:
-        """Take the rows of one call of torch's own attention function."""
+    def deposit_call(
+        self,
+        place: str | None,
+        found: AttentionOutput,
+        n_keys: int,
+        key_padding: Tensor | None = None,
+    ) -> None:
+        """Take the rows of one call of torch's own attention function, or of one softmax.
+
+        Args:
+            place: the name of the module, None if it is to be looked for.
+            found: the rows.
+            n_keys: how many keys there were.
+            key_padding: ``[batch, keys]``, which of them are real, if that is known.
+        """
         raise NotImplementedError
+
+    def deposit_weights(self, place: str | None, found: Weights) -> None:
+        """Take the rows of one softmax, if its weights attend; a watched pass will show it."""
+        name = place or calling_module(self._names)
+        if name is None or self._is_computed_again() or runs_for_compiler():
+            return
+        module = self._module_of(name)
+        heads = heads_folded(found.weights, module, shape_given(module))
+        if heads is None or not tells_heads(module) or in_function_of_module():
+            return  # the watch refuses what it has not heard
+        output, real, n_keys = (
+            found.as_output(heads),
+            found.real_keys(heads),
+            found.weights.shape[-1],
+        )
+        self._watch.hear(
+            (type(module), *calling_place()),
+            name,
+            found.weights,
+            lambda: self.deposit_call(name, output, n_keys, real),
+        )
 
     def note_unheard(self, place: str | None, how: str) -> None:
         """Note that a module attends in a way of which nothing can be heard."""
@@ -153,6 +191,14 @@ class CallRecorder:
         self._watch.leave(finished=True)
         if self._ran_compiled:
             self._watch.read(self._names, torch_is_heard=torch_is_heard)
+
+    def _note_missing(self, recording: EntropyRecording) -> None:
+        """List what was not heard; what was heard of the same modules is left out with it."""
+        unheard = self._watch.found
+        recording.missing = sorted(unheard)
+        recording.layers = [layer for layer in recording.layers if layer.name not in unheard]
+        if self._heard:
+            self._attended = not unheard.keys() >= {*self._heard}
 
     def _know(self, names: dict[nn.Module, str]) -> None:
         """Take the modules of the model and their names."""
@@ -252,21 +298,21 @@ class CallRecorder:
         if not self.gradient:
             found = found._replace(entropy=found.entropy.detach())
         found = join_heads(found, module, name)
-        rows = self._rows(found, key_padding)
+        rows = self._rows(found, n_keys, key_padding)
         self._recording.layers.append(
             LayerEntropy(
                 name, kind_of(name, module), found.entropy, found.allowed_keys, rows, n_keys
             )
         )
 
-    def _rows(self, found: AttentionOutput, key_padding: Tensor | None) -> Tensor:
+    def _rows(self, found: AttentionOutput, n_keys: int, key_padding: Tensor | None) -> Tensor:
         """Return which rows count, ``[batch, queries]``: those of real tokens that see a key."""
         if torch.compiler.is_compiling():
-            return _rows_that_count(found, self._real_rows(found.entropy, key_padding))
+            return _rows_that_count(found, self._real_rows(found.entropy, n_keys, key_padding))
         # Backward, which may compute the call again, does not ask for rows: selective
         # checkpointing, which finds saved results by their number, must not see these operations.
         with _disable_current_modes():
-            real = self._real_rows(found.entropy, key_padding)
+            real = self._real_rows(found.entropy, n_keys, key_padding)
             of_these = (id(found.allowed_keys), id(real), found.entropy.shape[0])
             kept: tuple[Any, ...] = once(
                 self._shared,
@@ -276,7 +322,7 @@ class CallRecorder:
         rows: Tensor = kept[-1]  # what has these ids is kept with them
         return rows
 
-    def _real_rows(self, entropy: Tensor, key_padding: Tensor | None) -> Tensor | None:
+    def _real_rows(self, entropy: Tensor, n_keys: int, key_padding: Tensor | None) -> Tensor | None:
         """Return which rows are of real tokens, ``[batch, queries]``; None for all, as here."""
         return None
 

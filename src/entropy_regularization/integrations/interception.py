@@ -2,9 +2,10 @@
 
 ``scaled_dot_product_attention`` and ``multi_head_attention_forward`` are looked up as attributes of
 ``torch.nn.functional`` at every call (by user code, nn.MultiheadAttention and nn.Transformer
-alike), so while a recorder listens those attributes hold wrappers, and only then. Calls from other
-modules, and from other threads, go straight to what the attributes held before. A model that was
-checkpointed and is dropped leaves the wrappers to the next call, which takes them away.
+alike), so while a recorder listens those attributes hold wrappers, and only then. So do
+``torch.softmax`` and ``Tensor.softmax``, which every softmax of torch by name calls. Calls from
+other modules, and from other threads, go straight to what the attributes held before. A model that
+was checkpointed and is dropped leaves the wrappers to the next call, which takes them away.
 attention_with_entropy of this library tells by itself what it found.
 """
 
@@ -27,12 +28,14 @@ from entropy_regularization.integrations.arguments import (
     check_dropout,
 )
 from entropy_regularization.integrations.sharding import is_distributed
-from entropy_regularization.integrations.stack import runs_in_backward
+from entropy_regularization.integrations.stack import runs_compiled, runs_in_backward
+from entropy_regularization.integrations.weights import Weights, may_attend, weigh
 
 original_attention = functional.scaled_dot_product_attention
 original_multi_head = functional.multi_head_attention_forward
+ATTENTION, MULTI_HEAD = "scaled_dot_product_attention", "multi_head_attention_forward"
 # What the attributes held when somebody began to listen: torch's own, or what a user put there.
-_found: dict[str, Callable[..., Any]] = {}
+_found: dict[tuple[Any, str], Callable[..., Any]] = {}
 
 COMPILED_MULTI_HEAD = "is torch's multi-head attention in compiled code, where it is not heard"
 # Positions of arguments of multi_head_attention_forward.
@@ -52,6 +55,9 @@ class Listener(Protocol):
 
     def deposit_call(self, place: str | None, found: AttentionOutput, n_keys: int) -> None:
         """Take the rows of one call; ``place`` is the module's name if the listener gave one."""
+
+    def deposit_weights(self, place: str | None, found: Weights) -> None:
+        """Take the rows of one softmax, if its weights attend."""
 
     def note_unheard(self, place: str | None, how: str) -> None:
         """Note that a module attends in a way of which nothing can be heard."""
@@ -81,10 +87,10 @@ def listen(listener: Listener) -> None:
         if not _listeners:
             _fast_path.append(torch.backends.mha.get_fastpath_enabled())
             torch.backends.mha.set_fastpath_enabled(False)  # it calls no attention function
-            for name, wrapper in _WRAPPERS.items():
-                if getattr(functional, name) is not wrapper:
-                    _found[name] = getattr(functional, name)
-                    setattr(functional, name, wrapper)
+            for (owner, name), wrapper in _WRAPPERS.items():
+                if getattr(owner, name) is not wrapper:
+                    _found[owner, name] = getattr(owner, name)
+                    setattr(owner, name, wrapper)
             if _hear not in observers:
                 observers.append(_hear)
         _listeners.append((listener, thread))
@@ -120,9 +126,11 @@ def _restore() -> None:
         return
     with _lock:
         if not _listeners and not list(_lingering):
-            for name, wrapper in _WRAPPERS.items():
-                if getattr(functional, name) is wrapper:
-                    setattr(functional, name, _found[name])
+            for (owner, name), wrapper in _WRAPPERS.items():
+                if getattr(owner, name) is wrapper:
+                    delattr(owner, name)
+                    if getattr(owner, name, None) is not _found[owner, name]:  # not inherited
+                        setattr(owner, name, _found[owner, name])
             if _hear in observers:
                 observers.remove(_hear)
 
@@ -206,7 +214,7 @@ def _attention(
 
 def _pass_on(*args: Any, **options: Any) -> Tensor:
     """Call what the attribute held before; if that calls the wrapper, torch's own."""
-    found = _found["scaled_dot_product_attention"]
+    found = _found[functional, ATTENTION]
     if found is original_attention or getattr(_thread, "passes_on", False):
         return original_attention(*args, **options)
     _thread.passes_on = True
@@ -227,7 +235,7 @@ def _multi_head(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         for listener, name in dict(places()).items():
             listener.note_unheard(name, COMPILED_MULTI_HEAD)
     # A mode that watches torch's functions calls this once more from inside the original.
-    inside = getattr(_thread, "in_multi_head", False)
+    inside = in_multi_head()
     if not places() and not _is_computed_again():
         _restore()
     elif _makes_weights(args, kwargs) and not inside:
@@ -243,20 +251,55 @@ def _multi_head(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
                 given[position] = value
             else:
                 again[name] = value
-        _found["multi_head_attention_forward"](*given, **again)
+        _found[functional, MULTI_HEAD](*given, **again)
         _thread.in_multi_head = True
     try:
-        result: tuple[Tensor, Tensor | None] = _found["multi_head_attention_forward"](
-            *args, **kwargs
-        )
+        result: tuple[Tensor, Tensor | None] = _found[functional, MULTI_HEAD](*args, **kwargs)
     finally:
         _thread.in_multi_head = False
     return result
 
 
+def in_multi_head() -> bool:
+    """Tell whether this runs inside multi_head_attention_forward, which was heard already."""
+    return getattr(_thread, "in_multi_head", False)
+
+
 def _makes_weights(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
     given = args[NEED_WEIGHTS] if len(args) > NEED_WEIGHTS else kwargs.get("need_weights", True)
     return bool(given)
+
+
+def _softmax_of(owner: Any) -> Callable[..., Tensor]:
+    """Return the wrapper of a softmax of torch, by whose attribute it is called."""
+
+    def softmax(*args: Any, **kwargs: Any) -> Tensor:
+        """Take a softmax, and tell whoever listens what rows it has made."""
+        # A mode that watches torch's functions calls this once more from inside the original.
+        inside = getattr(_thread, "in_softmax", False)
+        _thread.in_softmax = True
+        try:
+            weights: Tensor = _found[owner, "softmax"](*args, **kwargs)
+        finally:
+            _thread.in_softmax = inside
+        if not (inside or torch.compiler.is_compiling() or in_multi_head()):
+            _weigh(weights, *args, **kwargs)
+        return weights
+
+    return softmax
+
+
+def _weigh(weights: Tensor, scores: Any = None, dim: Any = None, **kwargs: Any) -> None:
+    """Tell whoever listens what rows a softmax has made, if it may attend."""
+    where = dict(places())
+    if not where and not _is_computed_again():
+        _restore()
+        return
+    scores = kwargs.get("input", scores)
+    if may_attend(scores, dim) and "out" not in kwargs and not runs_compiled():
+        found = weigh(scores, weights)
+        for listener, name in where.items():
+            listener.deposit_weights(name, found)
 
 
 def goes_around_wrapper(
@@ -267,16 +310,18 @@ def goes_around_wrapper(
     multi_head_attention_forward shows a mode its wrapper, in whose place it was called; but for
     weights it calls no attention function that is heard where no mode is.
     """
-    inside = getattr(_thread, "in_multi_head", False)
-    around = func is _multi_head and not inside and _makes_weights(args, kwargs)
+    around = func is _multi_head and not in_multi_head() and _makes_weights(args, kwargs)
     return around or func is original_attention
 
 
-_WRAPPERS: dict[str, Callable[..., Any]] = {
-    "scaled_dot_product_attention": _attention,
-    "multi_head_attention_forward": _multi_head,
+_WRAPPERS: dict[tuple[Any, str], Callable[..., Any]] = {
+    (functional, ATTENTION): _attention,
+    (functional, MULTI_HEAD): _multi_head,
+    (torch, "softmax"): _softmax_of(torch),
+    (Tensor, "softmax"): _softmax_of(Tensor),
 }
-for _name, _wrapper in _WRAPPERS.items():
+SOFTMAX_WRAPPERS = {_WRAPPERS[owner, "softmax"] for owner in (torch, Tensor)}
+for (_, _name), _wrapper in _WRAPPERS.items():
     _wrapper.__name__ = _name  # others that wrap them go by it, as context_parallel does
 
 
@@ -299,10 +344,10 @@ def refuse_context_parallel() -> None:
     Raises:
         NotImplementedError: if it is asked for, by the function in the place of torch's.
     """
-    name = "scaled_dot_product_attention"
     if torch.compiler.is_compiling():
         return
-    if any(is_distributed(each) for each in (getattr(functional, name), _found.get(name))):
+    found = (functional.scaled_dot_product_attention, _found.get((functional, ATTENTION)))
+    if any(is_distributed(each) for each in found):
         raise NotImplementedError(
             "attention runs under context parallelism, where a rank sees a part of the sequence "
             "and its entropies cannot be recorded; record the model without it (data, fully "

@@ -4,7 +4,7 @@ import functools
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from entropy_regularization.attention.api import AttentionOutput
@@ -74,16 +74,16 @@ class SdpaRecorder(CallRecorder):
         self._end_watch(torch_is_heard=True)
         recording = self._recording
         self.abort()
+        self._note_missing(recording)
         unseen = self._watch.found
         listed = "; ".join(f"{name} {how}" for name, how in sorted(unseen.items())[:8])
         if self._ran and not self._attended:
             raise ValueError(
                 f"{type(self.model).__name__} ran without calling "
-                "torch.nn.functional.scaled_dot_product_attention"
-                f"{f' ({listed})' if listed else ''}; call it, or attention_with_entropy, in the "
-                "model's attention."
+                "torch.nn.functional.scaled_dot_product_attention or attending by a softmax that "
+                f"can be heard{f' ({listed})' if listed else ''}; call that function, or "
+                "attention_with_entropy, in the model's attention."
             )
-        recording.missing = sorted(unseen)
         if unseen and not self.allow_partial:
             raise ValueError(
                 f"{type(self.model).__name__} attends where it cannot be recorded: {listed}; call "
@@ -109,8 +109,8 @@ class SdpaRecorder(CallRecorder):
 
     def _follow(self, part: nn.Module, name: str) -> list[RemovableHandle]:
         """Hook one module: while it runs, calls of attention are its calls."""
-        if isinstance(part, torch.jit.ScriptModule):  # takes no hooks; the watch reads it
-            return []
+        if isinstance(part, torch.jit.ScriptModule | nn.Softmax):
+            return []  # one takes no hooks, and the watch reads it; the other is no place
         enter, leave = functools.partial(self._enter, name), functools.partial(self._leave, name)
         return [
             part.register_forward_pre_hook(enter, with_kwargs=True),
@@ -156,7 +156,13 @@ class SdpaRecorder(CallRecorder):
             given = {**{str(number): value for number, value in enumerate(args)}, **kwargs}
             self._watch.enter(self._names, part, given)
 
-    def deposit_call(self, place: str | None, found: AttentionOutput, n_keys: int) -> None:
+    def deposit_call(
+        self,
+        place: str | None,
+        found: AttentionOutput,
+        n_keys: int,
+        key_padding: Tensor | None = None,
+    ) -> None:
         """Take the rows of one attention call.
 
         Raises:

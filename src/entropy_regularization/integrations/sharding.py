@@ -60,6 +60,12 @@ def join_heads(found: AttentionOutput, module: nn.Module, name: str) -> Attentio
     )
 
 
+def tells_heads(module: nn.Module) -> bool:
+    """Tell whether it is known how many heads a module has of which a rank may hold a part."""
+    divided = has_ranks() and next(_divisions(module), None) is not None
+    return not divided or heads_of(getattr(module, "config", None)) is not None
+
+
 # torch.distributed.tensor is imported where there are ranks: not every torch has it.
 
 

@@ -128,6 +128,43 @@ def calling_module(names: Mapping[nn.Module, str]) -> str | None:
     return None
 
 
+def shape_given(module: nn.Module) -> torch.Size | None:
+    """Return the shape of the first tensor of activations that a running module was given.
+
+    None if there is none, of three dimensions or more, among the arguments of its forward.
+    """
+    for frame in _frames():
+        code = frame.f_code
+        if code.co_name == "forward" and frame.f_locals.get("self") is module:
+            names = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
+            given = (frame.f_locals.get(name) for name in names)
+            return next((g.shape for g in given if isinstance(g, Tensor) and g.dim() > 2), None)
+    return None
+
+
+def in_function_of_module() -> bool:
+    """Tell whether the running module computes this inside an autograd.Function of its own.
+
+    Nothing that is made there has a gradient.
+    """
+    forwards = set(_forwards_of(Function))
+    for frame in _frames():
+        if frame.f_code in forwards:
+            return True
+        if isinstance(frame.f_locals.get("self"), nn.Module):
+            return False
+    return False
+
+
+def calling_place() -> tuple[CodeType, int]:
+    """Return the code that called torch, and where in it; not that of torch or of this library."""
+    for frame in _frames():
+        package = frame.f_globals.get("__name__", "").partition(".")[0]
+        if package not in ("torch", __name__.partition(".")[0]):
+            break
+    return frame.f_code, frame.f_lasti
+
+
 def runs_with_stranger(names: Mapping[nn.Module, str]) -> tuple[bool, nn.Module | None]:
     """Tell whether a model is running, and which module runs inside it without being a part of it.
 

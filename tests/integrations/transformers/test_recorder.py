@@ -41,6 +41,8 @@ from transformers import (
     LayoutLMv3Model,
     LlamaConfig,
     LlamaForCausalLM,
+    LongformerConfig,
+    LongformerModel,
     MambaConfig,
     MambaForCausalLM,
     PaliGemmaConfig,
@@ -469,8 +471,18 @@ def test_parts_that_are_called_alone_are_watched() -> None:
         model.git(**inputs)
 
 
+class Halved(nn.Module):
+    """Changes weights in the place of dropout: they are not what their softmax has made."""
+
+    def forward(self, weights: Tensor) -> Tensor:
+        return weights / 2
+
+
 def git() -> tuple[PreTrainedModel, dict[str, Tensor]]:
+    """A model whose text attends in a way that cannot be heard, and whose image can."""
     model = GitForCausalLM(GitConfig(vision_config=VISION, **TEXT))
+    for layer in model.git.encoder.layer:
+        layer.attention.self.dropout = Halved()
     return sharpen(model), {"input_ids": tokens(), "pixel_values": torch.randn(2, 3, 16, 16)}
 
 
@@ -527,9 +539,9 @@ def test_compiled_parts_that_call_torch_are_refused_by_name() -> None:
     ("model_class", "config", "message"),
     [
         (
-            BloomForCausalLM,
-            BloomConfig(vocab_size=64, hidden_size=16, n_layer=2, n_head=4),
-            "self_attention computes a",
+            LongformerModel,
+            LongformerConfig(attention_window=4, pad_token_id=1, **TEXT),
+            "attention.self computes a",
         ),
         (
             MambaForCausalLM,
@@ -537,7 +549,7 @@ def test_compiled_parts_that_call_torch_are_refused_by_name() -> None:
             "nothing in it was seen to attend",
         ),
     ],
-    ids=["bloom", "mamba"],
+    ids=["longformer", "mamba"],
 )
 def test_models_without_attention_that_can_be_heard(
     model_class: type[PreTrainedModel], config: object, message: str
@@ -555,12 +567,23 @@ def test_a_family_outside_the_interface_is_heard_through_torch() -> None:
     real = mask.bool()
     torch.testing.assert_close(output[real], plain[real], rtol=1e-4, atol=1e-5)
     eager = sharpen(FalconForCausalLM._from_config(model.config, attn_implementation="eager"))
-    weights = eager(tokens(), attention_mask=mask, output_attentions=True).attentions
+    logits, *_, weights = eager(tokens(), attention_mask=mask, output_attentions=True).values()
     for layer, matrix in zip(recording, weights, strict=True):
         expected = torch.special.entr(matrix).sum(-1)
         keep = real[:, None].expand_as(expected)
         torch.testing.assert_close(layer.entropy[keep], expected[keep], rtol=0, atol=1e-5)
         assert torch.equal(layer.rows, real)
+    with record_entropy(eager) as by_softmax:
+        assert torch.equal(eager(tokens(), attention_mask=mask).logits[real], logits[real])
+    for layer, matrix in zip(by_softmax, weights, strict=True):
+        expected = torch.special.entr(matrix).sum(-1)
+        keep = real[:, None].expand_as(expected)
+        torch.testing.assert_close(layer.entropy[keep], expected[keep], rtol=0, atol=1e-5)
+        assert torch.equal(layer.rows, real)
+    eager.config.alibi = True  # where there is dropout
+    eager = sharpen(FalconForCausalLM._from_config(eager.config, attn_implementation="eager"))
+    for block in eager.transformer.h:
+        block.self_attention.attention_dropout = Halved()
     with pytest.raises(ValueError, match="attn_implementation='sdpa'"), record_entropy(eager):
         eager(tokens())
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
-from transformers import StaticCache
+from transformers import PreTrainedModel, StaticCache
 
 from entropy_regularization.attention.masking import Memo, once
 from entropy_regularization.integrations.transformers.accumulation import IGNORED
@@ -26,6 +26,18 @@ class _Given(NamedTuple):
     made: bool = False  # the mask is of the model around, which made another of it, or of labels
     frames: Callable[[int, Tensor], Tensor] | None = None  # that a mask of samples leaves
     labels: Tensor | None = None  # of which the model makes what its decoder reads
+    decoder_mask: Tensor | None = None  # for a decoder that is no model by itself
+    cached: bool = False  # whether the tokens follow others that a cache holds
+
+    def ends_with(self, n_queries: int, n_keys: int) -> bool:
+        """Tell whether queries are the last tokens of the mask, which come after a cache.
+
+        Chunks that see themselves (canine), pooled tokens (funnel) and probes are not.
+        """
+        if self.mask is None or self.reads not in TOKENS or self.made:
+            return False
+        length = self.mask.shape[1]
+        return n_queries < length and (self.cached or n_keys not in (n_queries, length))
 
 
 class PaddingTracker:
@@ -41,11 +53,13 @@ class PaddingTracker:
 
     def follow(self, models: Iterable[nn.Module]) -> list[RemovableHandle]:
         """Hook transformers models; return the hooks."""
+        parts = list(models)
+        decoders = [each for model in parts for each in _plain_decoder(model)]
         handles = []
-        for model in models:
+        for part in dict.fromkeys([*parts, *decoders]):
             handles += [
-                model.register_forward_pre_hook(self.enter, with_kwargs=True),
-                model.register_forward_hook(self.leave, always_call=True),
+                part.register_forward_pre_hook(self.enter, with_kwargs=True),
+                part.register_forward_hook(self.leave, always_call=True),
             ]
         return handles
 
@@ -54,7 +68,8 @@ class PaddingTracker:
 
         A part without one inherits it, unless it reads something else (an image beside the text).
         So does a part that is given what the model around made of its mask (gemma3, paligemma). A
-        decoder without one, whose tokens are made of labels, takes the padding of the labels.
+        decoder without one, whose tokens are made of labels, takes the padding of the labels. A
+        decoder that is no model by itself takes the mask that the model around has for it.
         """
         if not self.active:
             return
@@ -70,10 +85,18 @@ class PaddingTracker:
         labels = _labels(part, given)
         if labels is None and outer is not None:
             labels = outer.labels
+        decoder_mask = given.get("decoder_attention_mask")
+        if outer is not None and not isinstance(part, PreTrainedModel):
+            mask, filled, made = outer.decoder_mask, None, True
+        elif outer is not None and decoder_mask is None:
+            decoder_mask = outer.decoder_mask
         if mask is None and labels is not None and given.get("encoder_hidden_states") is not None:
             mask, made = _are_followed(labels), True
         usable = mask if _is_of_tokens(mask) else None
-        self._given.append(_Given(usable, reads, {}, filled, made, _frames_of(part), labels))
+        frames = _frames_of(part)
+        self._given.append(
+            _Given(usable, reads, {}, filled, made, frames, labels, decoder_mask, _is_cached(given))
+        )
 
     def leave(self, part: nn.Module, args: Any, output: Any) -> None:
         """Forget the mask of a model whose forward has ended."""
@@ -84,13 +107,14 @@ class PaddingTracker:
         """Forget all."""
         self._given.clear()
 
-    def rows(self, entropy: Tensor, key_padding: Tensor | None) -> Tensor | None:
+    def rows(self, entropy: Tensor, n_keys: int, key_padding: Tensor | None) -> Tensor | None:
         """Return which rows of ``[batch, heads, queries]`` are real, ``[batch, queries]``.
 
         None stands for all of them.
 
         Args:
             entropy: of one call.
+            n_keys: how many keys it had.
             key_padding: ``[batch, keys]``, which keys of the call are real, if its mask says so.
                 It tells of the rows where the model's own mask is that of something longer (of
                 samples of a sound, of which the rows are frames), or unknown: sentence-transformers
@@ -101,8 +125,7 @@ class PaddingTracker:
         given = self._given[-1] if self._given else _Given(None, "", {})
         mask = given.mask
         if mask is not None and mask.shape[0] == batch:
-            longer = mask.shape[1] > n_queries and given.reads in TOKENS and not given.made
-            if longer or mask.shape[1] == n_queries:
+            if mask.shape[1] == n_queries or given.ends_with(n_queries, n_keys):
                 what = (n_queries, entropy.device)
                 part: Tensor = once(given.memo, what, lambda: _part(given, *what))
                 return part
@@ -126,6 +149,16 @@ def _may_decode(part: nn.Module) -> bool:
     """Tell whether a model may be the decoder of another, whose mask is that of the encoder."""
     names = ("is_encoder_decoder", "is_decoder")
     return any(_configured(part, name) for name in names)
+
+
+def _plain_decoder(model: nn.Module) -> list[nn.Module]:
+    """Return the decoder of a model whose decoder is no model of transformers by itself (fsmt)."""
+    find: Callable[[], Any] | None = getattr(model, "get_decoder", None)
+    if find is None or not _configured(model, "is_encoder_decoder"):
+        return []
+    decoder = find()
+    plain = isinstance(decoder, nn.Module) and not isinstance(decoder, PreTrainedModel)
+    return [decoder] if plain else []
 
 
 def _configured(part: nn.Module, name: str) -> bool:
@@ -165,6 +198,11 @@ def _filled(given: dict[str, Any]) -> Tensor | int | None:
         return None
     filled: Tensor | int = cache.get_seq_length()
     return filled.clone() if isinstance(filled, Tensor) else filled
+
+
+def _is_cached(given: dict[str, Any]) -> bool:
+    """Tell whether a model was given what it computed of earlier tokens."""
+    return any(given.get(name) is not None for name in ("past_key_values", "cache", "layer_past"))
 
 
 def _part(given: _Given, n_queries: int, device: torch.device) -> Tensor:

@@ -16,11 +16,11 @@ from entropy_regularization.integrations.calls import CallRecorder
 from entropy_regularization.integrations.compiled import WRAPPED, name_of
 from entropy_regularization.integrations.layers import kind_of
 from entropy_regularization.integrations.modules import having, qualified_names
+from entropy_regularization.integrations.source import IF_COMPILED
 from entropy_regularization.integrations.stack import calling_module, runs_compiled
 from entropy_regularization.integrations.transformers.attention import RECORDERS, refuse_matrices
 from entropy_regularization.integrations.transformers.padding import PaddingTracker, arguments_of
 from entropy_regularization.integrations.transformers.switching import AttentionSwitch, switch_on
-from entropy_regularization.integrations.unseen import IF_COMPILED
 from entropy_regularization.recording.recorder import ForwardCall, Layers
 from entropy_regularization.recording.recording import EntropyRecording
 
@@ -96,6 +96,7 @@ class TransformersRecorder(CallRecorder):
         self._switches: list[AttentionSwitch] = []
         self._padding = PaddingTracker()
         self._depth = 0  # of transformers models that run
+        self._makes_matrices = False
         self._kept: list[RemovableHandle] = []
 
     @property
@@ -114,6 +115,8 @@ class TransformersRecorder(CallRecorder):
             modules = self._names if model is self.model else qualified_names(model)
             switches = switch_on(model, modules, self)
             self._switches += [each for each in switches if each not in self._switches]
+        inside = (part for part in self._names if isinstance(part, PreTrainedModel))
+        self._makes_matrices = not any(part._can_set_attn_implementation() for part in inside)
         self._enter_modules()
         self._padding.active = True
         self._watch.begin()
@@ -240,23 +243,29 @@ class TransformersRecorder(CallRecorder):
                 key_padding = None  # it tells nothing of the rows
             self._take(name, module, found, n_keys, key_padding)
 
-    def deposit_call(self, place: str | None, found: AttentionOutput, n_keys: int) -> None:
-        """Take the rows of one call of torch's own attention function.
+    def deposit_call(
+        self,
+        place: str | None,
+        found: AttentionOutput,
+        n_keys: int,
+        key_padding: Tensor | None = None,
+    ) -> None:
+        """Take the rows of one call of torch's own attention function, or of one softmax.
 
         Raises:
             RuntimeError: as deposit, or if a module that is no part of the model called.
         """
         name = place or calling_module(self._names) or type(self.model).__name__
         if self._is_own(name):
-            self._take(name, self._module_of(name), found, n_keys)
+            self._take(name, self._module_of(name), found, n_keys, key_padding)
 
-    def _real_rows(self, entropy: Tensor, key_padding: Tensor | None) -> Tensor | None:
-        return self._padding.rows(entropy, key_padding)
+    def _real_rows(self, entropy: Tensor, n_keys: int, key_padding: Tensor | None) -> Tensor | None:
+        return self._padding.rows(entropy, n_keys, key_padding)
 
     def _refuse_unheard(self, recording: EntropyRecording) -> None:
         """Raise if some attention was not heard and that was not accepted."""
         unheard = self._watch.found
-        recording.missing = sorted(unheard)
+        self._note_missing(recording)
         if not self._ran or (self._attended and (self.allow_partial or not unheard)):
             return
         listed = "; ".join(f"{part} {how}" for part, how in sorted(unheard.items())[:8])
@@ -301,9 +310,10 @@ class TransformersRecorder(CallRecorder):
     def _is_asked_for_matrices(self, part: nn.Module, kwargs: dict[str, Any]) -> bool:
         """Tell whether a pass asks for attention matrices: not every family tells its attention.
 
-        A configuration that asks for them gets none from other attention than eager.
+        A configuration that asks for them gets none from other attention than eager; models that
+        have no other make them as ever.
         """
-        if not isinstance(part, PreTrainedModel):
+        if self._makes_matrices or not isinstance(part, PreTrainedModel):
             return False
         asked = kwargs.get("output_attentions")
         if asked is None and getattr(part.config, "output_attentions", False):

@@ -1,0 +1,506 @@
+"""Weights that a model makes by a softmax of its own: heard if they attend, or refused."""
+
+import gc
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+
+from entropy_regularization import record_entropy
+from entropy_regularization.integrations.weights import weigh
+
+SOFTMAX, METHOD = torch.softmax, Tensor.softmax
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left() -> Any:
+    yield
+    gc.collect()
+    torch.zeros(1, 1).softmax(-1)  # the first call takes wrappers away that nobody needs
+    assert torch.softmax is SOFTMAX
+    assert Tensor.softmax is METHOD
+    assert "softmax" not in vars(Tensor)
+
+
+# The numbers
+
+
+def entropy(weights: Tensor) -> Tensor:
+    p = weights.double()
+    return -(p * p.masked_fill(p == 0, 1.0).log()).sum(-1)
+
+
+def masked(fill: float, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Scores of a causal mask, whose first row is masked whole."""
+    scores = 3 * torch.randn(2, 3, 5, 5, generator=torch.Generator().manual_seed(1)).double()
+    allowed = torch.ones(5, 5, dtype=torch.bool).tril(-1)
+    return scores.to(dtype).masked_fill(~allowed, fill)
+
+
+@pytest.mark.parametrize("fill", [-torch.inf, torch.finfo(torch.float64).min])
+def test_gradients_of_masked_rows(fill: float) -> None:
+    """A row of -inf alone is NaN to the softmax, and its gradient; one of large numbers is not."""
+    allowed = torch.ones(5, 5, dtype=torch.bool).tril(0 if fill == -torch.inf else -1)
+
+    def entropies(scores: Tensor) -> Tensor:
+        scores = scores.masked_fill(~allowed, fill)
+        return weigh(scores, scores.softmax(-1)).entropy
+
+    scores = masked(0.0).requires_grad_()
+    assert torch.autograd.gradcheck(entropies, scores)
+    assert torch.autograd.gradgradcheck(entropies, scores)
+    (gradient,) = torch.autograd.grad(entropies(scores).sum(), scores)
+    assert torch.equal(gradient[:, :, 0], torch.zeros(2, 3, 5).double())
+
+
+@pytest.mark.parametrize("fill", [-torch.inf, -1e4, -1e9, torch.finfo(torch.float32).min])
+def test_masked_keys_are_not_allowed(fill: float) -> None:
+    scores = masked(fill, torch.float32)
+    found = weigh(scores, scores.softmax(-1))
+    no_key = 0 if fill < -1e30 else 5  # large numbers in a whole row mask nothing
+    assert found.allowed_keys[0, 0].tolist() == [no_key, 1, 2, 3, 4]
+    expected = entropy(scores.double().softmax(-1))
+    torch.testing.assert_close(
+        found.entropy[..., 1:].double(), expected[..., 1:], rtol=0, atol=1e-6
+    )
+    assert not found.entropy[..., 0].any() or no_key
+
+
+def test_keys_that_are_far_behind_are_allowed() -> None:
+    scores = torch.tensor([[[0.0, 0.0, -200.0, -4000.0]]])
+    found = weigh(scores, scores.softmax(-1))
+    assert found.allowed_keys.item() == 4
+    assert found.entropy.item() == pytest.approx(torch.tensor(2.0).log().item())
+
+
+def test_a_score_that_is_nan_makes_its_row_nan_and_no_other() -> None:
+    scores = torch.zeros(1, 2, 3)
+    scores[0, 1, 1] = torch.nan
+    found = weigh(scores, scores.softmax(-1)).entropy
+    assert found[0].isnan().tolist() == [False, True]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "budget"), [(torch.bfloat16, 2e-3), (torch.float16, 5e-4), (torch.float32, 2e-6)]
+)
+@pytest.mark.parametrize("spread", [0.0, 1.0, 8.0])
+def test_error_of_rounded_weights(dtype: torch.dtype, budget: float, spread: float) -> None:
+    """That the weights of a row do not sum to 1 costs nothing: near uniform it would be 0.01."""
+    scores = spread * torch.randn(1, 4, 50, 500, generator=torch.Generator().manual_seed(2))
+    weights = scores.softmax(-1).to(dtype)
+    assert not torch.equal(weights.double().sum(-1), torch.ones(1, 4, 50).double())
+    expected = entropy(scores.double().softmax(-1))
+    found = weigh(scores.to(dtype), weights).entropy
+    assert found.dtype == torch.float32
+    assert (found - expected).abs().max() < budget
+
+
+@given(st.integers(1, 6), st.integers(1, 9), st.integers(0, 1000))
+@settings(max_examples=25, deadline=None)
+def test_properties_of_rows(queries: int, keys: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    scores = 5 * torch.randn(2, 2, queries, keys, generator=generator, dtype=torch.float64)
+
+    def entropies(scores: Tensor) -> Tensor:
+        return weigh(scores, scores.softmax(-1)).entropy
+
+    found = entropies(scores)
+    close = {"rtol": 0.0, "atol": 1e-12}
+    assert (found >= -1e-12).all()
+    assert (found <= torch.tensor(keys).log() + 1e-12).all()
+    torch.testing.assert_close(entropies(scores + 100), found, **close)
+    permuted = scores[..., torch.randperm(keys, generator=generator)]
+    torch.testing.assert_close(entropies(permuted), found, **close)
+    doubled = entropies(torch.cat([scores, scores], -1))
+    torch.testing.assert_close(doubled, found + torch.tensor(2.0).double().log(), **close)
+    assert (weigh(scores, scores.softmax(-1)).allowed_keys == keys).all()
+
+
+# The models
+
+
+class Attention(nn.Module):
+    """Attends by hand, as minGPT, timm and lucidrains do, in one of several ways."""
+
+    def __init__(self, way: str = "functional", heads: int = 4) -> None:
+        super().__init__()
+        self.project, self.out = nn.Linear(16, 48), nn.Linear(16, 16)
+        self.count, self.way = heads, way
+        self.softmax, self.dropout = nn.Softmax(dim=-1), nn.Dropout(0.3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.project(x).unflatten(-1, (3, self.count, -1)).permute(2, 0, 3, 1, 4)
+        scores = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5
+        scores = scores.masked_fill(torch.ones(scores.shape[-2:]).tril() == 0, -torch.inf)
+        values: Tensor = getattr(self, self.way)(scores, v)
+        return self.out(values.transpose(1, 2).flatten(2))
+
+    def functional(self, scores: Tensor, v: Tensor) -> Tensor:
+        weights = functional.softmax(scores, dim=-1, dtype=torch.float32).type_as(v)
+        return self.dropout(weights) @ v
+
+    def method(self, scores: Tensor, v: Tensor) -> Tensor:
+        return torch.matmul(self.dropout(scores.softmax(dim=-1)), v)
+
+    def torch(self, scores: Tensor, v: Tensor) -> Tensor:
+        return torch.einsum("b h i j, b h j d -> b h i d", torch.softmax(scores, -1), v)
+
+    def torch_by_keyword(self, scores: Tensor, v: Tensor) -> Tensor:
+        return torch.einsum("...jd,...ij->...id", v, torch.softmax(input=scores, dim=3))
+
+    def module(self, scores: Tensor, v: Tensor) -> Tensor:
+        return torch.linalg.matmul(self.softmax(scores), v)
+
+    def folded(self, scores: Tensor, v: Tensor) -> Tensor:
+        weights = scores.softmax(-1).flatten(0, 1)
+        return torch.bmm(weights, v.flatten(0, 1)).unflatten(0, (-1, self.count))
+
+
+HEARD = ["functional", "method", "torch", "torch_by_keyword", "module", "folded"]
+
+
+class Stack(nn.Module):
+    def __init__(self, *parts: nn.Module) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList(parts)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for part in self.parts:
+            x = x + part(x)
+        return x
+
+
+@pytest.fixture
+def x() -> Tensor:
+    return 2 * torch.randn(2, 7, 16, generator=torch.Generator().manual_seed(0))
+
+
+def by_hand(part: Attention, x: Tensor) -> Tensor:
+    q, k, _ = part.project(x).unflatten(-1, (3, part.count, -1)).permute(2, 0, 3, 1, 4)
+    scores = q @ k.mT / q.shape[-1] ** 0.5
+    weights = scores.masked_fill(torch.ones(7, 7).tril() == 0, -torch.inf).softmax(-1)
+    return -(weights * weights.clamp(min=1e-30).log()).sum(-1)
+
+
+@pytest.mark.parametrize("way", HEARD)
+def test_attention_by_hand_is_heard(way: str, x: Tensor) -> None:
+    model = Stack(Attention(way), Attention(way))
+    weight = model.parts[0].project.weight
+    expected = by_hand(model.parts[0], x)
+    (wanted,) = torch.autograd.grad(expected.square().sum(), weight)
+    torch.manual_seed(3)
+    plain = model(x)
+    for _ in range(2):  # the second pass is not watched
+        torch.manual_seed(3)
+        with record_entropy(model) as recording:
+            output = model(x)
+        assert torch.equal(output, plain)
+        assert [layer.name for layer in recording] == ["parts.0", "parts.1"]
+        found = recording[0]
+        torch.testing.assert_close(found.entropy, expected, rtol=0, atol=2e-6)
+        assert found.allowed_keys.unique(dim=1).flatten(0, 1)[0].tolist() == list(range(1, 8))
+        assert (found.keys, found.kind, found.rows.all().item()) == (7, "self", True)
+        (got,) = torch.autograd.grad(found.entropy.square().sum(), weight)
+        torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_a_head_that_is_a_module_is_a_layer(x: Tensor) -> None:
+    class Head(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return functional.softmax(x @ x.mT, dim=-1) @ x
+
+    model = Stack(Head(), Head())
+    with record_entropy(model) as recording:
+        model(x)
+    assert [tuple(layer.entropy.shape) for layer in recording] == [(2, 1, 7)] * 2
+
+
+def test_queries_keys_and_values_may_be_given_to_a_module_of_their_own(x: Tensor) -> None:
+    class Scaled(nn.Module):
+        def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return functional.softmax(q @ k.mT, dim=-1) @ v
+
+    class Around(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = Scaled()
+
+        def forward(self, x: Tensor) -> Tensor:
+            q = x.unflatten(-1, (4, 4)).transpose(1, 2)
+            return self.inner(q[:, :, :3], q, q).sum()
+
+    model = Around()
+    with record_entropy(model) as recording:
+        model(x)
+    assert (recording[0].name, tuple(recording[0].entropy.shape)) == ("inner", (2, 4, 3))
+
+
+@pytest.mark.parametrize("gradient", [True, False])
+def test_checkpoints(gradient: bool, x: Tensor) -> None:
+    class Checkpointed(Stack):
+        def forward(self, x: Tensor) -> Tensor:
+            for part in self.parts:
+                x = x + checkpoint(part, x, use_reentrant=False)
+            return x
+
+    model = Checkpointed(Attention(), Attention())
+    for _ in range(2):
+        torch.manual_seed(5)
+        with record_entropy(model, gradient=gradient) as recording:
+            loss = model(x).sum()
+        loss = loss + sum(layer.entropy.sum() for layer in recording)
+        found = torch.autograd.grad(loss, list(model.parameters()))
+        torch.manual_seed(5)
+        model.__class__ = Stack
+        with record_entropy(model, gradient=gradient) as recording:
+            loss = model(x).sum()
+        loss = loss + sum(layer.entropy.sum() for layer in recording)
+        for got, wanted in zip(
+            found, torch.autograd.grad(loss, list(model.parameters())), strict=True
+        ):
+            torch.testing.assert_close(got, wanted)
+        model.__class__ = Checkpointed
+
+
+class Routed(Attention):
+    """Has a softmax beside that of its attention: a router of experts."""
+
+    def functional(self, scores: Tensor, v: Tensor) -> Tensor:
+        y = super().functional(scores, v)
+        shares = functional.softmax(y @ torch.ones(4, 3), dim=-1)
+        return y * shares.amax(-1, keepdim=True)
+
+
+def test_a_softmax_beside_that_of_attention_is_not_recorded(x: Tensor) -> None:
+    model = Stack(Routed(), Attention())
+    for _ in range(2):
+        with record_entropy(model) as recording:
+            model(x)
+        assert [layer.name for layer in recording] == ["parts.0", "parts.1"]
+
+
+def test_layers_are_chosen_by_their_number(x: Tensor) -> None:
+    model = Stack(Routed(), Attention(), Attention())
+    for _ in range(2):
+        with record_entropy(model, layers=[1]) as recording:
+            model(x)
+        assert [layer.name for layer in recording] == ["parts.1"]
+
+
+# What is refused
+
+
+class Odd(Attention):
+    """Its weights are not what a softmax makes, or not laid out as those of attention are."""
+
+    def masked_after(self, scores: Tensor, v: Tensor) -> Tensor:
+        return scores.softmax(-1).masked_fill(torch.ones(7, 7).tril(-1) == 0, 0.0) @ v
+
+    def changed_in_place(self, scores: Tensor, v: Tensor) -> Tensor:
+        weights = scores.detach().softmax(-1)
+        weights[..., 0] = 0
+        return weights @ v
+
+    def scaled_in_place(self, scores: Tensor, v: Tensor) -> Tensor:
+        return scores.detach().softmax(-1).mul_(torch.rand(7)) @ v
+
+    def transposed(self, scores: Tensor, v: Tensor) -> Tensor:
+        return scores.softmax(-1).transpose(-1, -2) @ v
+
+    def from_the_right(self, scores: Tensor, v: Tensor) -> Tensor:
+        return (v.mT @ scores.softmax(-1)).mT
+
+    def positions_first(self, scores: Tensor, v: Tensor) -> Tensor:
+        weights = torch.softmax(scores.transpose(1, 2), -1)  # [batch, queries, heads, keys]
+        return torch.einsum("bihj,bhjd->bhid", weights, v)
+
+    def heads_first(self, scores: Tensor, v: Tensor) -> Tensor:
+        weights = torch.softmax(scores.transpose(0, 1)[:3], -1)  # [heads, batch, queries, keys]
+        return (weights @ v.transpose(0, 1)[:3]).transpose(0, 1).repeat(1, 2, 1, 1)[:, :4]
+
+    def folded_before(self, scores: Tensor, v: Tensor) -> Tensor:
+        weights = scores.transpose(0, 1).flatten(0, 1).softmax(-1)  # [heads * batch, ...]
+        values = torch.bmm(weights, v.transpose(0, 1).flatten(0, 1))
+        return values.unflatten(0, (self.count, -1)).transpose(0, 1)
+
+    def grouped(self, scores: Tensor, v: Tensor) -> Tensor:
+        weights = scores.unflatten(1, (2, 2)).softmax(-1)
+        return (weights @ v.unflatten(1, (2, 2))).flatten(1, 2)
+
+    def near_by(self, scores: Tensor, v: Tensor) -> Tensor:
+        near = v.transpose(1, 2)[:, :, :, None] @ v.transpose(1, 2)[:, :, None].mT.expand(
+            -1, -1, 4, -1, -1
+        )
+        weights = near.flatten(2, 3).softmax(-1)  # [batch, places, rows, near keys]
+        return (weights @ v.transpose(1, 2)).transpose(1, 2)
+
+    def noisy(self, scores: Tensor, v: Tensor) -> Tensor:
+        return functional.gumbel_softmax(scores.clamp(min=-9), dim=-1) @ v
+
+    def compiled(self, scores: Tensor, v: Tensor) -> Tensor:
+        attend = torch.compile(lambda scores, v: scores.softmax(-1) @ v, backend="eager")
+        return attend(scores, v)
+
+    def in_a_function(self, scores: Tensor, v: Tensor) -> Tensor:
+        return Detached.apply(scores) @ v
+
+    def of_a_part(self, scores: Tensor, v: Tensor) -> Tensor:
+        return scores.softmax(-1)[..., :5] @ v[..., :5, :]
+
+    def of_weights(self, scores: Tensor, v: Tensor) -> Tensor:
+        return (scores.softmax(-1) @ scores.clamp(min=-9).softmax(-1)) @ v
+
+
+def test_the_number_of_heads_that_a_module_tells_must_be_that_of_its_weights(x: Tensor) -> None:
+    model = Stack(Attention(), Attention())
+    model.parts[0].num_heads, model.parts[1].num_heads = 4, 8
+    with pytest.raises(ValueError, match=r"recorded: parts\.1 computes a"), record_entropy(model):
+        model(x)
+
+
+class Detached(torch.autograd.Function):
+    """A softmax without a graph inside, as sew-d has."""
+
+    @staticmethod
+    def forward(ctx: Any, scores: Tensor) -> Tensor:
+        return scores.softmax(-1)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient
+
+
+ODD = [name for name in vars(Odd) if not name.startswith("_")]
+
+
+@pytest.mark.parametrize("way", ODD)
+@pytest.mark.parametrize("among_others", [True, False])
+def test_what_is_not_attention_as_it_is_written_most_often_is_refused(
+    way: str, among_others: bool, x: Tensor
+) -> None:
+    model = Stack(Attention(), Odd(way)) if among_others else Stack(Odd(way))
+    name = "parts.1" if among_others else "parts.0"
+    with pytest.raises(ValueError, match=f"{name} computes a"), record_entropy(model):
+        model(x)
+    if among_others:
+        for _ in range(2):
+            with record_entropy(model, allow_partial=True) as recording:
+                model(x)
+            assert [layer.name for layer in recording] == ["parts.0"]
+            assert recording.missing == ["parts.1"]
+
+
+class HalfHeard(Attention):
+    """Its weights meet the values, and something else after that."""
+
+    def functional(self, scores: Tensor, v: Tensor) -> Tensor:
+        weights = scores.softmax(-1)
+        return weights @ v + weights.mT @ v
+
+
+def test_a_module_that_is_half_heard_is_left_out_whole(x: Tensor) -> None:
+    model = Stack(HalfHeard(), Attention())
+    with pytest.raises(ValueError, match=r"parts\.0 computes a softmax"), record_entropy(model):
+        model(x)
+    with record_entropy(model, allow_partial=True) as recording:
+        model(x)
+    assert ([layer.name for layer in recording], recording.missing) == (["parts.1"], ["parts.0"])
+    for partial in (False, True):
+        part = HalfHeard()
+        with (
+            pytest.raises(ValueError, match="HalfHeard computes a softmax"),
+            record_entropy(part, allow_partial=partial),
+        ):
+            part(x)
+
+
+class Twofold(nn.Module):
+    """Calls one softmax in one place for its attention and for something else."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.weights(x @ x.mT) @ x + self.weights(x)
+
+    def weights(self, scores: Tensor) -> Tensor:
+        return scores.softmax(-1)
+
+
+def test_a_softmax_that_serves_two_ends_is_refused(x: Tensor) -> None:
+    message = "parts.0 takes one softmax for attention and for other things"
+    model = Stack(Twofold())
+    with pytest.raises(ValueError, match=message), record_entropy(model):
+        model(x)
+
+
+class Late(Stack):
+    """Leaves its second part out of the first pass, as layer dropout may."""
+
+    passes = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.passes += 1
+        return super().forward(x) if self.passes > 1 else x + self.parts[0](x)
+
+
+class Other(Attention):
+    """An attention of another class."""
+
+
+def test_a_layer_that_was_dropped_when_the_pass_was_watched_is_known_by_its_class(
+    x: Tensor,
+) -> None:
+    model = Late(Attention(), Attention())
+    for layers in (1, 2):
+        with record_entropy(model) as recording:
+            model(x)
+        assert len(recording) == layers
+
+
+def test_a_softmax_of_which_nothing_is_known_is_refused_and_then_known(x: Tensor) -> None:
+    model = Late(Attention(), Other())
+    with record_entropy(model):
+        model(x)
+    message = r"parts.1 takes a softmax that earlier passes did not \(run the pass again\)"
+    with pytest.raises(ValueError, match=message), record_entropy(model):
+        model(x)
+    with record_entropy(model) as recording:
+        model(x)
+    assert len(recording) == 2
+
+
+def test_vmap_is_refused(x: Tensor) -> None:
+    model = Stack(Direct())
+    with pytest.raises(ValueError, match=r"parts\.0 computes a softmax"), record_entropy(model):
+        torch.vmap(model)(x[:, None])
+
+
+def test_a_compiled_model_is_refused(x: Tensor) -> None:
+    torch._dynamo.reset()
+    model = torch.compile(Stack(Direct()), backend="eager")
+    with pytest.raises(ValueError, match=r"parts\.0 computes a softmax"), record_entropy(model):
+        model(x)
+
+
+class Direct(nn.Module):
+    """Attends in its forward, where a compiled model is read."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.softmax(x @ x.mT, dim=-1) @ x
+
+
+def test_other_models_compile_and_run_as_ever_while_one_is_recorded(x: Tensor) -> None:
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    model = Stack(Direct(), Attention("method")).eval()
+    other = torch.compile(model, backend=counter, fullgraph=True)
+    plain = other(x)
+    with record_entropy(Stack(Attention())) as recording:
+        torch.testing.assert_close(other(x), plain)
+    assert not recording.layers
+    torch.testing.assert_close(other(x), plain)
+    assert counter.frame_count <= 2
