@@ -24,6 +24,8 @@ from transformers import (
     BertModel,
     BloomConfig,
     BloomForCausalLM,
+    CanineConfig,
+    CanineModel,
     CLIPConfig,
     CLIPModel,
     CLIPSegConfig,
@@ -31,6 +33,8 @@ from transformers import (
     EncoderDecoderCache,
     FalconConfig,
     FalconForCausalLM,
+    FSMTConfig,
+    FSMTForConditionalGeneration,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
     GitConfig,
@@ -463,6 +467,65 @@ def test_layers_that_torch_would_run_fused_are_heard() -> None:
         with record_entropy(model) as recording:
             model(tokens())
         assert recording[-1].name == "layer.self_attn"
+
+
+def test_generated_tokens_of_a_softmax_of_its_own() -> None:
+    model, mask = sharpen(BloomForCausalLM(BLOOM)), padding("left")
+    with record_entropy(model) as recording:
+        ids = model.generate(tokens(), attention_mask=mask, max_new_tokens=3, do_sample=False)
+    longer = torch.cat([mask, mask.new_ones(2, 2)], 1)
+    with record_entropy(model) as whole:
+        model(ids[:, :-1], attention_mask=longer)
+    for layer in (0, 1):
+        steps = [each for each in recording if each.name == whole[layer].name]
+        assert [each.entropy.shape[2] for each in steps] == [mask.shape[1], 1, 1]
+        found = torch.cat([each.entropy for each in steps], 2)
+        real = whole[layer].counted()
+        torch.testing.assert_close(found[real], whole[layer].entropy[real], rtol=0, atol=1e-5)
+        assert torch.equal(torch.cat([each.rows for each in steps], 1), longer.bool())
+
+
+def test_chunks_of_tokens_tell_their_own_padding() -> None:
+    config = CanineConfig(
+        **VISION,
+        num_hash_functions=2,
+        num_hash_buckets=64,
+        local_transformer_stride=4,
+        downsampling_rate=2,
+        upsampling_kernel_size=2,
+    )
+    mask = torch.ones(2, 12, dtype=torch.long)
+    mask[0, 9:] = 0
+    model = sharpen(CanineModel(config))
+    with record_entropy(model) as recording:
+        model(torch.randint(5, 60, (2, 12)), attention_mask=mask)
+    chunks = [layer for layer in recording if layer.name.startswith("initial")]
+    assert [layer.entropy.shape[2] for layer in chunks] == [4, 4, 4]
+    assert torch.equal(torch.cat([layer.rows for layer in chunks], 1), mask.bool())
+
+
+def test_the_decoder_of_fsmt_has_the_mask_that_the_model_has_for_it() -> None:
+    config = FSMTConfig(
+        langs=["en", "de"],
+        src_vocab_size=64,
+        tgt_vocab_size=64,
+        d_model=16,
+        encoder_layers=1,
+        decoder_layers=1,
+        encoder_attention_heads=4,
+        decoder_attention_heads=4,
+        encoder_ffn_dim=16,
+        decoder_ffn_dim=16,
+    )
+    model = sharpen(FSMTForConditionalGeneration(config))
+    ids = torch.randint(5, 60, (2, 5))
+    mask = torch.tensor([[1] * 5, [1] * 3 + [0] * 2])
+    with record_entropy(model) as recording:
+        model(tokens(), padding("right"), decoder_input_ids=ids, decoder_attention_mask=mask)
+    assert torch.equal(recording[0].rows, padding("right").bool())
+    assert [layer.kind for layer in recording] == ["self", "self", "cross"]
+    for layer in list(recording)[1:]:
+        assert torch.equal(layer.rows, mask.bool())
 
 
 def test_parts_that_are_called_alone_are_watched() -> None:
@@ -1189,6 +1252,15 @@ def test_matrices_that_are_asked_for_are_refused(
     with record_entropy(model) as recording:
         model(tokens(), output_attentions=False)
     assert len(recording) == 2
+
+
+def test_matrices_that_a_model_makes_anyway_may_be_asked_for() -> None:
+    model = sharpen(BloomForCausalLM(BLOOM))
+    with record_entropy(model) as recording:
+        matrices = model(tokens(), output_attentions=True).attentions
+    for layer, matrix in zip(recording, matrices, strict=True):
+        expected = torch.special.entr(matrix).sum(-1)
+        torch.testing.assert_close(layer.entropy, expected, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("first", ["whole", "part"])

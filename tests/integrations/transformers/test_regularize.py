@@ -20,7 +20,9 @@ from transformers import (
     AutoModelForCausalLM,
     BartConfig,
     BartForConditionalGeneration,
+    BloomConfig,
     GPT2Config,
+    GPTNeoConfig,
     LlamaConfig,
     PreTrainedModel,
     Qwen2Config,
@@ -41,12 +43,28 @@ CONFIGS = {
     "llama": LlamaConfig(**SHAPE, intermediate_size=24, num_key_value_heads=2),
     "qwen2": Qwen2Config(**SHAPE, intermediate_size=24, num_key_value_heads=2),
 }
+OWN_SOFTMAX = {  # no attention but their own, which makes matrices
+    "bloom": BloomConfig(vocab_size=32, hidden_size=16, n_layer=2, n_head=4),
+    "gpt_neo": GPTNeoConfig(
+        vocab_size=32,
+        hidden_size=16,
+        num_layers=2,
+        num_heads=4,
+        attention_types=[[["global", "local"], 1]],
+        window_size=5,
+        max_position_embeddings=64,
+        attention_dropout=0.0,
+        embed_dropout=0.0,
+        resid_dropout=0.0,
+    ),
+}
 SETTINGS = {"loss_coeff": 0.01, "tolerance_margin_factor": 0.05}
 
 
 def build(family: str, attention: str = "sdpa") -> PreTrainedModel:
     torch.manual_seed(0)
-    config = copy.deepcopy(CONFIGS[family])
+    config = copy.deepcopy((CONFIGS | OWN_SOFTMAX)[family])
+    attention = "eager" if family in OWN_SOFTMAX else attention
     model = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
     with torch.no_grad():  # freshly drawn weights attend uniformly, which would prove nothing
         for name, parameter in model.named_parameters():
@@ -83,7 +101,7 @@ def published(family: str, batch: dict, regularization: EntropyRegularization):
     return loss.detach(), penalty.detach(), gradients(model), thresholds.grad
 
 
-@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("family", [*CONFIGS, *OWN_SOFTMAX])
 @pytest.mark.parametrize("padded", [False, True])
 def test_equals_compute_loss_on_eager_matrices(family: str, padded: bool) -> None:
     batch = batch_of()
@@ -218,12 +236,13 @@ def test_tuple_output() -> None:
         torch.testing.assert_close(output[0], wanted + seen.penalty)
 
 
+@pytest.mark.parametrize("family", ["gpt2", "gpt_neo"])
 @pytest.mark.parametrize(("layers", "whole"), [(True, False), (False, True), (True, True)])
-def test_checkpointing_gives_the_same_gradients(layers: bool, whole: bool) -> None:
+def test_checkpointing_gives_the_same_gradients(layers: bool, whole: bool, family: str) -> None:
     """Of layers, and around the whole model as gradient caching has it: several passes a step."""
     found = []
     for checkpointing in (False, True):
-        model = build("gpt2")
+        model = build(family)
         regularize(model, EntropyRegularization.calibrated(thresholds=0.2))
         if checkpointing and layers:
             model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -592,14 +611,15 @@ def test_compiled_model_has_the_same_gradients_and_is_compiled_once() -> None:
     assert_near(gradients(compiled), gradients(model))
 
 
-def test_half_precision_model() -> None:
-    model = build("gpt2").bfloat16()
+@pytest.mark.parametrize("family", ["gpt2", "gpt_neo"])
+def test_half_precision_model(family: str) -> None:
+    model = build(family).bfloat16()
     seen = regularize(model, EntropyRegularization.calibrated(thresholds=0.1))
     output = model(**batch_of())
     output.loss.backward()
     assert output.loss.isfinite()
     assert seen.recording[0].entropy.dtype == torch.float32
-    assert model.transformer.h[0].attn.c_attn.weight.grad.isfinite().all()
+    assert all(gradient.isfinite().all() for gradient in gradients(model).values())
 
 
 def test_encoder_decoder_counts_its_calls() -> None:
