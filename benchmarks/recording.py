@@ -1,9 +1,12 @@
-"""What watching costs: a forward of GPT-2 small with record_entropy(gradient=False) against sdpa.
+"""What a recording costs, against the same model without one.
 
     python benchmarks/recording.py
 
-Both take turns in one run, because machines are shared: read the ratios. Writes
-benchmarks/results/recording.json.
+Of GPT-2 small, whose attention is fused: a forward pass with record_entropy(gradient=False) against
+sdpa. Of a model of GPT-Neo's shape, which takes a softmax of its own: forward and backward of the
+loss and the entropies, against the loss alone and against the published formula on the matrices
+that the model returns, and the bytes that backward keeps. All take turns in one run, because
+machines are shared: read the ratios. Writes benchmarks/results/recording.json.
 """
 
 import argparse
@@ -17,56 +20,106 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import GPT2Config, GPT2LMHeadModel
+from torch import Tensor
+from transformers import GPT2Config, GPT2LMHeadModel, GPTNeoConfig, GPTNeoForCausalLM
 
 from entropy_regularization import record_entropy
 
 RESULTS = Path(__file__).parent / "results" / "recording.json"
+Runs = dict[str, Callable[[], Any]]
 
 
-def take_turns(plain: Callable[[], Any], recorded: Callable[[], Any], turns: int) -> dict[str, Any]:
-    """Return seconds of both, and the ratio of each turn: min, median, max."""
-    plain(), recorded()
-    seconds: list[tuple[float, float]] = []
-    for _ in range(turns):
-        marks = [time.perf_counter()]
-        for run in (plain, recorded):
+def take_turns(runs: Runs, turns: int) -> dict[str, Any]:
+    """Return the median seconds of the first run, and the ratios of the others to it.
+
+    Ratios are those of each turn: min, median, max.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for turn in range(turns + 1):
+        for name, run in runs.items():
+            start = time.perf_counter()
             run()
-            marks.append(time.perf_counter())
-        seconds.append((marks[1] - marks[0], marks[2] - marks[1]))
-    ratios = [mine / base for base, mine in seconds]
-    return {
-        "sdpa_seconds_median": statistics.median(base for base, _ in seconds),
-        "recorded_seconds_median": statistics.median(mine for _, mine in seconds),
-        "ratio_min": min(ratios),
-        "ratio_median": statistics.median(ratios),
-        "ratio_max": max(ratios),
-    }
+            if turn:  # the first warms up
+                seconds[name].append(time.perf_counter() - start)
+    first, *others = seconds
+    found: dict[str, Any] = {f"{first}_seconds_median": statistics.median(seconds[first])}
+    for name in others:
+        ratios = [mine / base for mine, base in zip(seconds[name], seconds[first], strict=True)]
+        found[name] = {
+            "ratio_min": min(ratios),
+            "ratio_median": statistics.median(ratios),
+            "ratio_max": max(ratios),
+        }
+    return found
 
 
-def measure(n: int, turns: int) -> dict[str, Any]:
+def kept(run: Callable[[], Any]) -> int:
+    """Return the bytes that a run keeps for its backward pass, each storage counted once."""
+    storages: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        run()
+    return sum(storages.values())
+
+
+def fused(n: int, turns: int) -> dict[str, Any]:
+    """Measure GPT-2 small."""
     torch.manual_seed(0)
     model = GPT2LMHeadModel(GPT2Config(n_positions=n, attn_implementation="sdpa")).eval()
     ids = torch.randint(0, model.config.vocab_size, (1, n))
 
+    @torch.no_grad()
     def plain() -> None:
-        with torch.no_grad():
-            model(ids)
+        model(ids)
 
+    @torch.no_grad()
     def recorded() -> None:
-        with torch.no_grad(), record_entropy(model, gradient=False) as recording:
+        with record_entropy(model, gradient=False) as recording:
             model(ids)
-        if len(recording) != model.config.n_layer:
-            raise SystemExit(f"{len(recording)} layers were recorded, not {model.config.n_layer}.")
+        check(len(recording), model.config.n_layer)
 
-    found = take_turns(plain, recorded, turns)
-    print(
-        f"GPT-2 small, {n} tokens: sdpa {found['sdpa_seconds_median'] * 1e3:.0f} ms, recorded "
-        f"{found['ratio_min']:.3f} {found['ratio_median']:.3f} {found['ratio_max']:.3f} times that "
-        "(min, median, max of turns)",
-        flush=True,
+    return take_turns({"sdpa": plain, "recorded": recorded}, turns)
+
+
+def own_softmax(n: int, turns: int) -> dict[str, Any]:
+    """Measure a model of GPT-Neo's shape, 4 layers of 12 heads, without dropout."""
+    torch.manual_seed(0)
+    kinds = [[["global", "local"], 2]]
+    config = GPTNeoConfig(hidden_size=768, num_layers=4, num_heads=12, attention_types=kinds)
+    model = GPTNeoForCausalLM(config).eval()
+    ids = torch.randint(0, config.vocab_size, (1, n))
+
+    def plain() -> Tensor:
+        return model(ids, labels=ids).loss
+
+    def recorded() -> Tensor:
+        with record_entropy(model) as recording:
+            loss = model(ids, labels=ids).loss
+        check(len(recording), config.num_layers)
+        return loss + sum(layer.entropy.mean() for layer in recording)
+
+    def published() -> Tensor:
+        output = model(ids, labels=ids, output_attentions=True)
+        rows = [-(p * torch.log(p + 1e-9)).sum(-1) for p in output.attentions]
+        return output.loss + sum(each.mean() for each in rows)
+
+    runs: Runs = {"plain": plain, "recorded": recorded, "published formula": published}
+    found = take_turns(
+        {name: lambda run=run: run().backward() for name, run in runs.items()}, turns
     )
+    bytes_kept = {name: kept(run) for name, run in runs.items()}
+    for name in ("recorded", "published formula"):
+        found[name]["bytes_kept_ratio"] = bytes_kept[name] / bytes_kept["plain"]
     return found
+
+
+def check(layers: int, wanted: int) -> None:
+    if layers != wanted:
+        raise SystemExit(f"{layers} layers were recorded, not {wanted}.")
 
 
 def main() -> None:
@@ -79,8 +132,10 @@ def main() -> None:
         "transformers": transformers.__version__,
         "machine": platform.processor() or platform.machine(),
         "threads": torch.get_num_threads(),
-        "tokens": {str(n): measure(n, options.turns) for n in (256, 1024)},
+        "GPT-2 small": {str(n): fused(n, options.turns) for n in (256, 1024)},
+        "GPT-Neo's shape": {str(n): own_softmax(n, options.turns) for n in (256, 1024)},
     }
+    print(json.dumps(result, indent=1))
     options.output.write_text(json.dumps(result, indent=1) + "\n")
     print(f"written: {options.output}")
 
