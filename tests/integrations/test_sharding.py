@@ -64,6 +64,7 @@ def test_what_cannot_be_joined_is_refused(found: dict[str, Any]) -> None:
     assert "with 1 heads on each of 2 ranks (tensor parallelism), and nothing tells" in (
         refused.pop("unknown heads")
     )
+    assert "Written computes a softmax of its own" in refused.pop("own softmax")
     assert "HeadThresholds that FSDP has sharded with the model" in refused.pop("thresholds")
     assert len(refused) == 5
     for name, sentence in refused.items():

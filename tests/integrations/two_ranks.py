@@ -36,6 +36,14 @@ class Attention(nn.Module):
         return nn.functional.scaled_dot_product_attention(heads, heads, heads, is_causal=True)
 
 
+class Written(Attention):
+    """Attends by a softmax of its own."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        heads = self.projection(x).unflatten(-1, (-1, 8)).transpose(1, 2)
+        return torch.softmax(heads @ heads.mT, -1) @ heads
+
+
 def ids() -> Tensor:
     return torch.randint(64, (2, TOKENS), generator=torch.Generator().manual_seed(1))
 
@@ -170,12 +178,18 @@ def main() -> None:
     parallelize_module(part, mesh, {"projection.0": ColwiseParallel()})
     found["refused"]["unknown heads"] = sentence(lambda: entropies(part, x))
 
-    found["expected sharded"] = entropies(attention, x)
-    sharded = copy.deepcopy(attention)
-    sharded.config = LlamaConfig(num_attention_heads=4)  # as many as two ranks have
-    fully_shard(sharded.projection, mesh=mesh)  # divided again when attention comes
-    fully_shard(sharded, mesh=mesh)
-    found["sharded"] = entropies(sharded, x)
+    part = Written()
+    parallelize_module(part, mesh, {"projection.0": ColwiseParallel()})
+    found["refused"]["own softmax"] = sentence(lambda: entropies(part, x))
+
+    found["expected sharded"], found["sharded"] = [], []
+    for each in (attention, Written()):
+        found["expected sharded"] += entropies(each, x)
+        sharded = copy.deepcopy(each)
+        sharded.config = LlamaConfig(num_attention_heads=4)  # as many as two ranks have
+        fully_shard(sharded.projection, mesh=mesh)  # divided again when attention comes
+        fully_shard(sharded, mesh=mesh)
+        found["sharded"] += entropies(sharded, x)
 
     with torch.device("meta"):
         thresholds = HeadThresholds(2, 4, [0.1, 0.2, 0.3, 0.4])
