@@ -144,7 +144,9 @@ class EntropyRecording:
         """
         if not isinstance(pattern, str):
             raise TypeError(f"pattern is {pattern!r}; pass a pattern of names, or indices=[...].")
-        wanted = range(len(self.layers)) if indices is None else _integers("indices", indices)
+        wanted = list(range(len(self))) if indices is None else _integers("indices", indices)
+        if indices is not None and not wanted:
+            raise LookupError("indices is empty, which keeps no layer; pass places of calls.")
         for index in wanted:
             if not -len(self.layers) <= index < len(self.layers):
                 raise LookupError(f"layer {index} was asked for; there are {len(self.layers)}.")
@@ -156,9 +158,10 @@ class EntropyRecording:
         ]
         if not kept:
             names = ", ".join(sorted({layer.name for layer in self.layers})) or "none"
+            among = "" if indices is None else f" at indices {wanted}"
             raise LookupError(
-                f"no recorded layer matches pattern {pattern!r} and kind {kind!r}; there are: "
-                f"{names}."
+                f"no recorded layer{among} matches pattern {pattern!r} and kind {kind!r}; "
+                f"there are: {names}."
             )
         if heads is not None:
             kept = [layer.select_heads(heads) for layer in kept]
