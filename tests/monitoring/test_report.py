@@ -84,7 +84,7 @@ def test_a_finished_run_with_a_baseline(tmp_path):
     assert page.row("penalty, first and last step")[2:] == ["–", "–"]  # noqa: RUF001
     for heading in ("with penalty", "without penalty", "finished", "Thresholds", "gpt2-tiny"):
         assert heading in page.text
-    assert "Without penalty: 0.5 for every head, not learned." in page.text
+    assert "without penalty: 0.5 for every head, not learned." in page.text
     assert text.count("<svg ") == 8  # loss, penalty, band; layers twice, mean; classes twice
 
 
@@ -234,6 +234,15 @@ def test_another_run_can_be_set_beside(tmp_path):
     assert not (run / "report.html").exists()
     assert {"this run", "two"} <= set(page.text)
     assert page.row("tokens trained on") == ["12,288", "20,480"]
+
+
+def test_a_name_is_shown_as_it_is(tmp_path):
+    one, two = (
+        make_run(tmp_path / name, layers=1, heads=1, steps=3, penalty=False, seed=seed)
+        for seed, name in enumerate(("one", "myRun_B"))
+    )
+    page, _ = page_of(one, compare=two)
+    assert "myRun_B: 0.5 for every head, not learned." in page.text
 
 
 def test_the_page_is_written_again_to_the_same_bytes(tmp_path):
