@@ -165,13 +165,15 @@ def test_heads_that_are_all_collapsed_have_their_charts(tmp_path):
 def test_a_run_that_diverged_says_so(tmp_path):
     run = make_run(tmp_path / "demo", layers=1, heads=1, steps=2)
     assert not read_run(run).diverged
-    assert "iverged" not in page_of(run)[0].text
+    assert not any("not finite" in line for line in page_of(run)[0].text)
     with RecordWriter(run / "records.jsonl") as writer:
         statistics = read_run(run).last.statistics
         writer.write("train", 3, statistics, loss=math.inf, penalty=math.nan)
         writer.write("evaluation", 3, statistics, when="after", loss=800.0, perplexity=math.inf)
     page, _ = page_of(run)
     assert "Diverged: the last loss or perplexity is not finite." in page.text
+    gaps = "The loss was not finite in 1 of 3 records, first at step 3: its line has gaps there."
+    assert gaps in page.text
     assert page.row("penalty, first and last step") == ["0.027", "–"]  # noqa: RUF001
 
 

@@ -67,6 +67,12 @@ class Run:
         return any(math.isnan(numbers.get(key, 0.0)) for key in ("loss", "perplexity"))
 
     @property
+    def steps_without_loss(self) -> list[int]:
+        """The steps of training lines whose loss was not finite (null)."""
+        lines = self.records.train
+        return [line.step for line in lines if math.isnan(line.numbers.get("loss", 0.0))]
+
+    @property
     def steps(self) -> int:
         """Optimizer steps done."""
         return max(line.step for line in self.records.lines)
