@@ -96,7 +96,7 @@ def test_sentence(
     assert len(lines) == 1
     assert lines[0].startswith("entropy-reg: ")
     assert sentence in lines[0]
-    assert not (output / "result.json").exists()
+    assert not output.exists()
 
 
 def test_output_that_cannot_be_written(words: Path, tmp_path: Path) -> None:

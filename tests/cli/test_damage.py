@@ -284,6 +284,7 @@ def test_two_processes_on_one_folder(whole: Path, run: Path, tmp_path: Path) -> 
             assert refused.exit_code == 2
             (line,) = refused.stderr.splitlines()
             assert f"{output} is being written by another process; wait for its end" in line
+            assert (output / ".lock").is_file()
             other.kill()
         done = CliRunner().invoke(main, arguments)  # what a kill leaves is in nobody's way
         assert done.exit_code == 0, done.output

@@ -17,6 +17,8 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
 )
 
 from entropy_regularization.cli.evaluation import Evaluation
@@ -68,7 +70,7 @@ def refused(model: Path) -> str:
     assert code == 1, errors
     (line,) = errors.splitlines()
     assert line.startswith(f"entropy-reg: --model {model}")
-    assert not (model.parent / "run" / "config.json").exists()
+    assert not (model.parent / "run").exists()
     return line
 
 
@@ -123,6 +125,12 @@ def test_configuration_that_cannot_be_used(
     assert "cannot be used: " in line
     assert sentence in line
     assert len(line) < 700
+
+
+def test_model_without_attention(model: Path) -> None:
+    config = MambaConfig(vocab_size=300, hidden_size=16, num_hidden_layers=1, state_size=4)
+    MambaForCausalLM(config).save_pretrained(model)
+    assert "nothing in it was seen to attend" in refused(model)
 
 
 @pytest.mark.parametrize("size", [100, 299])

@@ -32,3 +32,20 @@ def test_name_that_is_not_utf8(tmp_path: Path) -> None:
         with pytest.raises(UsageProblem, match="is not UTF-8, or the locale is not; choose anoth"):
             take()
     assert not list(tmp_path.iterdir())
+
+
+def test_folder_that_nothing_was_written_into_is_as_it_was_before(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    for name in ("mine", "new", "mine/outer/inner"):
+        with RunFolder(tmp_path / name) as folder:
+            folder.begin()
+            assert (tmp_path / name / ".lock").is_file()
+    assert [path.name for path in tmp_path.rglob("*")] == ["mine"]
+    with RunFolder(tmp_path / "kept" / "run") as folder:
+        folder.begin()
+        (tmp_path / "kept" / "notes.txt").touch()
+    assert [path.name for path in (tmp_path / "kept").iterdir()] == ["notes.txt"]
+    with RunFolder(tmp_path / "gone") as folder:
+        folder.begin()
+        (tmp_path / "gone" / ".lock").unlink()
+        (tmp_path / "gone").rmdir()

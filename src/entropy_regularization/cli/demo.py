@@ -42,7 +42,7 @@ def demo(output: Path, steps: int, debug: bool) -> None:
     from entropy_regularization.cli.console import PlainConsole
 
     console = PlainConsole()
-    with folder_of(output, "none") as plain, folder_of(output, "calibrated") as regularized:
+    with folder_of(output, "calibrated") as regularized, folder_of(output, "none") as plain:
         folders = {"none": plain, "calibrated": regularized}
         for penalty, folder in folders.items():
             _check_arm(folder, options_of(penalty, steps), output)

@@ -26,6 +26,7 @@ from transformers.utils import logging as transformers_logging
 
 from entropy_regularization.cli.errors import RunProblem, UsageProblem
 from entropy_regularization.cli.options import TrainOptions
+from entropy_regularization.recording.recorder import record_entropy
 
 
 class Size(NamedTuple):
@@ -188,6 +189,25 @@ def load_renamed_weights(model: PreTrainedModel, checkpoint: Path) -> None:
         ignore_mismatched_sizes=True,  # Trainer refuses them
     )
     model.load_state_dict(saved.state_dict(), strict=False)  # it lacks the thresholds
+
+
+def layers_and_heads(model: PreTrainedModel, name: str) -> tuple[int, int]:
+    """Run a model once on two tokens and count its attention calls and their heads.
+
+    Args:
+        model: any.
+        name: as it was typed.
+
+    Raises:
+        RunProblem: if its attention cannot be recorded.
+    """
+    ids = torch.zeros(1, 2, dtype=torch.int64, device=model.device)
+    try:
+        with torch.no_grad(), record_entropy(model, gradient=False) as recording:
+            model(input_ids=ids, use_cache=False)
+    except ValueError as error:
+        raise RunProblem(f"--model {name}: {error}") from error
+    return len(recording), max(layer.heads for layer in recording)
 
 
 def check_tokens(options: TrainOptions, model: PreTrainedModel, *blocks: Tensor) -> None:

@@ -14,7 +14,14 @@ from transformers import (
 )
 
 from entropy_regularization.cli.errors import RunProblem, UsageProblem
-from entropy_regularization.cli.models import Size, build_model, check_tokens, load_model, size_of
+from entropy_regularization.cli.models import (
+    Size,
+    build_model,
+    check_tokens,
+    layers_and_heads,
+    load_model,
+    size_of,
+)
 from entropy_regularization.cli.options import TrainOptions
 from entropy_regularization.cli.runs import RunFolder
 from entropy_regularization.data.text import Corpus, DataError, load_corpus
@@ -28,6 +35,7 @@ class Materials(NamedTuple):
     tokenizer: PreTrainedTokenizerBase
     train: TokenBlocks
     held_out: TokenBlocks
+    shapes: tuple[int, int]  # attention calls of the model, and the most heads of one
 
 
 def prepare(
@@ -77,6 +85,7 @@ def prepare(
             held_out = _held_out_blocks(options, tokenizer, corpus)
             check_tokens(options, model, blocks.blocks, held_out.blocks)
             _check_batch(options, len(blocks))
+            shapes = layers_and_heads(model, options.model)
             sums = {"train": blocks.crc32, "held_out": held_out.crc32}
             if folder.config.is_file():
                 folder.check_text(sums, options.data)
@@ -93,7 +102,7 @@ def prepare(
         f"{len(blocks):,} contexts of {options.context_length} tokens to train on, "
         f"{len(held_out):,} held out; {model.num_parameters():,} parameters"
     )
-    return Materials(model, tokenizer, blocks, held_out)
+    return Materials(model, tokenizer, blocks, held_out, shapes)
 
 
 def _acting(options: TrainOptions, size: Size | None) -> dict[str, Any]:

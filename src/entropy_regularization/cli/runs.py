@@ -4,6 +4,7 @@ import json
 import os
 import platform
 import shlex
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import IO, Any
@@ -44,6 +45,7 @@ class RunFolder:
         self.tokenizer = path / "tokenizer"
         self.heatmaps = path / "heatmaps.png"
         self._lock: IO[str] | None = None
+        self._made: list[Path] = []  # folders that were not there before, the innermost first
 
     @property
     def finished(self) -> bool:
@@ -156,33 +158,42 @@ class RunFolder:
             raise UsageProblem(
                 f"{self.path} is not UTF-8, or the locale is not; choose another --output."
             ) from None
+        self._made = [each for each in (self.path, *self.path.parents) if not each.exists()]
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = (self.path / LOCK).open("a")
+            lock = (self.path / LOCK).open("a")
         except OSError as error:
             raise RunProblem(
                 f"{self.path} cannot be written ({error.strerror}); choose another --output."
             ) from None
         try:
             if fcntl is not None:
-                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
+            lock.close()
             raise UsageProblem(
                 f"{self.path} is being written by another process; wait for its end, or choose "
                 "another --output."
             ) from None
         except OSError:
             pass  # a file system without locks
+        self._lock = lock
 
     def __enter__(self) -> "RunFolder":
         """Return the folder, which is given free at the end of the block."""
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Give the folder free."""
-        if self._lock is not None:
-            self._lock.close()
-            self._lock = None
+        """Give the folder free; one that nothing was written into is as it was before."""
+        if self._lock is None:
+            return
+        self._lock.close()
+        self._lock = None
+        with suppress(OSError):  # somebody else took it away, or put something there
+            if [each.name for each in self.path.iterdir()] == [LOCK]:
+                (self.path / LOCK).unlink()
+                for folder in self._made:
+                    folder.rmdir()
 
     def write_config(
         self,

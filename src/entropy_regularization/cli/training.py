@@ -13,7 +13,6 @@ import torch.distributed as dist
 from rich.console import Console
 from safetensors import SafetensorError
 from transformers import (
-    PreTrainedModel,
     PrinterCallback,
     Trainer,
     TrainingArguments,
@@ -36,7 +35,6 @@ from entropy_regularization.integrations.transformers.trainer import EntropyRegu
 from entropy_regularization.monitoring.plots import save_heatmaps
 from entropy_regularization.monitoring.records import RecordError, RecordWriter, read_records
 from entropy_regularization.monitoring.statistics import Band
-from entropy_regularization.recording.recorder import record_entropy
 from entropy_regularization.regularization import EntropyRegularization
 from entropy_regularization.thresholds import HeadThresholds
 
@@ -141,25 +139,6 @@ def training_arguments(options: TrainOptions, folder: RunFolder) -> TrainingArgu
     )
 
 
-def layers_and_heads(model: PreTrainedModel, name: str) -> tuple[int, int]:
-    """Run a model once on two tokens and count its attention calls and their heads.
-
-    Args:
-        model: any.
-        name: as it was typed.
-
-    Raises:
-        RunProblem: if its attention cannot be recorded.
-    """
-    ids = torch.zeros(1, 2, dtype=torch.int64, device=model.device)
-    try:
-        with torch.no_grad(), record_entropy(model, gradient=False) as recording:
-            model(input_ids=ids, use_cache=False)
-    except ValueError as error:
-        raise RunProblem(f"--model {name}: {error}") from error
-    return len(recording), max(layer.heads for layer in recording)
-
-
 class Run:
     """One training: the model, the Trainer, and what is written while it runs."""
 
@@ -172,7 +151,7 @@ class Run:
         console: Console,
     ) -> None:
         self.options, self.folder, self.console = options, folder, console
-        self.model, self.tokenizer, self.blocks, self.held_out = materials
+        self.model, self.tokenizer, self.blocks, self.held_out, self.shapes = materials
         settings = self._regularization()
         self.starting_band = self.band = Band.of(settings, options.threshold)
         if options.gradient_checkpointing:
@@ -181,7 +160,6 @@ class Run:
             if enable is None:  # its name in transformers 5.17
                 enable = self.model.gradient_checkpointing_enable
             enable({"use_reentrant": False})
-        self.shapes = layers_and_heads(self.model, options.model)
         common: dict[str, Any] = {
             "model": self.model,
             "args": arguments,
