@@ -206,8 +206,10 @@ class TrainOptions:
 
 def _checked(field: dataclasses.Field[Any], value: Any) -> Any:
     """Return a value as its option on the command line would give it."""
-    if value is None and field.default is None:
-        return None
+    if value is None:
+        if field.default is None:
+            return None
+        raise UsageProblem(f"{field.name} is null; put back what it was.")
     kind = field.metadata["type"] or (click.BOOL if field.default is False else click.STRING)
     if isinstance(value, bool) != (kind is click.BOOL) or isinstance(value, list | dict):
         raise UsageProblem(f"{value!r} is no value of {field.name}; put back what it was.")
