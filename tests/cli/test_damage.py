@@ -140,6 +140,23 @@ def test_damaged_tokenizer(name: str, run: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("tokenizer.json", "{}"),
+        ("tokenizer.json", '{"added_tokens": [], "model": null}'),
+        ("tokenizer_config.json", "[]"),
+    ],
+)
+def test_tokenizer_of_another_schema(name: str, content: str, run: Path) -> None:
+    (run / "tokenizer" / name).write_text(content)
+    code, _, errors = resume(run)
+    assert code == 1
+    (line,) = errors.splitlines()
+    assert f"{run}/tokenizer cannot be loaded (" in line
+    assert "; copy the one of a checkpoint in" in line
+
+
+@pytest.mark.parametrize(
     ("changed", "sentence"),
     [
         ({"penalty": "l1"}, "penalty: 'l1' is not one of"),

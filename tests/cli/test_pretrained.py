@@ -105,6 +105,12 @@ def test_tokenizer_that_cannot_be_loaded(model: Path) -> None:
                          "model.")  # fmt: skip
 
 
+@pytest.mark.parametrize("content", ["{}", "[]", '{"added_tokens": [], "model": null}'])
+def test_tokenizer_of_another_schema(content: str, model: Path) -> None:
+    (model / "tokenizer.json").write_text(content)
+    assert "holds no tokenizer that can be loaded (" in refused(model)
+
+
 @pytest.mark.parametrize(
     ("changed", "sentence"),
     [

@@ -272,13 +272,31 @@ def _load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """
     todo = "put the files that save_pretrained of its tokenizer writes beside the model."
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name)
+        tokenizer = read_tokenizer(name)
     except ValueError as error:
         raise RunProblem(
             f"--model {name} holds no tokenizer that can be loaded ({_in_one_line(error)}); {todo}"
         ) from None
     if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
         raise RunProblem(f"--model {name} holds no tokenizer; {todo}")
+    return tokenizer
+
+
+def read_tokenizer(place: str | Path) -> PreTrainedTokenizerBase:
+    """Load a tokenizer of a folder or the hub.
+
+    Raises:
+        ValueError: if its files are not what a tokenizer is made of.
+    """
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(place)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{type(error).__name__}: {error}") from error
+    except Exception as error:
+        if type(error) is not Exception:
+            raise
+        # tokenizers has no other class for a tokenizer.json of another schema
+        raise ValueError(str(error)) from error
     return tokenizer
 
 

@@ -6,12 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
-from transformers import (
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    TrainingArguments,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
 from entropy_regularization.cli.errors import RunProblem, UsageProblem
 from entropy_regularization.cli.models import (
@@ -20,6 +15,7 @@ from entropy_regularization.cli.models import (
     check_tokens,
     layers_and_heads,
     load_model,
+    read_tokenizer,
     size_of,
 )
 from entropy_regularization.cli.options import TrainOptions
@@ -126,24 +122,27 @@ def _own_tokenizer(
 ) -> PreTrainedTokenizerBase:
     """Train a tokenizer, or load the one that this run (or its main rank) trained before."""
     if folder.tokenizer.is_dir():
-        _check_tokenizer(folder)
-        found: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder.tokenizer)
-        return found
+        return _kept_tokenizer(folder)
     tokenizer = train_tokenizer(corpus.train, options.tokens)
     tokenizer.model_max_length = options.context_length
     return tokenizer
 
 
-def _check_tokenizer(folder: RunFolder) -> None:
+def _kept_tokenizer(folder: RunFolder) -> PreTrainedTokenizerBase:
+    todo = (
+        f"copy the one of a checkpoint in {folder.checkpoints.path}, or start a new run with "
+        "another --output."
+    )
     for name in ("tokenizer.json", "tokenizer_config.json"):
         path = folder.tokenizer / name
         try:
             json.loads(path.read_bytes())
         except (OSError, ValueError):
-            raise RunProblem(
-                f"{path} is missing or damaged; copy the one of a checkpoint in "
-                f"{folder.checkpoints.path}, or start a new run with another --output."
-            ) from None
+            raise RunProblem(f"{path} is missing or damaged; {todo}") from None
+    try:
+        return read_tokenizer(folder.tokenizer)
+    except ValueError as error:
+        raise RunProblem(f"{folder.tokenizer} cannot be loaded ({error}); {todo}") from None
 
 
 def _keep_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: RunFolder) -> None:
