@@ -223,12 +223,16 @@ def test_changed_context_length_gives_other_tokens(run: Path) -> None:
     assert f"or the context length in {path} changed since the run was started" in errors
 
 
+@pytest.mark.parametrize("data", ["words.txt", "*.txt", "../*/words.txt"])
 def test_relative_data_is_found_from_another_folder(
-    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    data: str, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.chdir(whole.parent)
+    place = tmp_path / "a [1] b"  # a path may hold what is a wildcard in a pattern
+    place.mkdir()
+    shutil.copy(whole.parent / "words.txt", place)
+    monkeypatch.chdir(place)
     output = tmp_path / "run"
-    start = ["train", "--data=words.txt", f"--output={output}", *NANO]
+    start = ["train", f"--data={data}", f"--output={output}", *NANO]
     assert CliRunner().invoke(main, start).exit_code == 0
     (output / "result.json").unlink()
     same = CliRunner().invoke(main, ["train", "--resume", *start[1:3]])
@@ -239,7 +243,7 @@ def test_relative_data_is_found_from_another_folder(
     assert code == 0, errors
     (output / "result.json").unlink()
     other = CliRunner().invoke(main, ["train", "--resume", *start[1:3]])
-    assert "--data words.txt was given, but the run" in other.stderr
+    assert f"--data {data} was given, but the run" in other.stderr
 
 
 @pytest.mark.parametrize("size", [40_000, 60_000], ids=["weights", "optimizer"])

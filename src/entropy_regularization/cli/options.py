@@ -1,6 +1,7 @@
 """What entropy-reg train can be told: one field per option, with its help text and its default."""
 
 import dataclasses
+import glob
 import math
 import os
 from collections.abc import Callable
@@ -109,7 +110,8 @@ class TrainOptions:
         prefix = "hf:" if data.startswith("hf:") else ""
         place = data.removeprefix(prefix)
         if data != "stdlib" and (not prefix or Path(place).exists()):
-            data = prefix + os.path.abspath(place)
+            here = os.getcwd() if Path(place).exists() else glob.escape(os.getcwd())
+            data = prefix + os.path.normpath(os.path.join(here, place))
         if Path(model).is_dir():
             model = os.path.abspath(model)
         return dataclasses.replace(self, data=data, model=model)

@@ -192,8 +192,9 @@ def _below(folder: Path) -> Iterator[Path]:
 
 def _root(pattern: str) -> Path:
     """Return the folder that all matches of a glob lie in, from which they are named."""
-    before, *_ = re.split(r"[*?[]", pattern, maxsplit=1)
-    return Path(os.path.dirname(before))
+    before = re.match(r"([^*?[]|\[[*?[]\])*", pattern)  # up to a wildcard that is not escaped
+    assert before is not None
+    return Path(re.sub(r"\[(.)\]", r"\1", os.path.dirname(before[0])))
 
 
 def _read(path: Path) -> str:
