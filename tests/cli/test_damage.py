@@ -106,6 +106,16 @@ def test_no_other_checkpoint(run: Path) -> None:
     assert (run / "checkpoints" / "checkpoint-6" / "model.safetensors").is_file()
 
 
+def test_folders_of_other_names_are_not_counted_and_removed(run: Path) -> None:
+    checkpoints = run / "checkpoints"
+    shutil.copytree(checkpoints / "checkpoint-4", checkpoints / "checkpoint-1-backup")
+    shutil.rmtree(checkpoints / "checkpoint-6")
+    code, _, errors = resume(run)
+    assert code == 0, errors
+    left = {path.name for path in checkpoints.iterdir()}
+    assert left == {"checkpoint-1-backup", "checkpoint-4", "checkpoint-6"}
+
+
 @pytest.mark.parametrize(
     ("content", "sentence"),
     [(None, "lacks what was recorded"), ("", "lacks what was recorded"), ("?\n", "holds no rec")],

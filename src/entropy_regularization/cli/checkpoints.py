@@ -34,8 +34,14 @@ class Checkpoints:
                 sums[path.relative_to(folder).as_posix()] = crc32_of(path)
         write_json(folder / COMPLETE, {"step": step, "crc32": sums})
 
+    def keep_last(self, number: int) -> None:
+        """Remove all but so many: Trainer would count, and remove, folders of other names too."""
+        ours = [folder for _, folder in sorted(self._all()) if not folder.is_symlink()]
+        for folder in ours[:-number]:
+            shutil.rmtree(folder, ignore_errors=True)
+
     def clear_after(self, step: int) -> None:
-        """Remove what is torn or damaged: Trainer would keep it before whole checkpoints."""
+        """Remove what is torn, which would be kept before whole ones, and what is later."""
         for number, folder in self._all():
             to_go = not (folder / COMPLETE).is_file() or number > step
             if to_go and not folder.is_symlink():

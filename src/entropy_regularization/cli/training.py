@@ -130,7 +130,6 @@ def training_arguments(options: TrainOptions, folder: RunFolder) -> TrainingArgu
         logging_nan_inf_filter=False,
         save_strategy="steps",
         save_steps=options.checkpoint_steps,
-        save_total_limit=2,
         seed=options.seed,
         data_seed=options.seed,
         report_to=[],

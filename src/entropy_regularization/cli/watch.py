@@ -27,6 +27,8 @@ from entropy_regularization.monitoring.records import RecordWriter
 from entropy_regularization.monitoring.statistics import Band, mean_of_heads
 from entropy_regularization.recording.recorder import make_recorder
 
+KEPT = 2  # checkpoints: a damaged one has another before it
+
 
 class MicroBatch(NamedTuple):
     """What a forward pass in training gave, detached scalars."""
@@ -192,11 +194,12 @@ class Watch(TrainerCallback):
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        """Mark the checkpoint as whole."""
+        """Mark the checkpoint as whole, and remove older ones."""
         if args.world_size > 1:
             dist.barrier()  # every rank has written its part
         if state.is_world_process_zero:
             self.folder.checkpoints.mark_complete(state.global_step)
+            self.folder.checkpoints.keep_last(KEPT)
 
     # what is written
 
