@@ -413,6 +413,23 @@ def test_adapters(
     assert hooks_of(model) == hooks
 
 
+def test_adaption_prompt_is_refused_for_its_softmax_or_left_out() -> None:
+    config = peft.AdaptionPromptConfig(task_type="CAUSAL_LM", adapter_len=2, adapter_layers=1)
+    model, batch = peft.get_peft_model(build("llama"), config).train(), batch_of()
+    handle = regularize(model, thresholds=0.5)
+    with pytest.raises(
+        ValueError, match=r"layers\.1\.self_attn computes a softmax of its own; pass"
+    ):
+        model(**batch)
+    handle.remove()
+    with record_entropy(model, allow_partial=True) as recording:
+        expected = model(**batch).loss
+    handle = regularize(model, thresholds=0.5, allow_partial=True)
+    torch.testing.assert_close(
+        model(**batch).loss, expected + handle.regularization(recording, 0.5)
+    )
+
+
 def test_a_loss_that_is_not_used_is_refused_at_the_next_pass() -> None:
     model = build("llama")
     handle = regularize(model)

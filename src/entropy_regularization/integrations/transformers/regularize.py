@@ -139,7 +139,10 @@ def _tuners_of(model: nn.Module, found: PreTrainedModel) -> list[nn.Module]:
         for part in model.modules()
         if type(part).__module__.startswith("peft.")
         and found in part.children()
-        and "forward" in inspect.unwrap(type(part).forward).__code__.co_names
+        and (
+            "forward" in inspect.unwrap(type(part).forward).__code__.co_names
+            or getattr(part.forward, "__self__", None) is found  # AdaptionPrompt
+        )
     ]
 
 
