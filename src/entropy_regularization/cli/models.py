@@ -1,6 +1,5 @@
 """The model of a run: our own small GPT-2s from scratch, or a pretrained one."""
 
-import copy
 import difflib
 import os
 import re
@@ -12,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
@@ -164,31 +163,6 @@ def load_model(options: TrainOptions) -> tuple[PreTrainedModel, PreTrainedTokeni
             f"{options.model}; pass at most {longest}."
         )
     return model, tokenizer
-
-
-def load_renamed_weights(model: PreTrainedModel, checkpoint: Path) -> None:
-    """Load a checkpoint that holds weights under other names than the model's own.
-
-    save_pretrained gives those of GPT-NeoX and of experts their older names, by which Trainer does
-    not find them when it resumes.
-
-    Args:
-        model: one that this checkpoint was saved from.
-        checkpoint: folder that Trainer wrote.
-    """
-    names: set[str] = set()
-    for path in checkpoint.glob("model*.safetensors"):
-        with safe_open(path, framework="pt") as weights:
-            names.update(weights.keys())
-    if names <= model.state_dict().keys():
-        return
-    saved = type(model).from_pretrained(
-        checkpoint,
-        config=copy.deepcopy(model.config),
-        dtype=torch.float32,
-        ignore_mismatched_sizes=True,  # Trainer refuses them
-    )
-    model.load_state_dict(saved.state_dict(), strict=False)  # it lacks the thresholds
 
 
 def layers_and_heads(model: PreTrainedModel, name: str) -> tuple[int, int]:

@@ -24,13 +24,16 @@ from entropy_regularization.cli.console import PlainConsole
 from entropy_regularization.cli.errors import RunProblem, Stopped, UsageProblem
 from entropy_regularization.cli.evaluation import evaluate, numbers_of
 from entropy_regularization.cli.files import write_json
-from entropy_regularization.cli.models import SIZES, load_renamed_weights
+from entropy_regularization.cli.models import SIZES
 from entropy_regularization.cli.options import TrainOptions
 from entropy_regularization.cli.preparation import Materials, check_precision, prepare
 from entropy_regularization.cli.runs import RunFolder
 from entropy_regularization.cli.signals import EXIT_CODES
 from entropy_regularization.cli.watch import NothingLeft, Watch
-from entropy_regularization.integrations.transformers.loading import load_thresholds
+from entropy_regularization.integrations.transformers.loading import (
+    load_renamed_weights,
+    load_thresholds,
+)
 from entropy_regularization.integrations.transformers.trainer import EntropyRegularizedTrainer
 from entropy_regularization.monitoring.plots import save_heatmaps
 from entropy_regularization.monitoring.records import RecordError, RecordWriter, read_records
@@ -194,7 +197,8 @@ class Run:
                 self._evaluate(writer, 0, "before")
             else:
                 self.console.print(f"going on from step {checkpoint[0]}")
-                load_renamed_weights(self.model, checkpoint[1])
+                if self.options.penalty == "none":  # EntropyRegularizedTrainer does so itself
+                    load_renamed_weights(self.model, checkpoint[1])
             step = 0 if checkpoint is None else checkpoint[0]
             watch = self._watch(writer)
             self.trainer.add_callback(watch)

@@ -11,7 +11,7 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, Trainer
+from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Trainer
 from transformers import TrainingArguments as Arguments
 
 from entropy_regularization import EntropyRegularization, HeadThresholds
@@ -39,7 +39,8 @@ def build(family: str = "llama", dropout: float = 0.0):
         rates = {"resid_pdrop": dropout, "embd_pdrop": dropout, "attn_pdrop": dropout}
         config = GPT2Config(n_embd=16, n_layer=2, n_head=4, vocab_size=32, n_positions=32, **rates)
         return GPT2LMHeadModel(config)
-    config = LlamaConfig(
+    config = AutoConfig.for_model(
+        family,
         hidden_size=16,
         num_hidden_layers=2,
         num_attention_heads=4,
@@ -47,7 +48,7 @@ def build(family: str = "llama", dropout: float = 0.0):
         intermediate_size=24,
         vocab_size=32,
     )
-    return LlamaForCausalLM(config)
+    return AutoModelForCausalLM.from_config(config)
 
 
 def data(rows: int = 32, uneven: bool = False) -> list[dict[str, torch.Tensor]]:
@@ -294,9 +295,11 @@ def test_thresholds_are_trained_without_weight_decay(tmp_path: Path, trainer_cla
     assert (parameter != 0.5).all()
 
 
-def test_resuming_equals_not_stopping(tmp_path: Path) -> None:
+# save_pretrained gives the head of GPT-NeoX and the experts of Mixtral other names
+@pytest.mark.parametrize("family", ["llama", "gpt_neox", "mixtral"])
+def test_resuming_equals_not_stopping(family: str, tmp_path: Path) -> None:
     def train(folder: Path, resume: str | None = None) -> tuple[torch.nn.Module, Trainer]:
-        model = build()
+        model = build(family)
         options = {"save_strategy": "steps", "save_steps": 2, "optim": "adamw_torch"}
         args = arguments(folder, max_steps=4, **options)
         trainer = EntropyRegularizedTrainer(
@@ -312,6 +315,10 @@ def test_resuming_equals_not_stopping(tmp_path: Path) -> None:
     assert torch.equal(weights(resumed), weights(whole))
     state = trainer.optimizer.state[resumed.entropy_thresholds.fraction_bias]
     assert state["step"] == 4  # the optimizer's moments went on, not anew
+    resumed.load_state_dict(build(family).state_dict(), strict=False)
+    trainer.state.best_model_checkpoint = str(tmp_path / "checkpoint-4")
+    trainer._load_best_model()
+    assert torch.equal(weights(resumed), weights(whole))
 
 
 def test_gradient_checkpointing_changes_nothing(tmp_path: Path) -> None:

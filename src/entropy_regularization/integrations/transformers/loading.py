@@ -1,5 +1,6 @@
-"""Thresholds in files: those that were saved with a model, or beside adapters."""
+"""What is read from files: thresholds saved with a model or beside adapters, renamed weights."""
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,8 @@ from huggingface_hub.errors import (
 )
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from entropy_regularization.thresholds import HeadThresholds
 
@@ -55,6 +57,31 @@ def load_thresholds(name_or_path: str | Path, **hub_options: Any) -> HeadThresho
         f"{place} holds no entropy thresholds in model.safetensors or {BESIDE}; pass a folder that "
         "a regularized model was saved to."
     )
+
+
+def load_renamed_weights(model: nn.Module, checkpoint: Path) -> None:
+    """Load a checkpoint that holds weights under other names than the model's own.
+
+    save_pretrained gives those of GPT-NeoX and of experts their older names, by which Trainer does
+    not find them when it resumes.
+
+    Args:
+        model: as the one that this checkpoint was saved from.
+        checkpoint: folder that Trainer wrote.
+    """
+    names: set[str] = set()
+    for path in checkpoint.glob("model*.safetensors"):
+        with safe_open(path, framework="pt") as weights:
+            names.update(weights.keys())
+    if names <= model.state_dict().keys() or not isinstance(model, PreTrainedModel):
+        return
+    saved = type(model).from_pretrained(
+        checkpoint,
+        config=copy.deepcopy(model.config),
+        dtype=torch.float32,
+        ignore_mismatched_sizes=True,  # Trainer refuses them
+    )
+    model.load_state_dict(saved.state_dict(), strict=False)  # it lacks the thresholds
 
 
 def save_beside(folder: Path, values: Tensor) -> None:

@@ -14,6 +14,7 @@ from transformers import Trainer
 from entropy_regularization.integrations.transformers.loading import (
     BESIDE,
     THRESHOLDS,
+    load_renamed_weights,
     read_beside,
     save_beside,
 )
@@ -242,11 +243,17 @@ class EntropyRegularizedTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
-        self._load_beside(Path(resume_from_checkpoint))
+        self._load_missed(Path(resume_from_checkpoint))
 
     def _load_best_model(self) -> None:
         super()._load_best_model()
-        self._load_beside(Path(str(self.state.best_model_checkpoint)))
+        self._load_missed(Path(str(self.state.best_model_checkpoint)))
+
+    def _load_missed(self, folder: Path) -> None:
+        """Load what Trainer does not find in a checkpoint."""
+        if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):  # they have files of their own
+            load_renamed_weights(cast(nn.Module, self.model), folder)
+        self._load_beside(folder)
 
     def _load_beside(self, folder: Path) -> None:
         thresholds, path = self._thresholds_beside_adapters(), folder / BESIDE
