@@ -233,6 +233,17 @@ def test_changed_context_length_gives_other_tokens(run: Path) -> None:
     assert f"or the context length in {path} changed since the run was started" in errors
 
 
+def test_folder_that_is_called_like_a_size(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    start = ["train", f"--data={whole.parent}/words.txt", "--output=gpt2-nano", *NANO]
+    assert CliRunner().invoke(main, start).exit_code == 0
+    (tmp_path / "gpt2-nano" / "result.json").unlink()
+    code, _, errors = resume(Path("gpt2-nano"))
+    assert code == 0, errors
+
+
 @pytest.mark.parametrize("data", ["words.txt", "*.txt", "../*/words.txt"])
 def test_relative_data_is_found_from_another_folder(
     data: str, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

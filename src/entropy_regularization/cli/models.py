@@ -7,7 +7,7 @@ import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -24,24 +24,8 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from entropy_regularization.cli.errors import RunProblem, UsageProblem
-from entropy_regularization.cli.options import TrainOptions
+from entropy_regularization.cli.options import SIZES, Size, TrainOptions
 from entropy_regularization.recording.recorder import record_entropy
-
-
-class Size(NamedTuple):
-    """Layers, width and heads of one of our own GPT-2s."""
-
-    layers: int
-    width: int
-    heads: int
-
-
-SIZES = {
-    "gpt2-nano": Size(2, 64, 2),
-    "gpt2-tiny": Size(4, 128, 4),
-    "gpt2-mini": Size(6, 256, 8),
-    "gpt2-small": Size(12, 768, 12),
-}
 
 # What transformers raises for a model that is there and cannot be loaded.
 UNUSABLE = (

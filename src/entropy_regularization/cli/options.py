@@ -6,7 +6,7 @@ import math
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import click
 
@@ -22,6 +22,22 @@ POSITIVE = click.IntRange(min=1)
 COUNT = click.IntRange(min=0)
 AMOUNT = click.FloatRange(min=0.0)
 SHARE = click.FloatRange(min=0.0, max=1.0)
+
+
+class Size(NamedTuple):
+    """Layers, width and heads of one of our own GPT-2s."""
+
+    layers: int
+    width: int
+    heads: int
+
+
+SIZES = {
+    "gpt2-nano": Size(2, 64, 2),
+    "gpt2-tiny": Size(4, 128, 4),
+    "gpt2-mini": Size(6, 256, 8),
+    "gpt2-small": Size(12, 768, 12),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,7 +128,7 @@ class TrainOptions:
         if data != "stdlib" and (not prefix or Path(place).exists()):
             here = os.getcwd() if Path(place).exists() else glob.escape(os.getcwd())
             data = prefix + os.path.normpath(os.path.join(here, place))
-        if Path(model).is_dir():
+        if model not in SIZES and Path(model).is_dir():
             model = os.path.abspath(model)
         return dataclasses.replace(self, data=data, model=model)
 

@@ -10,7 +10,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArgum
 
 from entropy_regularization.cli.errors import RunProblem, UsageProblem
 from entropy_regularization.cli.models import (
-    Size,
     build_model,
     check_tokens,
     layers_and_heads,
@@ -18,7 +17,7 @@ from entropy_regularization.cli.models import (
     read_tokenizer,
     size_of,
 )
-from entropy_regularization.cli.options import TrainOptions
+from entropy_regularization.cli.options import Size, TrainOptions
 from entropy_regularization.cli.runs import RunFolder
 from entropy_regularization.data.text import Corpus, DataError, load_corpus
 from entropy_regularization.data.tokenization import TokenBlocks, train_tokenizer

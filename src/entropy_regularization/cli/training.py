@@ -24,8 +24,7 @@ from entropy_regularization.cli.console import PlainConsole
 from entropy_regularization.cli.errors import RunProblem, Stopped, UsageProblem
 from entropy_regularization.cli.evaluation import evaluate, numbers_of
 from entropy_regularization.cli.files import write_json
-from entropy_regularization.cli.models import SIZES
-from entropy_regularization.cli.options import TrainOptions
+from entropy_regularization.cli.options import SIZES, TrainOptions
 from entropy_regularization.cli.preparation import Materials, check_precision, prepare
 from entropy_regularization.cli.runs import RunFolder
 from entropy_regularization.cli.signals import EXIT_CODES
