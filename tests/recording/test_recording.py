@@ -49,6 +49,7 @@ def test_selection(recording: EntropyRecording) -> None:
         ({"indices": []}, "indices is empty, which keeps no layer; pass places of calls"),
         ({"indices": [0], "kind": "cross"}, r"no recorded layer at indices \[0\] matches"),
         ({"indices": [7]}, "there are 5"),
+        ({"heads": []}, "heads is empty, which keeps no head; pass places of heads"),
         ({"heads": [3]}, "head 3 was asked of layers.0.attn, which has 3"),
     ],
 )

@@ -61,9 +61,11 @@ class LayerEntropy:
 
         Raises:
             TypeError: if heads are no integers.
-            IndexError: if a head is not there.
+            IndexError: if a head is not there, or none is asked for.
         """
         chosen = _integers("heads", heads)
+        if not chosen:
+            raise IndexError("heads is empty, which keeps no head; pass places of heads.")
         for head in chosen:
             if not 0 <= head < self.heads:
                 raise IndexError(f"head {head} was asked of {self.name}, which has {self.heads}.")
