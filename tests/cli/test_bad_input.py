@@ -111,6 +111,18 @@ def test_output_that_cannot_be_written(words: Path, tmp_path: Path) -> None:
     assert blocked.read_text() == "kept"
 
 
+@pytest.mark.parametrize(
+    "command", ["train --output", "train --resume --output", "demo --output", "report"]
+)
+def test_path_that_cannot_be_looked_at(command: str, words: Path) -> None:
+    name = "n" * 300
+    found, errors = call(*command.split(), name)
+    assert found == 1
+    (line,) = errors.splitlines()
+    assert line.startswith(f"entropy-reg: {name}")
+    assert "File name too long; pass a place that can be read" in line
+
+
 def test_output_that_holds_something_else(words: Path, tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     found, errors = call("train", f"--output={tmp_path}", f"--data={words}", *NANO)

@@ -17,7 +17,7 @@ except ModuleNotFoundError:
 from entropy_regularization import __version__
 from entropy_regularization.cli.bench import bench
 from entropy_regularization.cli.demo import demo
-from entropy_regularization.cli.errors import BROKEN_PIPE, INTERRUPTED
+from entropy_regularization.cli.errors import BROKEN_PIPE, FAILURE, INTERRUPTED
 from entropy_regularization.cli.report import report
 from entropy_regularization.cli.train import train
 
@@ -50,6 +50,12 @@ class Commands(click.Group):
         except BrokenPipeError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for what is flushed at the end
             sys.exit(BROKEN_PIPE)
+        except OSError as error:  # of a path that was typed: no access, too long
+            if "--debug" in sys.argv or error.filename is None:
+                raise
+            said = f"{error.filename}: {error.strerror}; pass a place that can be read and written."
+            click.echo(f"entropy-reg: {said}", err=True)
+            sys.exit(FAILURE)
 
 
 @click.group(
