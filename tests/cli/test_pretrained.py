@@ -13,6 +13,8 @@ from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    CTRLConfig,
+    CTRLLMHeadModel,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -137,6 +139,16 @@ def test_model_without_attention(model: Path) -> None:
     config = MambaConfig(vocab_size=300, hidden_size=16, num_hidden_layers=1, state_size=4)
     MambaForCausalLM(config).save_pretrained(model)
     assert "nothing in it was seen to attend" in refused(model)
+
+
+def test_model_that_cannot_checkpoint(model: Path) -> None:
+    config = CTRLConfig(vocab_size=300, n_positions=32, n_layer=1, n_embd=16, n_head=2, dff=16)
+    CTRLLMHeadModel(config).save_pretrained(model)
+    code, _, errors = train(model, "--gradient-checkpointing")
+    assert code == 2
+    sentence = "--gradient-checkpointing: CTRLLMHeadModel cannot do it; leave it out."
+    assert errors == f"entropy-reg: {sentence}\n"
+    assert not (model.parent / "run").exists()
 
 
 @pytest.mark.parametrize("size", [100, 299])

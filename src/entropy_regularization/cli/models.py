@@ -149,6 +149,24 @@ def load_model(options: TrainOptions) -> tuple[PreTrainedModel, PreTrainedTokeni
     return model, tokenizer
 
 
+def enable_checkpointing(model: PreTrainedModel) -> None:
+    """Have a model compute activations again in backward.
+
+    Raises:
+        UsageProblem: if it cannot.
+    """
+    enable = getattr(model, "activation_checkpointing_enable", None)
+    if enable is None:  # its name in transformers 5.17
+        enable = model.gradient_checkpointing_enable
+    try:
+        # Reentrant checkpointing would lose the gradient of the penalty.
+        enable({"use_reentrant": False})
+    except ValueError:
+        raise UsageProblem(
+            f"--gradient-checkpointing: {type(model).__name__} cannot do it; leave it out."
+        ) from None
+
+
 def layers_and_heads(model: PreTrainedModel, name: str) -> tuple[int, int]:
     """Run a model once on two tokens and count its attention calls and their heads.
 

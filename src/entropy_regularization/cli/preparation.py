@@ -12,6 +12,7 @@ from entropy_regularization.cli.errors import RunProblem, UsageProblem
 from entropy_regularization.cli.models import (
     build_model,
     check_tokens,
+    enable_checkpointing,
     layers_and_heads,
     load_model,
     read_tokenizer,
@@ -80,6 +81,8 @@ def prepare(
             held_out = _held_out_blocks(options, tokenizer, corpus)
             check_tokens(options, model, blocks.blocks, held_out.blocks)
             _check_batch(options, len(blocks))
+            if options.gradient_checkpointing:
+                enable_checkpointing(model)
             shapes = layers_and_heads(model, options.model)
             sums = {"train": blocks.crc32, "held_out": held_out.crc32}
             if folder.config.is_file():

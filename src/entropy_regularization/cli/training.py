@@ -155,12 +155,6 @@ class Run:
         self.model, self.tokenizer, self.blocks, self.held_out, self.shapes = materials
         settings = self._regularization()
         self.starting_band = self.band = Band.of(settings, options.threshold)
-        if options.gradient_checkpointing:
-            # Reentrant checkpointing would lose the gradient of the penalty.
-            enable = getattr(self.model, "activation_checkpointing_enable", None)
-            if enable is None:  # its name in transformers 5.17
-                enable = self.model.gradient_checkpointing_enable
-            enable({"use_reentrant": False})
         common: dict[str, Any] = {
             "model": self.model,
             "args": arguments,
