@@ -13,6 +13,8 @@ from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    BertConfig,
+    BertLMHeadModel,
     CTRLConfig,
     CTRLLMHeadModel,
     GPT2Config,
@@ -139,6 +141,24 @@ def test_model_without_attention(model: Path) -> None:
     config = MambaConfig(vocab_size=300, hidden_size=16, num_hidden_layers=1, state_size=4)
     MambaForCausalLM(config).save_pretrained(model)
     assert "nothing in it was seen to attend" in refused(model)
+
+
+def test_model_that_sees_what_it_is_to_predict(model: Path) -> None:
+    config = BertConfig(
+        vocab_size=300,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=32,
+    )
+    BertLMHeadModel(config).save_pretrained(model)
+    assert "the tokens of BertLMHeadModel see those that they are to predict; pass a" in refused(
+        model
+    )
+    change(model / "config.json", is_decoder=True)
+    code, _, errors = train(model)
+    assert code == 0, errors
 
 
 def test_model_that_cannot_checkpoint(model: Path) -> None:

@@ -175,14 +175,23 @@ def layers_and_heads(model: PreTrainedModel, name: str) -> tuple[int, int]:
         name: as it was typed.
 
     Raises:
-        RunProblem: if its attention cannot be recorded.
+        RunProblem: if its attention cannot be recorded, or a token sees the one that it is to
+            predict.
     """
-    ids = torch.zeros(1, 2, dtype=torch.int64, device=model.device)
+    ids = torch.tensor([[0, 0], [0, 1]], device=model.device)
     try:
         with torch.no_grad(), record_entropy(model, gradient=False) as recording:
-            model(input_ids=ids, use_cache=False)
+            one, other = model(input_ids=ids, use_cache=False).logits[:, 0]
     except ValueError as error:
         raise RunProblem(f"--model {name}: {error}") from error
+    # a model from scratch is in training mode, and its dropout is not the same in both
+    near = torch.allclose(one, other, rtol=1e-4, atol=1e-5, equal_nan=True)
+    if not (near or model.training):
+        raise RunProblem(
+            f"--model {name}: the tokens of {type(model).__name__} see those that they are to "
+            "predict; pass a causal language model (BERT and its like are one if is_decoder is "
+            "true in config.json)."
+        )
     return len(recording), max(layer.heads for layer in recording)
 
 
