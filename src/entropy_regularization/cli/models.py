@@ -274,15 +274,25 @@ def read_tokenizer(place: str | Path) -> PreTrainedTokenizerBase:
         ValueError: if its files are not what a tokenizer is made of.
     """
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(place)
+        with _SchemaInWords():
+            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(place)
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{type(error).__name__}: {error}") from error
-    except Exception as error:
-        if type(error) is not Exception:
-            raise
-        # tokenizers has no other class for a tokenizer.json of another schema
-        raise ValueError(str(error)) from error
     return tokenizer
+
+
+class _SchemaInWords:
+    """Makes a ValueError of what tokenizers raises for a tokenizer.json of another schema.
+
+    That is Exception itself: no subclass, which would be something else.
+    """
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type | None, error: BaseException | None, _: object) -> None:
+        if kind is Exception:
+            raise ValueError(str(error)) from error
 
 
 @contextmanager
