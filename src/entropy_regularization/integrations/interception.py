@@ -35,7 +35,7 @@ original_attention = functional.scaled_dot_product_attention
 original_multi_head = functional.multi_head_attention_forward
 ATTENTION, MULTI_HEAD = "scaled_dot_product_attention", "multi_head_attention_forward"
 # What the attributes held when somebody began to listen: torch's own, or what a user put there.
-_found: dict[tuple[Any, str], Callable[..., Any]] = {}
+_found: dict[str, Callable[..., Any]] = {}
 
 COMPILED_MULTI_HEAD = "is torch's multi-head attention in compiled code, where it is not heard"
 # Positions of arguments of multi_head_attention_forward.
@@ -87,9 +87,9 @@ def listen(listener: Listener) -> None:
         if not _listeners:
             _fast_path.append(torch.backends.mha.get_fastpath_enabled())
             torch.backends.mha.set_fastpath_enabled(False)  # it calls no attention function
-            for (owner, name), wrapper in _WRAPPERS.items():
+            for key, (owner, name, wrapper) in _WRAPPERS.items():
                 if getattr(owner, name) is not wrapper:
-                    _found[owner, name] = getattr(owner, name)
+                    _found[key] = getattr(owner, name)
                     setattr(owner, name, wrapper)
             if _hear not in observers:
                 observers.append(_hear)
@@ -126,11 +126,11 @@ def _restore() -> None:
         return
     with _lock:
         if not _listeners and not list(_lingering):
-            for (owner, name), wrapper in _WRAPPERS.items():
+            for key, (owner, name, wrapper) in _WRAPPERS.items():
                 if getattr(owner, name) is wrapper:
                     delattr(owner, name)
-                    if getattr(owner, name, None) is not _found[owner, name]:  # not inherited
-                        setattr(owner, name, _found[owner, name])
+                    if getattr(owner, name, None) is not _found[key]:  # not inherited
+                        setattr(owner, name, _found[key])
             if _hear in observers:
                 observers.remove(_hear)
 
@@ -214,7 +214,7 @@ def _attention(
 
 def _pass_on(*args: Any, **options: Any) -> Tensor:
     """Call what the attribute held before; if that calls the wrapper, torch's own."""
-    found = _found[functional, ATTENTION]
+    found = _found[ATTENTION]
     if found is original_attention or getattr(_thread, "passes_on", False):
         return original_attention(*args, **options)
     _thread.passes_on = True
@@ -251,10 +251,10 @@ def _multi_head(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
                 given[position] = value
             else:
                 again[name] = value
-        _found[functional, MULTI_HEAD](*given, **again)
+        _found[MULTI_HEAD](*given, **again)
         _thread.in_multi_head = True
     try:
-        result: tuple[Tensor, Tensor | None] = _found[functional, MULTI_HEAD](*args, **kwargs)
+        result: tuple[Tensor, Tensor | None] = _found[MULTI_HEAD](*args, **kwargs)
     finally:
         _thread.in_multi_head = False
     return result
@@ -270,8 +270,8 @@ def _makes_weights(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
     return bool(given)
 
 
-def _softmax_of(owner: Any) -> Callable[..., Tensor]:
-    """Return the wrapper of a softmax of torch, by whose attribute it is called."""
+def _softmax_of(key: str) -> Callable[..., Tensor]:
+    """Return the wrapper of one of torch's softmaxes."""
 
     def softmax(*args: Any, **kwargs: Any) -> Tensor:
         """Take a softmax, and tell whoever listens what rows it has made."""
@@ -279,7 +279,7 @@ def _softmax_of(owner: Any) -> Callable[..., Tensor]:
         inside = getattr(_thread, "in_softmax", False)
         _thread.in_softmax = True
         try:
-            weights: Tensor = _found[owner, "softmax"](*args, **kwargs)
+            weights: Tensor = _found[key](*args, **kwargs)
         finally:
             _thread.in_softmax = inside
         if not (inside or torch.compiler.is_compiling() or in_multi_head()):
@@ -314,14 +314,15 @@ def goes_around_wrapper(
     return around or func is original_attention
 
 
-_WRAPPERS: dict[tuple[Any, str], Callable[..., Any]] = {
-    (functional, ATTENTION): _attention,
-    (functional, MULTI_HEAD): _multi_head,
-    (torch, "softmax"): _softmax_of(torch),
-    (Tensor, "softmax"): _softmax_of(Tensor),
+# Where they are attributes of what: keys are strings, which Dynamo can look up.
+_WRAPPERS: dict[str, tuple[Any, str, Callable[..., Any]]] = {
+    ATTENTION: (functional, ATTENTION, _attention),
+    MULTI_HEAD: (functional, MULTI_HEAD, _multi_head),
+    "torch.softmax": (torch, "softmax", _softmax_of("torch.softmax")),
+    "Tensor.softmax": (Tensor, "softmax", _softmax_of("Tensor.softmax")),
 }
-SOFTMAX_WRAPPERS = {_WRAPPERS[owner, "softmax"] for owner in (torch, Tensor)}
-for (_, _name), _wrapper in _WRAPPERS.items():
+SOFTMAX_WRAPPERS = {_WRAPPERS[key][-1] for key in ("torch.softmax", "Tensor.softmax")}
+for _, _name, _wrapper in _WRAPPERS.values():
     _wrapper.__name__ = _name  # others that wrap them go by it, as context_parallel does
 
 
@@ -346,7 +347,7 @@ def refuse_context_parallel() -> None:
     """
     if torch.compiler.is_compiling():
         return
-    found = (functional.scaled_dot_product_attention, _found.get((functional, ATTENTION)))
+    found = (functional.scaled_dot_product_attention, _found.get(ATTENTION))
     if any(is_distributed(each) for each in found):
         raise NotImplementedError(
             "attention runs under context parallelism, where a rank sees a part of the sequence "
