@@ -107,6 +107,12 @@ class SdpaRecorder(CallRecorder):
         if self._checkpointed:
             self._next_forward.wait([self.model])
 
+    def backward_is_over(self) -> None:
+        """Compute nothing again in backward any more."""
+        if not self.listens:
+            self._next_forward.cancel()
+            self._stop_lingering()
+
     def _follow(self, part: nn.Module, name: str) -> list[RemovableHandle]:
         """Hook one module: while it runs, calls of attention are its calls."""
         if isinstance(part, torch.jit.ScriptModule | nn.Softmax):

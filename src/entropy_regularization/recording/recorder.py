@@ -35,6 +35,9 @@ class Recorder(Protocol):
     def abort(self) -> None:
         """Stop listening, whatever was heard."""
 
+    def backward_is_over(self) -> None:
+        """Let go of what backward may compute again, which else the next forward pass does."""
+
 
 def make_recorder(
     model: nn.Module,

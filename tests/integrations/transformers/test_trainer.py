@@ -11,7 +11,15 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Trainer
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    ContinuousBatchingConfig,
+    GenerationConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    Trainer,
+)
 from transformers import TrainingArguments as Arguments
 
 from entropy_regularization import EntropyRegularization, HeadThresholds
@@ -508,6 +516,51 @@ def test_callback_leaves_out_what_is_generated_within_a_step(tmp_path: Path) -> 
         trainer.train()
         found.append(lines(trainer, "entropy/mean"))
     assert found[0] == found[1]
+
+
+class Batching(Trainer):
+    batches = True
+
+    def training_step(self, model, inputs, *args, **options):
+        if self.batches:  # looks at the attention before any pass, as GRPO of TRL can have it
+            config = GenerationConfig(max_new_tokens=2, do_sample=False, eos_token_id=-1)
+            limits = ContinuousBatchingConfig(num_blocks=8, block_size=16, max_batch_tokens=32)
+            model.generate_batch(
+                inputs["input_ids"][:2, :3].tolist(),
+                generation_config=config,
+                continuous_batching_config=limits,
+                progress_bar=False,
+            )
+        return super().training_step(model, inputs, *args, **options)
+
+
+class RegularizedBatching(Batching, EntropyRegularizedTrainer):
+    pass
+
+
+@pytest.mark.parametrize("logging_steps", [1, 2])
+@pytest.mark.parametrize("watches", [True, False])
+def test_text_is_generated_in_continuous_batches_between_checkpointed_passes(
+    tmp_path: Path, watches: bool, logging_steps: int
+) -> None:
+    found = []
+    for batches in (True, False):
+        options = {"gradient_checkpointing": True, "logging_steps": logging_steps}
+        args = arguments(tmp_path, 4, 2, **options)
+        if watches:
+            trainer = Batching(
+                model=build(), args=args, train_dataset=data(), callbacks=[EntropyCallback()]
+            )
+        else:
+            trainer = RegularizedBatching(
+                model=build(), args=args, train_dataset=data(), regularization=CALIBRATED
+            )
+        trainer.batches = batches
+        trainer.train()
+        assert trainer.model.config._attn_implementation == "sdpa"
+        found.append([lines(trainer, "loss"), lines(trainer, "entropy/mean")])
+    assert found[0] == found[1]
+    assert len(found[0][1]) == 4 // logging_steps
 
 
 def test_callback_says_once_that_no_pass_trains_the_model(tmp_path: Path, caplog) -> None:

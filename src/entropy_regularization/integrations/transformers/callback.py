@@ -83,12 +83,14 @@ class EntropyCallback(TrainerCallback):
     ) -> None:
         """Take what the first micro-batch gave, if it did not call the model as a whole."""
         self._take()
+        self._let_go()
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Take what the only micro-batch gave, if it did not call the model as a whole."""
         self._take()
+        self._let_go()
 
     def on_log(
         self,
@@ -136,6 +138,11 @@ class EntropyCallback(TrainerCallback):
                 self._sums = self._sums.plus(head_sums(recording))
             else:
                 _warn_of_no_training_pass()
+
+    def _let_go(self) -> None:
+        """Give a checkpointed model, of which backward is over, its own attention back."""
+        if self._recorder is not None:
+            self._recorder.backward_is_over()
 
 
 @functools.cache

@@ -113,6 +113,14 @@ class Regularized:
         if isinstance(self.thresholds, HeadThresholds) and hasattr(self.model, THRESHOLDS):
             delattr(self.model, THRESHOLDS)
 
+    def backward_is_over(self) -> None:
+        """Give a checkpointed model its own attention back, before its next pass does.
+
+        A loop of one's own calls it where something else than the model itself looks at its
+        attention between two steps, as ``generate_batch`` does.
+        """
+        self._recorder.backward_is_over()
+
     @contextmanager
     def collecting(self) -> Iterator[list[TrainingPass]]:
         """Give the training passes to a caller who adds whatever of them his loss does not hold."""

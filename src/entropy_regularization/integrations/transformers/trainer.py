@@ -144,6 +144,12 @@ class EntropyRegularizedTrainer(Trainer):
             self.regularized = self._regularize(model)
         return model
 
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Train on one micro-batch; the model runs its own attention afterwards."""
+        loss: Tensor = super().training_step(*args, **kwargs)
+        cast(Regularized, self.regularized).backward_is_over()
+        return loss
+
     def compute_loss(
         self,
         model: nn.Module,
