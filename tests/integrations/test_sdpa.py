@@ -836,6 +836,15 @@ def test_compiled_direct_calls_break_no_graph_and_are_compiled_once(x: Tensor) -
     assert [layer.name for layer in recording] == ["blocks.0", "blocks.1"]
 
 
+@pytest.mark.parametrize("strict", [False, True])
+def test_a_model_is_not_exported_while_it_is_recorded(strict: bool, x: Tensor) -> None:
+    model = Stack()
+    refused = pytest.raises((NotImplementedError, torch._dynamo.exc.Unsupported))
+    with record_entropy(model), refused as error:
+        torch.export.export(model, (x,), strict=strict)
+    assert "Stack was exported while its entropies are recorded" in str(error.value)
+
+
 def test_compiled_parts_are_recorded_again_and_again(x: Tensor) -> None:
     model = Stack()
     expected = penalised(model, x)

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any, Protocol, TypeVar
 
+import torch
 from torch import nn
 
 from entropy_regularization.integrations.modules import qualified_names
@@ -43,6 +44,20 @@ def kept_or_new(make: Callable[..., R], model: nn.Module, **options: Any) -> R:
     if wanted not in kept or kept[wanted].listens:  # one recording inside another needs two
         kept[wanted] = recorder
     return kept[wanted]
+
+
+def refuse_export(model: nn.Module) -> None:
+    """Refuse to record a model that torch.export traces, with tensors that hold no data.
+
+    Raises:
+        NotImplementedError: if it does.
+    """
+    if torch.compiler.is_exporting():
+        raise NotImplementedError(
+            f"{type(model).__name__} was exported while its entropies are recorded, of which an "
+            "exported program keeps none; leave record_entropy first, and if the model is "
+            "regularized, call model.eval()."
+        )
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

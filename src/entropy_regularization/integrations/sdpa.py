@@ -10,7 +10,7 @@ from torch.utils.hooks import RemovableHandle
 from entropy_regularization.attention.api import AttentionOutput
 from entropy_regularization.integrations import interception
 from entropy_regularization.integrations.calls import CallRecorder
-from entropy_regularization.integrations.compiled import name_of
+from entropy_regularization.integrations.compiled import name_of, refuse_export
 from entropy_regularization.integrations.modules import qualified_names
 from entropy_regularization.integrations.stack import runs_compiled
 from entropy_regularization.recording.recorder import ForwardCall, Layers
@@ -153,6 +153,7 @@ class SdpaRecorder(CallRecorder):
         """The forward pass of the model, or of a part that is called alone, begins."""
         if self._is_computed_again():
             return
+        refuse_export(self.model)
         self._ran = True
         self._index = 0
         self._grad_at_entry = torch.is_grad_enabled()

@@ -613,6 +613,25 @@ def test_inside_a_recording() -> None:
     torch.testing.assert_close(recording[0].entropy.detach(), seen.recording[0].entropy)
 
 
+def test_a_regularized_model_is_exported_in_evaluation_mode() -> None:
+    model, batch = build("llama"), batch_of()
+    given = {"input_ids": batch["input_ids"], "use_cache": False}
+    handle = regularize(model, EntropyRegularization(**SETTINGS))
+    message = "exported while its entropies are recorded, .* leave record_entropy first, and if the"
+    with pytest.raises(NotImplementedError, match=message):
+        torch.export.export(model, (), {**given, "labels": batch["labels"]})
+    model.eval()
+    with record_entropy(model), pytest.raises(NotImplementedError, match=message):
+        torch.export.export(model, (), given)
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="or strict=True, or call remove"):
+        torch.export.export(model, (), given, strict=True)
+    exported = torch.export.export(model, (), given).module()
+    torch.testing.assert_close(exported(**given).logits, model(**given).logits)
+    assert model.config._attn_implementation == "sdpa"
+    handle.remove()
+    torch.export.export(model, (), given, strict=True)
+
+
 def test_compiled_model_has_the_same_gradients_and_is_compiled_once() -> None:
     model, compiled = build("llama"), build("llama")
     for each in (model, compiled):

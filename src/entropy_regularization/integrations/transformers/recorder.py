@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from entropy_regularization.attention.api import AttentionOutput
 from entropy_regularization.integrations import interception
 from entropy_regularization.integrations.calls import CallRecorder
-from entropy_regularization.integrations.compiled import WRAPPED, name_of
+from entropy_regularization.integrations.compiled import WRAPPED, name_of, refuse_export
 from entropy_regularization.integrations.layers import kind_of
 from entropy_regularization.integrations.modules import having, qualified_names
 from entropy_regularization.integrations.source import IF_COMPILED
@@ -302,6 +302,7 @@ class TransformersRecorder(CallRecorder):
             if not self.keeps_hooks:  # a copy that was made while its original listened
                 self._stop_lingering()
             return
+        refuse_export(self.model)
         self._depth += 1
         if not torch.compiler.is_compiling() and self._is_asked_for_matrices(part, kwargs):
             refuse_matrices()

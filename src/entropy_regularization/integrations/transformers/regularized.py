@@ -37,6 +37,10 @@ from entropy_regularization.regularization import EntropyRegularization
 from entropy_regularization.thresholds import HeadThresholds, as_tensor
 
 logger = logging.getLogger("entropy_regularization.integrations.transformers")
+UNCOMPILED = (
+    "a graph cannot hold the hooks of regularize; leave out fullgraph=True or strict=True, or call "
+    "remove() on what regularize returned"
+)
 
 
 class Regularized:
@@ -132,7 +136,7 @@ class Regularized:
 
     # Not compiled with the model: they switch its attention, which a graph cannot hold.
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @torch.compiler.disable(reason=UNCOMPILED)  # type: ignore[untyped-decorator]
     def _before(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         model = self.model
         if self._listening:
@@ -167,7 +171,7 @@ class Regularized:
         self._recorder.abort()
         self._listening = False
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @torch.compiler.disable(reason=UNCOMPILED)  # type: ignore[untyped-decorator]
     def _after(
         self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> Any:
