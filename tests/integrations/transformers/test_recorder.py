@@ -405,10 +405,12 @@ def test_everything_around_transformers_models_is_heard() -> None:
     assert {part.config._attn_implementation for part in (model.one, model.two)} == {"sdpa"}
     with pytest.raises(ValueError, match=r"several transformers models \(one, two\)"):
         regularize(model)
-    wrapped = nn.parallel.DataParallel(nn.Sequential(llama()))
-    with record_entropy(wrapped) as recording:
-        wrapped(tokens())
-    assert recording[0].name == "model.layers.0.self_attn"
+    # as lightning.Fabric hands on a model that it has set up
+    fabric = type("FabricModule", (nn.Sequential,), {"__module__": "lightning.fabric.wrappers"})
+    for wrapped in (nn.parallel.DataParallel(nn.Sequential(llama())), fabric(llama())):
+        with record_entropy(wrapped) as recording:
+            wrapped(tokens())
+        assert recording[0].name == "model.layers.0.self_attn"
 
 
 class Ours(nn.Module):

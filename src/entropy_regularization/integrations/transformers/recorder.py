@@ -25,7 +25,8 @@ from entropy_regularization.recording.recorder import ForwardCall, Layers
 from entropy_regularization.recording.recording import EntropyRecording
 
 _lock = threading.Lock()  # threads may record models that share modules
-WRAPPERS = ("torch", "peft", "accelerate")  # packages whose classes only hand a model on
+# Packages whose classes only hand a model on.
+WRAPPERS = ("torch", "peft", "accelerate", "lightning", "lightning_fabric")
 
 
 def outermost(names: Mapping[nn.Module, str]) -> dict[str, PreTrainedModel]:
