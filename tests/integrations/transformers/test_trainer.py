@@ -498,6 +498,25 @@ def test_callback_watches_without_changing_anything(tmp_path: Path) -> None:
     assert model.config._attn_implementation == "sdpa"
 
 
+def test_callback_has_a_compiled_model_compiled_a_few_times(tmp_path: Path) -> None:
+    found = []
+    for compiled in (False, True):
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        model, callback = build(), EntropyCallback()
+        options = {"torch_compile": compiled, "max_steps": 8}
+        if compiled:
+            options["torch_compile_backend"] = "eager"
+        args = arguments(tmp_path, **options)
+        Trainer(model=model, args=args, train_dataset=data(64), callbacks=[callback]).train()
+        found.append([numbers.metrics()["entropy/mean"] for _, numbers in callback.history])
+        assert model.config._attn_implementation == "sdpa"
+        parts = [*model.modules()]
+        assert not any(part._forward_hooks or part._forward_pre_hooks for part in parts)
+    assert found[1] == pytest.approx(found[0], rel=1e-5)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 3  # not one a logged step
+
+
 def test_callback_leaves_out_what_is_generated_within_a_step(tmp_path: Path) -> None:
     class Generating(Trainer):
         generates = True

@@ -9,6 +9,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from entropy_regularization.integrations.transformers.recorder import TransformersRecorder
 from entropy_regularization.monitoring.statistics import HeadStatistics, HeadSums, head_sums
 from entropy_regularization.recording.recorder import Layers, Recorder, make_recorder
 
@@ -41,7 +42,9 @@ class EntropyCallback(TrainerCallback):
         self._recorder: Recorder | None = None
         self._model: nn.Module | None = None
         self._sums = HeadSums({})
+        self._listens = False
         self._ends: RemovableHandle | None = None  # hook on the model while it is listened to
+        self._keeps_hook = False  # a new one would have the model compiled anew
 
     def on_train_begin(
         self,
@@ -58,8 +61,9 @@ class EntropyCallback(TrainerCallback):
         """
         if model is None:
             raise ValueError("EntropyCallback was called without a model; use it with Trainer.")
-        self._abort()  # what an exception left of a training before
+        self._end()  # what an exception left of a training before
         self._sums, self._model = HeadSums({}), model
+        self._keeps_hook = args.torch_compile
         self._recorder = make_recorder(
             model,
             layers=self.layers,
@@ -76,7 +80,9 @@ class EntropyCallback(TrainerCallback):
             self._recorder.start()
             assert self._model is not None
             # after the hooks of the recorder, which are still to run when it is stopped
-            self._ends = self._model.register_forward_hook(self._pass_ends, always_call=True)
+            if self._ends is None:
+                self._ends = self._model.register_forward_hook(self._pass_ends, always_call=True)
+            self._listens = True
 
     def on_substep_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -112,6 +118,19 @@ class EntropyCallback(TrainerCallback):
         if state.log_history:
             state.log_history[-1].update(statistics.metrics())
 
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Leave the model as it was found."""
+        self._end()
+
+    def _end(self) -> None:
+        """Remove what was kept from step to step."""
+        self._keeps_hook = False
+        self._abort()
+        if isinstance(self._recorder, TransformersRecorder):
+            self._recorder.close()
+
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _pass_ends(self, _: nn.Module, args: Any, output: Any) -> None:
         """Stop listening: what comes next in the step may fail, and nobody would tell."""
@@ -125,11 +144,12 @@ class EntropyCallback(TrainerCallback):
             self._recorder.abort()
 
     def _hears_no_more(self) -> bool:
-        """Remove the hook; tell whether there was one."""
-        hook, self._ends = self._ends, None
-        if hook is not None:
-            hook.remove()
-        return hook is not None
+        """Remove the hook; tell whether the model was listened to."""
+        if self._ends is not None and not self._keeps_hook:
+            self._ends.remove()
+            self._ends = None
+        heard, self._listens = self._listens, False
+        return heard
 
     def _take(self) -> None:
         if self._recorder is not None and self._hears_no_more():

@@ -168,6 +168,8 @@ class TransformersRecorder(CallRecorder):
         self._end_watch(torch_is_heard=False)
         recording = self._recording
         self.abort()
+        # compiled from outside, as Trainer does: the next hooks stay
+        self.keeps_hooks = self.keeps_hooks or (self._training_only and self._ran_compiled)
         self._refuse_unheard(recording)
         self._refuse_nothing(recording)
         return recording
