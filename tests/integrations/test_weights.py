@@ -13,6 +13,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from entropy_regularization import record_entropy
+from entropy_regularization.integrations.products import averages_values
 from entropy_regularization.integrations.weights import weigh
 
 SOFTMAX, METHOD = torch.softmax, Tensor.softmax
@@ -57,6 +58,42 @@ def test_gradients_of_masked_rows(fill: float) -> None:
     assert torch.autograd.gradgradcheck(entropies, scores)
     (gradient,) = torch.autograd.grad(entropies(scores).sum(), scores)
     assert torch.equal(gradient[:, :, 0], torch.zeros(2, 3, 5).double())
+
+
+def test_gradients_of_weights_that_do_not_sum_to_one() -> None:
+    weights = torch.rand(2, 3, 4, dtype=torch.float64).add(0.1).requires_grad_()
+    assert torch.autograd.gradcheck(lambda w: weigh(torch.zeros(2, 3, 4), w).entropy, weights)
+
+
+def test_a_key_is_real_if_any_head_sees_it() -> None:
+    scores = torch.zeros(2, 3, 4, 4)
+    scores[0, :, :, 3] = scores[1, 0, :, 2] = -torch.inf
+    real = [[True, True, True, False], [True] * 4]
+    assert weigh(scores, scores.softmax(-1)).real_keys(1).tolist() == real
+    folded = scores.flatten(0, 1)
+    assert weigh(folded, folded.softmax(-1)).real_keys(3).tolist() == real
+
+
+@pytest.mark.parametrize(
+    ("equation", "at", "averages"),
+    [
+        ("bhij,bhjd->bhid", 0, True),
+        ("bhjd,bhij->bhid", 1, True),
+        ("b h i j, b j h d -> b i h d", 0, True),
+        ("...ij,...jd->...id", 0, True),
+        ("bhij,bhjd", 0, False),  # without an arrow the order is that of the alphabet
+        ("bhij,bhid->bhjd", 0, False),
+        ("bhij,bhjd->bhijd", 0, False),
+        ("bhij,bhijd->bhid", 0, False),
+        ("bhij,bhjd->bhd", 0, False),
+        ("bihj,bhjd->bhid", 0, False),
+        ("bhij,bjd->bhid", 0, False),
+        ("bhij,bhjd->bid", 0, False),
+    ],
+)
+def test_equations_that_average_values(equation: str, at: int, averages: bool) -> None:
+    pair = [torch.zeros(1), torch.zeros(1)]
+    assert averages_values(torch.einsum, (equation, *pair), pair, pair[at]) is averages
 
 
 @pytest.mark.parametrize("fill", [-torch.inf, -1e4, -1e9, torch.finfo(torch.float32).min])
@@ -161,8 +198,16 @@ class Attention(nn.Module):
         weights = scores.softmax(-1).flatten(0, 1)
         return torch.bmm(weights, v.flatten(0, 1)).unflatten(0, (-1, self.count))
 
+    def one_value(self, scores: Tensor, v: Tensor) -> Tensor:
+        values = scores.softmax(-1).flatten(1, 2) @ v.mean(1)  # of all heads, as multi-query has
+        return values.unflatten(1, (self.count, -1))
 
-HEARD = ["functional", "method", "torch", "torch_by_keyword", "module", "folded"]
+    def twice(self, scores: Tensor, v: Tensor) -> Tensor:
+        weights = scores.softmax(-1)
+        return weights @ v + weights @ v.roll(1, 2)
+
+
+HEARD = [name for name in vars(Attention) if not name.startswith("_") and name != "forward"]
 
 
 class Stack(nn.Module):
@@ -273,7 +318,7 @@ class Routed(Attention):
 
     def functional(self, scores: Tensor, v: Tensor) -> Tensor:
         y = super().functional(scores, v)
-        shares = functional.softmax(y @ torch.ones(4, 3), dim=-1)
+        shares = functional.softmax(y @ torch.ones(4, 3), dim=-1, dtype=torch.float32)
         return y * shares.amax(-1, keepdim=True)
 
 
@@ -309,6 +354,12 @@ class Odd(Attention):
 
     def scaled_in_place(self, scores: Tensor, v: Tensor) -> Tensor:
         return scores.detach().softmax(-1).mul_(torch.rand(7)) @ v
+
+    def over_queries(self, scores: Tensor, v: Tensor) -> Tensor:
+        return scores.clamp(min=-9).softmax(-2) @ v
+
+    def of_no_scores(self, scores: Tensor, v: Tensor) -> Tensor:
+        return v.softmax(-1) @ (v.mT @ v)  # linear attention
 
     def transposed(self, scores: Tensor, v: Tensor) -> Tensor:
         return scores.softmax(-1).transpose(-1, -2) @ v
@@ -355,6 +406,13 @@ class Odd(Attention):
 
     def of_weights(self, scores: Tensor, v: Tensor) -> Tensor:
         return (scores.softmax(-1) @ scores.clamp(min=-9).softmax(-1)) @ v
+
+
+def test_heads_that_a_module_folds_are_not_known_by_their_number(x: Tensor) -> None:
+    model = Stack(Odd("folded_before"))
+    model.parts[0].num_heads = 4
+    with pytest.raises(ValueError, match=r"parts\.0 computes a"), record_entropy(model):
+        model(x)
 
 
 def test_the_number_of_heads_that_a_module_tells_must_be_that_of_its_weights(x: Tensor) -> None:

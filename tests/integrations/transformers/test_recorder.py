@@ -487,6 +487,15 @@ def test_generated_tokens_of_a_softmax_of_its_own() -> None:
         assert torch.equal(torch.cat([each.rows for each in steps], 1), longer.bool())
 
 
+def test_rows_after_a_cache_are_those_at_the_end_of_the_mask() -> None:
+    model, mask = sharpen(BloomForCausalLM(BLOOM)), padding("right")
+    first = model(tokens()[:, :3], attention_mask=mask[:, :3], use_cache=True)
+    with record_entropy(model) as recording:
+        model(tokens()[:, 3:], attention_mask=mask, past_key_values=first.past_key_values)
+    for layer in recording:
+        assert torch.equal(layer.rows, mask[:, 3:].bool())
+
+
 def test_chunks_of_tokens_tell_their_own_padding() -> None:
     config = CanineConfig(
         **VISION,
