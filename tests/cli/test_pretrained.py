@@ -250,6 +250,25 @@ def test_model_whose_loss_is_not_finite_before_training(model: Path) -> None:
     assert "--learning-rate" not in line
 
 
+def test_positions_before_that_of_padding_are_not_used(model: Path) -> None:
+    config = AutoConfig.for_model(
+        "roberta",
+        is_decoder=True,
+        vocab_size=400,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=18,
+        pad_token_id=1,
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(model)
+    code, _, errors = train(model, "--context-length=17")
+    assert code == 2
+    assert "is longer than the 16 positions of" in errors
+    assert train(model)[0] == 0  # 16 tokens
+
+
 def result_of(run: Path) -> Any:
     return json.loads((run / "result.json").read_text())["after"]
 

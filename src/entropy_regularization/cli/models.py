@@ -140,13 +140,30 @@ def load_model(options: TrainOptions) -> tuple[PreTrainedModel, PreTrainedTokeni
         tokenizer = _load_tokenizer(options.model)
     model, found = loaded
     _check_weights(options.model, model, found)
-    longest = getattr(model.config, "max_position_embeddings", None)
+    longest = _positions(model)
     if longest is not None and options.context_length > longest:
         raise UsageProblem(
             f"--context-length {options.context_length} is longer than the {longest} positions of "
             f"{options.model}; pass at most {longest}."
         )
     return model, tokenizer
+
+
+def _positions(model: PreTrainedModel) -> int | None:
+    """Return how many positions a model has, None if any number.
+
+    Where one is that of padding, those before it are not used either (RoBERTa).
+    """
+    longest: int | None = getattr(model.config, "max_position_embeddings", None)
+    for part in model.modules():
+        of_tokens = part is model.get_input_embeddings()
+        if (
+            isinstance(part, torch.nn.Embedding)
+            and part.num_embeddings == longest
+            and not of_tokens
+        ):
+            return longest if part.padding_idx is None else longest - part.padding_idx - 1
+    return longest
 
 
 def enable_checkpointing(model: PreTrainedModel) -> None:
