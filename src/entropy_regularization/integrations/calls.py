@@ -154,8 +154,14 @@ class CallRecorder:
             found: the rows.
             n_keys: how many keys there were.
             key_padding: ``[batch, keys]``, which of them are real, if that is known.
+
+        Raises:
+            RuntimeError: if reentrant checkpointing has cut the gradient of the entropy, or a
+                module that is no part of the model called.
         """
-        raise NotImplementedError
+        name = place or calling_module(self._names) or type(self.model).__name__
+        if self._is_own(name):
+            self._take(name, self._module_of(name), found, n_keys, key_padding)
 
     def deposit_weights(self, place: str | None, found: Weights) -> None:
         """Take the rows of one softmax, if its weights attend; a watched pass will show it."""
@@ -166,16 +172,13 @@ class CallRecorder:
         heads = heads_folded(found.weights, module, shape_given(module))
         if heads is None or not tells_heads(module) or in_function_of_module():
             return  # the watch refuses what it has not heard
-        output, real, n_keys = (
-            found.as_output(heads),
-            found.real_keys(heads),
-            found.weights.shape[-1],
-        )
+        rows, real = found.as_output(heads), found.real_keys(heads)
+        n_keys = found.weights.shape[-1]
         self._watch.hear(
             (type(module), *calling_place()),
             name,
             found.weights,
-            lambda: self.deposit_call(name, output, n_keys, real),
+            lambda: self.deposit_call(name, rows, n_keys, real),
         )
 
     def note_unheard(self, place: str | None, how: str) -> None:

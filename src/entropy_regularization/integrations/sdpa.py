@@ -4,10 +4,9 @@ import functools
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from entropy_regularization.attention.api import AttentionOutput
 from entropy_regularization.integrations import interception
 from entropy_regularization.integrations.calls import CallRecorder
 from entropy_regularization.integrations.compiled import name_of, refuse_export
@@ -162,20 +161,3 @@ class SdpaRecorder(CallRecorder):
         else:
             given = {**{str(number): value for number, value in enumerate(args)}, **kwargs}
             self._watch.enter(self._names, part, given)
-
-    def deposit_call(
-        self,
-        place: str | None,
-        found: AttentionOutput,
-        n_keys: int,
-        key_padding: Tensor | None = None,
-    ) -> None:
-        """Take the rows of one attention call.
-
-        Raises:
-            RuntimeError: if reentrant checkpointing has cut the gradient of the entropy, or a
-                module that is no part of the model called.
-        """
-        name = place or type(self.model).__name__
-        if self._is_own(name):
-            self._take(name, self._module_of(name), found, n_keys)

@@ -17,7 +17,7 @@ from entropy_regularization.integrations.compiled import WRAPPED, name_of, refus
 from entropy_regularization.integrations.layers import kind_of
 from entropy_regularization.integrations.modules import having, qualified_names
 from entropy_regularization.integrations.source import IF_COMPILED
-from entropy_regularization.integrations.stack import calling_module, runs_compiled
+from entropy_regularization.integrations.stack import runs_compiled
 from entropy_regularization.integrations.transformers.attention import RECORDERS, refuse_matrices
 from entropy_regularization.integrations.transformers.padding import PaddingTracker, arguments_of
 from entropy_regularization.integrations.transformers.switching import AttentionSwitch, switch_on
@@ -254,22 +254,6 @@ class TransformersRecorder(CallRecorder):
             if key_padding is not None and kind_of(name, module) == "cross":
                 key_padding = None  # it tells nothing of the rows
             self._take(name, module, found, n_keys, key_padding)
-
-    def deposit_call(
-        self,
-        place: str | None,
-        found: AttentionOutput,
-        n_keys: int,
-        key_padding: Tensor | None = None,
-    ) -> None:
-        """Take the rows of one call of torch's own attention function, or of one softmax.
-
-        Raises:
-            RuntimeError: as deposit, or if a module that is no part of the model called.
-        """
-        name = place or calling_module(self._names) or type(self.model).__name__
-        if self._is_own(name):
-            self._take(name, self._module_of(name), found, n_keys, key_padding)
 
     def _real_rows(self, entropy: Tensor, n_keys: int, key_padding: Tensor | None) -> Tensor | None:
         return self._padding.rows(entropy, n_keys, key_padding)
