@@ -191,6 +191,9 @@ class Attention(nn.Module):
     def torch_by_keyword(self, scores: Tensor, v: Tensor) -> Tensor:
         return torch.einsum("...jd,...ij->...id", v, torch.softmax(input=scores, dim=3))
 
+    def by_position(self, scores: Tensor, v: Tensor) -> Tensor:
+        return scores.softmax(-1, torch.float32) @ v
+
     def module(self, scores: Tensor, v: Tensor) -> Tensor:
         return torch.linalg.matmul(self.softmax(scores), v)
 

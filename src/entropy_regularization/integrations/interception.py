@@ -270,26 +270,30 @@ def _makes_weights(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
     return bool(given)
 
 
-def _softmax_of(key: str) -> Callable[..., Tensor]:
+def _softmax_of(key: str) -> Callable[..., Any]:
     """Return the wrapper of one of torch's softmaxes."""
 
-    def softmax(*args: Any, **kwargs: Any) -> Tensor:
+    def softmax(*args: Any, **kwargs: Any) -> Any:
         """Take a softmax, and tell whoever listens what rows it has made."""
+        if torch.compiler.is_compiling():
+            return _found[key](*args, **kwargs)
         # A mode that watches torch's functions calls this once more from inside the original.
         inside = getattr(_thread, "in_softmax", False)
         _thread.in_softmax = True
         try:
-            weights: Tensor = _found[key](*args, **kwargs)
+            weights = _found[key](*args, **kwargs)
         finally:
             _thread.in_softmax = inside
-        if not (inside or torch.compiler.is_compiling() or in_multi_head()):
+        if not (inside or in_multi_head()):
             _weigh(weights, *args, **kwargs)
         return weights
 
     return softmax
 
 
-def _weigh(weights: Tensor, scores: Any = None, dim: Any = None, **kwargs: Any) -> None:
+def _weigh(
+    weights: Tensor, scores: Any = None, dim: Any = None, dtype: Any = None, **kwargs: Any
+) -> None:
     """Tell whoever listens what rows a softmax has made, if it may attend."""
     where = dict(places())
     if not where and not _is_computed_again():
