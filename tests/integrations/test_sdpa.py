@@ -529,7 +529,7 @@ class OwnSoftmax(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.attention = nn.Identity()
-        self.attention.forward = lambda x: functional.softmax(x @ x.transpose(-1, -2), -1) @ x  # type: ignore[method-assign]
+        self.attention.forward = lambda x: torch.special.softmax(x @ x.mT, -1) @ x  # type: ignore[method-assign]
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.attention(x)

@@ -418,6 +418,92 @@ def test_heads_that_a_module_folds_are_not_known_by_their_number(x: Tensor) -> N
         model(x)
 
 
+class Annotated(Attention):
+    """Gives the names of its arguments to its queries, as the Annotated Transformer does."""
+
+    def forward(self, query: Tensor, key: Tensor) -> Tensor:  # type: ignore[override]
+        shape = (len(query), -1, self.count, 4)
+        query, key = (self.out(each).view(shape).transpose(1, 2) for each in (query, key))
+        return functional.softmax(query @ key.mT, dim=-1) @ key
+
+
+class Concatenated(Attention):
+    """Puts its heads one behind the other in the batch, as the Set Transformer does."""
+
+    def forward(self, query: Tensor) -> Tensor:
+        query = torch.cat(self.out(query).split(4, 2))
+        return functional.softmax(query @ query.mT, dim=-1) @ query
+
+
+def test_a_module_may_give_the_names_of_its_arguments_to_other_tensors(x: Tensor) -> None:
+    model = Annotated()
+    with record_entropy(model) as recording:
+        model(x, x[:, :5])
+    assert (tuple(recording[0].entropy.shape), recording[0].keys) == ((2, 4, 7), 5)
+    other = Concatenated()
+    with pytest.raises(ValueError, match="Concatenated computes a"), record_entropy(other):
+        other(x)
+
+
+class Inner(nn.Module):
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return functional.softmax(q @ k.mT, dim=-1) @ v
+
+
+class Around(Attention):
+    """Makes heads, and gives them to a module that is a function of them, in one of two ways."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__(way)
+        self.inner = Inner()
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = getattr(self, self.way)(self.out(x).unflatten(-1, (4, 4)))
+        return self.inner(q, q, q)
+
+    def first(self, q: Tensor) -> Tensor:
+        return q.permute(2, 0, 1, 3)
+
+    def first_in_batch(self, q: Tensor) -> Tensor:
+        return self.first(q).flatten(0, 1)
+
+    def in_batch(self, q: Tensor) -> Tensor:
+        return q.transpose(1, 2).flatten(0, 1)
+
+
+@pytest.mark.parametrize("way", ["first", "first_in_batch", "in_batch"])
+def test_heads_that_the_module_around_puts_before_the_batch_are_refused(
+    way: str, x: Tensor
+) -> None:
+    model = Around(way)
+    with pytest.raises(ValueError, match="inner computes a softmax"), record_entropy(model):
+        model(x)
+
+
+class Rows(Attention):
+    """Attends along the columns of every row."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = self.out(x)
+        return functional.softmax(q @ q.mT, dim=-1) @ q
+
+
+class OneKey(Attention):
+    """Has one key for all heads, whose queries follow each other."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = self.out(x).unflatten(-1, (4, 4))
+        k = q[:, :, 0]
+        return functional.softmax(q.flatten(1, 2) @ k.mT, dim=-1) @ k
+
+
+def test_rows_of_an_image_are_not_taken_for_heads_nor_heads_for_queries(x: Tensor) -> None:
+    for model, images in ((Rows(), x[:, None].repeat(1, 7, 1, 1)), (OneKey(), x)):
+        name = type(model).__name__
+        with pytest.raises(ValueError, match=f"{name} computes a"), record_entropy(model):
+            model(images)
+
+
 def test_the_number_of_heads_that_a_module_tells_must_be_that_of_its_weights(x: Tensor) -> None:
     model = Stack(Attention(), Attention())
     model.parts[0].num_heads, model.parts[1].num_heads = 4, 8

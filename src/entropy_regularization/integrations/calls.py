@@ -169,7 +169,7 @@ class CallRecorder:
         if name is None or self._is_computed_again() or runs_for_compiler():
             return
         module = self._module_of(name)
-        heads = heads_folded(found.weights, module, shape_given(module))
+        heads = heads_folded(found.weights, module, shape_given())
         if heads is None or not tells_heads(module) or in_function_of_module():
             return  # the watch refuses what it has not heard
         rows, real = found.as_output(heads), found.real_keys(heads)

@@ -10,6 +10,10 @@ from torch import Tensor, nn
 from torch._guards import TracingContext
 from torch.autograd.function import Function, FunctionCtx
 
+from entropy_regularization.integrations.mixing import tensors_of
+
+CALL = nn.Module._wrapped_call_impl.__code__  # whose arguments are those of the call
+
 
 def _frames(thread: int | None = None) -> Iterator[FrameType]:
     """Walk over the frames above, or over those of another thread, the innermost first."""
@@ -128,18 +132,32 @@ def calling_module(names: Mapping[nn.Module, str]) -> str | None:
     return None
 
 
-def shape_given(module: nn.Module) -> torch.Size | None:
-    """Return the shape of the first tensor of activations that a running module was given.
+def shape_given() -> torch.Size | None:
+    """Return the shape of the first tensor of activations that the running module was given.
 
-    None if there is none, of three dimensions or more, among the arguments of its forward.
+    As it was called: its code may give the names of its arguments to other tensors. A module
+    without parameters is a function of the one around it, which makes its queries and keys; if no
+    module has parameters, it is the outermost. Ids of tokens are taken for activations.
+
+    Returns:
+        ``[batch, length, ...]`` in most modules; None if none of them was given such a tensor.
     """
+    outermost = None
     for frame in _frames():
-        code = frame.f_code
-        if code.co_name == "forward" and frame.f_locals.get("self") is module:
-            names = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
-            given = (frame.f_locals.get(name) for name in names)
-            return next((g.shape for g in given if isinstance(g, Tensor) and g.dim() > 2), None)
-    return None
+        if frame.f_code is CALL:
+            given = frame.f_locals
+            tensors = tensors_of(given["args"], given["kwargs"])
+            shape = next((each.shape for each in tensors if _has_batch_and_length(each)), None)
+            outermost = shape or outermost
+            if shape and next(given["self"].parameters(), None) is not None:
+                return shape
+    return outermost
+
+
+def _has_batch_and_length(tensor: Tensor) -> bool:
+    if tensor.is_floating_point():
+        return tensor.dim() > 2
+    return tensor.dim() == 2 and tensor.dtype != torch.bool
 
 
 def in_function_of_module() -> bool:

@@ -72,16 +72,16 @@ def heads_folded(weights: Tensor, module: nn.Module, given: Sequence[int] | None
     Returns:
         1 of ``[batch, heads, queries, keys]``; None if the dimensions are not known to be these.
     """
-    batch, length = given[:2] if given else (None, None)
-    if batch == weights.shape[-2] != length:
-        batch, length = length, batch
+    batch, *places = given or (None,)
+    if places and batch == weights.shape[-2] != places[0]:
+        batch, places[0] = places[0], batch
     told = _told_heads(module)
     if weights.dim() == 4:
         if told is not None and not has_ranks():
             return 1 if weights.shape[1] == told else None
-        return 1 if _has_heads_second(weights, module, batch, length) else None
+        return 1 if _has_heads_second(weights, batch, places) else None
     if weights.shape[0] == batch:
-        return 1
+        return 1 if _has_queries_alone(weights, places) else None
     if told is None or batch is None or not type(module).__module__.startswith("transformers."):
         return None
     return told if weights.shape[0] == batch * told else None
@@ -92,18 +92,20 @@ def _told_heads(module: nn.Module) -> int | None:
     return next((each for each in told if isinstance(each, int)), None)
 
 
-def _has_heads_second(
-    weights: Tensor, module: nn.Module, batch: int | None, length: int | None
-) -> bool:
-    """Tell whether the second dimension of four may be heads: not the batch, nor places.
-
-    A module may be given the heads, ``[batch, heads, queries, dim]``, but not make them too.
-    """
+def _has_heads_second(weights: Tensor, batch: int | None, places: Sequence[int]) -> bool:
+    """Tell whether the second dimension of four may be heads: not the batch, nor places."""
     second, n_queries = weights.shape[1:3]
     if second == batch != weights.shape[0]:
         return False
-    projects = next(module.parameters(), None) is not None
-    return not (second == length != n_queries and projects)
+    if len(places) > 2:  # rows and columns, of which one attends along the other
+        return not {second, n_queries} <= {*places}
+    return not (second in places[:1] and second != n_queries)
+
+
+def _has_queries_alone(weights: Tensor, places: Sequence[int]) -> bool:
+    """Tell whether the second dimension of three may be queries: not those of several heads."""
+    n_queries, length = weights.shape[1], places[0]
+    return n_queries == length or n_queries % length != 0
 
 
 def may_attend(scores: object, dim: object) -> bool:
