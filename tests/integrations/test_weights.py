@@ -620,6 +620,24 @@ def test_a_softmax_of_which_nothing_is_known_is_refused_and_then_known(x: Tensor
     assert len(recording) == 2
 
 
+def test_weights_that_are_laid_out_otherwise_in_a_later_pass_are_refused(x: Tensor) -> None:
+    class Folding(Attention):
+        def functional(self, scores: Tensor, v: Tensor) -> Tensor:
+            if scores.shape[0] == 2:
+                return super().functional(scores, v)
+            return super().functional(scores[None], v[None])[0]
+
+    model = Stack(Attention("method"), Folding())
+    with record_entropy(model):
+        model(x)
+    message = "parts.1 lays its weights out otherwise than in earlier passes"
+    with pytest.raises(ValueError, match=message), record_entropy(model):
+        model(x[:1])
+    with record_entropy(model, allow_partial=True) as recording:
+        model(x[:1])
+    assert recording.missing == ["parts.1"]
+
+
 def test_vmap_is_refused(x: Tensor) -> None:
     model = Stack(Direct())
     with pytest.raises(ValueError, match=r"parts\.0 computes a softmax"), record_entropy(model):

@@ -1,5 +1,6 @@
 """What both recorders share: how they start, and how they take the calls of a forward pass."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -163,23 +164,31 @@ class CallRecorder:
         if self._is_own(name):
             self._take(name, self._module_of(name), found, n_keys, key_padding)
 
-    def deposit_weights(self, place: str | None, found: Weights) -> None:
-        """Take the rows of one softmax, if its weights attend; a watched pass will show it."""
+    def deposit_weights(self, place: str | None, weights: Tensor, found: Weights | None) -> None:
+        """Take the rows of one softmax, if its weights attend; a watched pass will show it.
+
+        Args:
+            place: as deposit_call.
+            weights: what the softmax has made.
+            found: the rows; None if they cannot be told, which is refused if the weights attend.
+        """
         name = place or calling_module(self._names)
         if name is None or self._is_computed_again() or runs_for_compiler():
             return
         module = self._module_of(name)
+        deposit = None if found is None else self._deposit_of(name, module, found)
+        self._watch.hear((type(module), *calling_place()), name, weights, deposit)
+
+    def _deposit_of(
+        self, name: str, module: nn.Module, found: Weights
+    ) -> Callable[[], None] | None:
+        """Return what records the rows of one softmax; None if its layout is not known."""
         heads = heads_folded(found.weights, module, shape_given())
         if heads is None or not tells_heads(module) or in_function_of_module():
-            return  # the watch refuses what it has not heard
+            return None
         rows, real = found.as_output(heads), found.real_keys(heads)
         n_keys = found.weights.shape[-1]
-        self._watch.hear(
-            (type(module), *calling_place()),
-            name,
-            found.weights,
-            lambda: self.deposit_call(name, rows, n_keys, real),
-        )
+        return lambda: self.deposit_call(name, rows, n_keys, real)
 
     def note_unheard(self, place: str | None, how: str) -> None:
         """Note that a module attends in a way of which nothing can be heard."""

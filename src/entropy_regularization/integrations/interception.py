@@ -56,8 +56,8 @@ class Listener(Protocol):
     def deposit_call(self, place: str | None, found: AttentionOutput, n_keys: int) -> None:
         """Take the rows of one call; ``place`` is the module's name if the listener gave one."""
 
-    def deposit_weights(self, place: str | None, found: Weights) -> None:
-        """Take the rows of one softmax, if its weights attend."""
+    def deposit_weights(self, place: str | None, weights: Tensor, found: Weights | None) -> None:
+        """Take the rows of one softmax, if its weights attend; None if no rows can be told."""
 
     def note_unheard(self, place: str | None, how: str) -> None:
         """Note that a module attends in a way of which nothing can be heard."""
@@ -300,10 +300,10 @@ def _weigh(
         _restore()
         return
     scores = kwargs.get("input", scores)
-    if may_attend(scores, dim) and "out" not in kwargs and not runs_compiled():
-        found = weigh(scores, weights)
-        for listener, name in where.items():
-            listener.deposit_weights(name, found)
+    known = may_attend(scores, dim) and "out" not in kwargs and not runs_compiled()
+    found = weigh(scores, weights) if known else None
+    for listener, name in where.items():
+        listener.deposit_weights(name, weights, found)
 
 
 def goes_around_wrapper(

@@ -81,18 +81,18 @@ CUTS = {
 
 @dataclass
 class Heard:
-    """A softmax whose rows are known, and recorded if it attends.
+    """A softmax by name, whose rows are recorded if it attends.
 
     Attributes:
         place: the class of the module, the code that called the softmax, and where in it.
         name: of the module.
-        deposit: records the rows.
+        deposit: records the rows; None if they are not known.
         attends: whether that was done.
     """
 
     place: tuple[Any, ...]
     name: str
-    deposit: Callable[[], None]
+    deposit: Callable[[], None] | None
     attends: bool = False
 
 
@@ -120,7 +120,7 @@ class UnseenAttention(TorchFunctionMode):
         self._whole = WeakIdKeyDictionary()  # weights as the softmax made them -> Heard
 
     def hear(self, weights: Tensor, heard: Heard) -> None:
-        """Take weights whose rows are known."""
+        """Take the weights of a softmax."""
         self.heard.append(heard)
         self._whole[weights] = heard
 
@@ -236,9 +236,12 @@ class UnseenAttention(TorchFunctionMode):
             or not averages_values(func, args, tensors, weights)
         ):
             self._note(self._weights[weights], OWN_SOFTMAX)
+            return
+        if heard.deposit is None:
+            self._note(heard.name, OWN_SOFTMAX)
         elif not heard.attends:
-            heard.attends = True
             heard.deposit()
+        heard.attends = True
 
     def _note(self, name: str | None, how: str) -> None:
         if name is not None:

@@ -27,6 +27,7 @@ SWITCHES = (bool, str)  # types of attributes that may choose the code that runs
 # Those of attributes that every module has, or that change from pass to pass.
 NUMBERS_AND_STATE = frozenset((int, float, type(None), dict, OrderedDict, list, tuple, set, Tensor))
 UNKNOWN_SOFTMAX = "takes a softmax that earlier passes did not (run the pass again)"
+OTHER_LAYOUT = "lays its weights out otherwise than in earlier passes"
 
 # Kinds of passes that were watched and in which everything was heard; what was judged in each.
 _sound: "weakref.WeakKeyDictionary[nn.Module, dict[object, dict[tuple[Any, ...], bool]]]"
@@ -115,21 +116,28 @@ class Watch:
         _running.append(self)
 
     def hear(
-        self, place: tuple[Any, ...], name: str, weights: Tensor, deposit: Callable[[], None]
+        self,
+        place: tuple[Any, ...],
+        name: str,
+        weights: Tensor,
+        deposit: Callable[[], None] | None,
     ) -> None:
-        """Take weights of which the rows are known: record them if they attend.
+        """Take the weights of a softmax: record their rows if they attend.
 
         Args:
             place: where in the code of which class they were made.
             name: of the module that made them.
             weights: what the softmax has made.
-            deposit: records the rows.
+            deposit: records the rows; None if they are not known.
         """
         if self._mode is not None:
             if threading.get_ident() == self._thread:
                 self._mode.hear(weights, Heard(place, name, deposit))
         elif self._judged.get(place):
-            deposit()
+            if deposit is None:
+                self.found[name] = OTHER_LAYOUT
+            else:
+                deposit()
         elif place not in self._judged:
             _sound.get(self._model, {}).pop(self._kind, None)
             self.found[name] = UNKNOWN_SOFTMAX
