@@ -378,6 +378,11 @@ class Odd(Attention):
         weights = torch.softmax(scores.transpose(0, 1)[:3], -1)  # [heads, batch, queries, keys]
         return (weights @ v.transpose(0, 1)[:3]).transpose(0, 1).repeat(1, 2, 1, 1)[:, :4]
 
+    def heads_first_of_as_many(self, scores: Tensor, v: Tensor) -> Tensor:
+        scores, v = scores[:, :2], v[:, :2]  # as the batch
+        values = scores.transpose(0, 1).softmax(-1) @ v.transpose(0, 1)
+        return values.transpose(0, 1).repeat(1, 2, 1, 1)
+
     def folded_before(self, scores: Tensor, v: Tensor) -> Tensor:
         weights = scores.transpose(0, 1).flatten(0, 1).softmax(-1)  # [heads * batch, ...]
         values = torch.bmm(weights, v.transpose(0, 1).flatten(0, 1))

@@ -27,13 +27,23 @@ def averages_values(
         tensors: those that it multiplies.
         weights: one of them, ``[batch, heads, queries, keys]`` or ``[batch, queries, keys]``.
     """
-    if len(tensors) != 2:
+    if len(tensors) != 2 or _holds_heads_outside(tensors[0 if tensors[1] is weights else 1]):
         return False
     if func in MATMULS:
         return tensors[0] is weights and tensors[1].dim() > 2
     if func is torch.einsum and isinstance(args[0], str):
         return _sums_keys(args[0], at=int(tensors[1] is weights))
     return False
+
+
+def _holds_heads_outside(values: Tensor) -> bool:
+    """Tell whether values of as many heads as batch entries came as ``[heads, batch, ...]``.
+
+    Their sizes do not tell; where they lie in memory does, unless they were copied.
+    """
+    if values.dim() != 4 or values.shape[0] != values.shape[1]:
+        return False
+    return 0 < values.stride(0) < values.stride(1)
 
 
 def _sums_keys(equation: str, at: int) -> bool:
