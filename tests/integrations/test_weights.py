@@ -383,6 +383,9 @@ class Odd(Attention):
         values = scores.transpose(0, 1).softmax(-1) @ v.transpose(0, 1)
         return values.transpose(0, 1).repeat(1, 2, 1, 1)
 
+    def by_a_name_from_before(self, scores: Tensor, v: Tensor) -> Tensor:
+        return METHOD(scores, -1) @ v
+
     def folded_before(self, scores: Tensor, v: Tensor) -> Tensor:
         weights = scores.transpose(0, 1).flatten(0, 1).softmax(-1)  # [heads * batch, ...]
         values = torch.bmm(weights, v.transpose(0, 1).flatten(0, 1))

@@ -278,7 +278,7 @@ def _softmax_of(key: str) -> Callable[..., Any]:
         if torch.compiler.is_compiling():
             return _found[key](*args, **kwargs)
         # A mode that watches torch's functions calls this once more from inside the original.
-        inside = getattr(_thread, "in_softmax", False)
+        inside = in_softmax()
         _thread.in_softmax = True
         try:
             weights = _found[key](*args, **kwargs)
@@ -289,6 +289,11 @@ def _softmax_of(key: str) -> Callable[..., Any]:
         return weights
 
     return softmax
+
+
+def in_softmax() -> bool:
+    """Tell whether this runs inside a wrapper of a softmax."""
+    return getattr(_thread, "in_softmax", False)
 
 
 def _weigh(
@@ -315,7 +320,7 @@ def goes_around_wrapper(
     weights it calls no attention function that is heard where no mode is.
     """
     around = func is _multi_head and not in_multi_head() and _makes_weights(args, kwargs)
-    return around or func is original_attention
+    return around or func is original_attention or (func in SOFTMAX_WRAPPERS and not in_softmax())
 
 
 # Where they are attributes of what: keys are strings, which Dynamo can look up.

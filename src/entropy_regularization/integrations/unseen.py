@@ -146,7 +146,8 @@ class UnseenAttention(TorchFunctionMode):
             self._note(calling_module(self.names), "calls flex_attention")
         if func in SOFTMAX_WRAPPERS or self._softmaxes.made(func, args, kwargs, result):
             name = calling_module(self.names)
-            if func is functional.gumbel_softmax:  # whose scores are noisy
+            # Scores of one are noisy; the other would not be heard where nothing watches.
+            if func is functional.gumbel_softmax or around:
                 self._whole.pop(result, None)
             if name is not None:
                 self._weights[result] = name
