@@ -592,6 +592,31 @@ def test_a_softmax_that_serves_two_ends_is_refused(x: Tensor) -> None:
         model(x)
 
 
+class Two(Attention):
+    """Attends twice, and multiplies the weights that it has made first in one of two orders."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = self.out(x)
+        first, second = torch.softmax(q @ q.mT, -1), torch.softmax(q @ x.mT, -1)
+        pairs = [(first, q), (second, x)]
+        if self.way == "turned":
+            pairs.reverse()
+        return sum(weights @ values for weights, values in pairs)
+
+
+def test_weights_that_attend_in_another_order_than_they_are_made_are_refused(x: Tensor) -> None:
+    model = Two("straight")
+    with record_entropy(model) as watched:
+        model(x)
+    with record_entropy(model) as recording:
+        model(x)
+    for got, wanted in zip(recording, watched, strict=True):
+        assert torch.equal(got.entropy, wanted.entropy)
+    model.way = "turned"
+    with pytest.raises(ValueError, match="Two computes a softmax"), record_entropy(model):
+        model(x)
+
+
 class Late(Stack):
     """Leaves its second part out of the first pass, as layer dropout may."""
 

@@ -6,6 +6,7 @@ attention; a router's softmax, which is sorted and scattered, is not, nor is one
 at that place; passes that are not watched know the softmax by the place in the code that called it.
 """
 
+import itertools
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -235,6 +236,7 @@ class UnseenAttention(TorchFunctionMode):
             or self._mixtures.is_without_scores(weights)
             or any(each in self._weights for each in tensors if each is not weights)
             or not averages_values(func, args, tensors, weights)
+            or self._has_overtaken(heard)
         ):
             self._note(self._weights[weights], OWN_SOFTMAX)
             return
@@ -243,6 +245,11 @@ class UnseenAttention(TorchFunctionMode):
         elif not heard.attends:
             heard.deposit()
         heard.attends = True
+
+    def _has_overtaken(self, heard: Heard) -> bool:
+        """Tell whether weights attend after others that were made later; they are first later."""
+        since = reversed(self.heard)
+        return any(each.attends for each in itertools.takewhile(lambda e: e is not heard, since))
 
     def _note(self, name: str | None, how: str) -> None:
         if name is not None:
