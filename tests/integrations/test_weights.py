@@ -87,7 +87,8 @@ def test_a_key_is_real_if_any_head_sees_it() -> None:
         ("bhij,bhijd->bhid", 0, False),
         ("bhij,bhjd->bhd", 0, False),
         ("bihj,bhjd->bhid", 0, False),
-        ("bhij,bjd->bhid", 0, False),
+        ("bhij,bjd->bhid", 0, True),
+        ("bhij,hjd->bhid", 0, False),
         ("bhij,bhjd->bid", 0, False),
     ],
 )
@@ -196,6 +197,9 @@ class Attention(nn.Module):
 
     def module(self, scores: Tensor, v: Tensor) -> Tensor:
         return torch.linalg.matmul(self.softmax(scores), v)
+
+    def shared(self, scores: Tensor, v: Tensor) -> Tensor:
+        return torch.einsum("bhij,bjd->bhid", scores.softmax(-1), v[:, 0])
 
     def folded(self, scores: Tensor, v: Tensor) -> Tensor:
         weights = scores.softmax(-1).flatten(0, 1)
@@ -382,6 +386,10 @@ class Odd(Attention):
         scores, v = scores[:, :2], v[:, :2]  # as the batch
         values = scores.transpose(0, 1).softmax(-1) @ v.transpose(0, 1)
         return values.transpose(0, 1).repeat(1, 2, 1, 1)
+
+    def of_as_many_heads_as_places(self, scores: Tensor, v: Tensor) -> Tensor:
+        weights = scores[:, :, :4].softmax(-1) @ v[:, :1]  # queries first, for all that is known
+        return weights.repeat(1, 1, 2, 1)[:, :, :7]
 
     def by_a_name_from_before(self, scores: Tensor, v: Tensor) -> Tensor:
         return METHOD(scores, -1) @ v

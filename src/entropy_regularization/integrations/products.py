@@ -27,29 +27,36 @@ def averages_values(
         tensors: those that it multiplies.
         weights: one of them, ``[batch, heads, queries, keys]`` or ``[batch, queries, keys]``.
     """
-    if len(tensors) != 2 or _holds_heads_outside(tensors[0 if tensors[1] is weights else 1]):
+    if len(tensors) != 2:
+        return False
+    at = int(tensors[1] is weights)
+    if not _has_heads_second(weights, values=tensors[1 - at]):
         return False
     if func in MATMULS:
-        return tensors[0] is weights and tensors[1].dim() > 2
-    if func is torch.einsum and isinstance(args[0], str):
-        return _sums_keys(args[0], at=int(tensors[1] is weights))
-    return False
+        return at == 0 and tensors[1].dim() > 2
+    return func is torch.einsum and isinstance(args[0], str) and _sums_keys(args[0], at)
 
 
-def _holds_heads_outside(values: Tensor) -> bool:
-    """Tell whether values of as many heads as batch entries came as ``[heads, batch, ...]``.
+def _has_heads_second(weights: Tensor, values: Tensor) -> bool:
+    """Tell whether heads come second in four dimensions, where equal sizes do not tell it.
 
-    Their sizes do not tell; where they lie in memory does, unless they were copied.
+    Of as many heads as batch entries, where values lie in memory tells which came first, unless
+    they were copied. Of as many heads as queries nothing tells if all heads share the values.
     """
-    if values.dim() != 4 or values.shape[0] != values.shape[1]:
+    if weights.dim() != 4:
+        return True
+    batch, heads, queries = weights.shape[:3]
+    if heads == queries > 1 and (values.dim() < 4 or values.shape[1] == 1):
         return False
-    return 0 < values.stride(0) < values.stride(1)
+    turned = values.dim() == 4 and 0 < values.stride(0) < values.stride(1)
+    return not (turned and batch == heads == values.shape[1])
 
 
 def _sums_keys(equation: str, at: int) -> bool:
     """Tell whether an equation of two operands sums over the last letter of one of them.
 
-    The last but one, the queries, must be its own, and the others, batch and heads, be kept.
+    The last but one, the queries, must be its own, and the others, batch and heads, be kept;
+    heads may share their values.
 
     Args:
         equation: of einsum, with an arrow.
@@ -66,5 +73,6 @@ def _sums_keys(equation: str, at: int) -> bool:
         and keys not in output
         and queries in output
         and queries not in values
-        and all(each in output and each in values for each in kept)
+        and all(each in output for each in kept)
+        and kept[:1] in values
     )
