@@ -262,6 +262,14 @@ def test_attention_by_hand_is_heard(way: str, x: Tensor) -> None:
         torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
 
 
+def test_a_batch_may_be_empty(x: Tensor) -> None:
+    model = Stack(Attention(), Attention("folded"))
+    for _ in range(2):
+        with record_entropy(model) as recording:
+            model(x[:0])
+        assert [tuple(layer.entropy.shape) for layer in recording] == [(0, 4, 7)] * 2
+
+
 def test_a_head_that_is_a_module_is_a_layer(x: Tensor) -> None:
     class Head(nn.Module):
         def forward(self, x: Tensor) -> Tensor:

@@ -105,7 +105,7 @@ def _has_heads_second(weights: Tensor, batch: int | None, places: Sequence[int])
 def _has_queries_alone(weights: Tensor, places: Sequence[int]) -> bool:
     """Tell whether the second dimension of three may be queries: not those of several heads."""
     n_queries, length = weights.shape[1], places[0]
-    return n_queries == length or n_queries % length != 0
+    return n_queries == length or n_queries % max(length, 1) != 0
 
 
 def may_attend(scores: object, dim: object) -> bool:
@@ -115,7 +115,7 @@ def may_attend(scores: object, dim: object) -> bool:
         and scores.dim() in (3, 4)  # type: ignore[attr-defined]
         and dim in (-1, scores.dim() - 1)  # type: ignore[attr-defined]
         and scores.is_floating_point()  # type: ignore[attr-defined]
-        and scores.numel() > 0  # type: ignore[attr-defined]
+        and scores.shape[-1] > 0  # type: ignore[attr-defined]
         and not torch._C._functorch.is_functorch_wrapped_tensor(scores)  # type: ignore[arg-type]
     )
 
