@@ -633,6 +633,20 @@ def test_weights_that_attend_in_another_order_than_they_are_made_are_refused(x: 
         model(x)
 
 
+def test_a_hook_that_changes_weights_is_met_in_a_pass_after_others(x: Tensor) -> None:
+    model = Stack(Attention("method"), Attention("module"))
+    with record_entropy(model):
+        model(x)
+    for part in (model.parts[0].dropout, model.parts[1].softmax):
+        hook = part.register_forward_hook(lambda part, given, weights: weights / 2)
+        with pytest.raises(ValueError, match="computes a softmax"), record_entropy(model):
+            model(x)
+        hook.remove()
+    with record_entropy(model) as recording:
+        model(x)
+    assert len(recording) == 2
+
+
 class Late(Stack):
     """Leaves its second part out of the first pass, as layer dropout may."""
 

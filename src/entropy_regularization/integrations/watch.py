@@ -186,12 +186,14 @@ def _kind_of(names: Mapping[nn.Module, str], part: nn.Module, given: Mapping[str
 
     Which arguments are given (an image beside the text), and the switches: those among the
     arguments, those of every module (``training``, a flag for a fused function) and of the objects
-    that it holds, and the code of functions that were put in the place of others.
+    that it holds, and the code of functions that were put in the place of others, and of hooks.
     """
     switches: list[Any] = []
     helpers: dict[int, Any] = {}
     for each in names:  # at every pass: cheap
         switches.append(type(each))
+        for hook in (*each._forward_pre_hooks.values(), *each._forward_hooks.values()):
+            switches.append(getattr(hook, "__code__", type(hook)))
         for value in each.__dict__.values():
             if type(value) in NUMBERS_AND_STATE:  # nearly all
                 continue
