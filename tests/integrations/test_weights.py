@@ -1,6 +1,7 @@
 """Weights that a model makes by a softmax of its own: heard if they attend, or refused."""
 
 import gc
+import threading
 from typing import Any
 
 import pytest
@@ -645,6 +646,25 @@ def test_a_hook_that_changes_weights_is_met_in_a_pass_after_others(x: Tensor) ->
     with record_entropy(model) as recording:
         model(x)
     assert len(recording) == 2
+
+
+class InThread(Stack):
+    """Runs its last part in a thread."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        made: list[Tensor] = []
+        thread = threading.Thread(target=lambda: made.append(self.parts[-1](x)))
+        thread.start()
+        thread.join()
+        return made[0] + self.parts[0](x)
+
+
+def test_a_softmax_in_a_thread_is_refused(x: Tensor) -> None:
+    model = InThread(Attention(), Attention())
+    for _ in range(2):
+        message = r"parts\.1 takes a softmax in a thread of its own"
+        with pytest.raises(ValueError, match=message), record_entropy(model):
+            model(x)
 
 
 class Late(Stack):

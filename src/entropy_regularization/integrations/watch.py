@@ -27,6 +27,7 @@ SWITCHES = (bool, str)  # types of attributes that may choose the code that runs
 # Those of attributes that every module has, or that change from pass to pass.
 NUMBERS_AND_STATE = frozenset((int, float, type(None), dict, OrderedDict, list, tuple, set, Tensor))
 UNKNOWN_SOFTMAX = "takes a softmax that earlier passes did not (run the pass again)"
+IN_A_THREAD = "takes a softmax in a thread of its own, where nothing tells whether it attends"
 OTHER_LAYOUT = "lays its weights out otherwise than in earlier passes"
 
 # Kinds of passes that were watched and in which everything was heard; what was judged in each.
@@ -130,9 +131,12 @@ class Watch:
             weights: what the softmax has made.
             deposit: records the rows; None if they are not known.
         """
-        if self._mode is not None:
-            if threading.get_ident() == self._thread:
-                self._mode.hear(weights, Heard(place, name, deposit))
+        mode = self._mode
+        if mode is not None and threading.get_ident() == self._thread:
+            mode.hear(weights, Heard(place, name, deposit))
+        elif mode is not None:
+            if weights.dim() > 2:
+                mode.found[name] = IN_A_THREAD
         elif self._judged.get(place):
             if deposit is None:
                 self.found[name] = OTHER_LAYOUT
