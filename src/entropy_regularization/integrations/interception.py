@@ -304,9 +304,10 @@ def _weigh(
     if not where and not _is_computed_again():
         _restore()
         return
+    if runs_compiled():
+        return  # where no watch was
     scores = kwargs.get("input", scores)
-    known = may_attend(scores, dim) and "out" not in kwargs and not runs_compiled()
-    found = weigh(scores, weights) if known else None
+    found = weigh(scores, weights) if may_attend(scores, dim) and "out" not in kwargs else None
     for listener, name in where.items():
         listener.deposit_weights(name, weights, found)
 
