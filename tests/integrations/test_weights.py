@@ -412,6 +412,10 @@ class Odd(Attention):
         weights = scores.unflatten(1, (2, 2)).softmax(-1)
         return (weights @ v.unflatten(1, (2, 2))).flatten(1, 2)
 
+    def grouped_queries(self, scores: Tensor, v: Tensor) -> Tensor:
+        weights = scores.unflatten(1, (2, 2)).flatten(2, 3).softmax(-1)  # two heads, one key
+        return (weights @ v[:, ::2]).unflatten(2, (2, 7)).flatten(1, 2)
+
     def near_by(self, scores: Tensor, v: Tensor) -> Tensor:
         near = v.transpose(1, 2)[:, :, :, None] @ v.transpose(1, 2)[:, :, None].mT.expand(
             -1, -1, 4, -1, -1
@@ -468,6 +472,55 @@ def test_a_module_may_give_the_names_of_its_arguments_to_other_tensors(x: Tensor
     other = Concatenated()
     with pytest.raises(ValueError, match="Concatenated computes a"), record_entropy(other):
         other(x)
+
+
+def test_sizes_that_happen_to_be_equal_later_are_no_other_layout(x: Tensor) -> None:
+    """Heads are known from a pass of other sizes: of keys, batch and queries."""
+    model = Annotated()
+    with record_entropy(model):
+        model(key=x[:, :5], query=x)
+    for batch, queries, keys in ((2, 5, 4), (4, 4, 7), (4, 6, 1), (4, 4, 4), (2, 6, 3)):
+        several = x[:1].repeat(batch, 1, 1)
+        with record_entropy(model) as recording:
+            model(key=several[:, :keys], query=several[:, :queries])
+        assert recording[0].entropy.shape == (batch, 4, queries)
+
+
+class OfRows(Attention):
+    """Folds the rows of an image into the batch, and attends along their columns."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.flatten(0, 1))
+
+
+class OfAll(Attention):
+    """Attends from every place of an image to every other."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.flatten(2).mT)
+
+
+@pytest.mark.parametrize(("kind", "shape"), [(OfRows, (2, 4, 7, 16)), (OfAll, (2, 16, 4, 4))])
+def test_heads_may_be_as_many_as_rows(kind: type[Attention], shape: tuple[int, ...]) -> None:
+    model = kind("method")
+    with record_entropy(model) as recording:
+        model(torch.randn(shape))
+    queries = 7 if kind is OfRows else 16
+    assert recording[0].entropy.shape[1:] == (4, queries)
+
+
+class InDict(Attention):
+    """Takes its input from a dictionary, and puts its heads first."""
+
+    def forward(self, given: dict[str, Tensor]) -> Tensor:  # type: ignore[override]
+        q = self.out(given["x"]).unflatten(-1, (4, 4)).permute(2, 0, 1, 3)
+        return functional.softmax(q @ q.mT, dim=-1) @ q
+
+
+def test_the_batch_of_a_dictionary_is_known(x: Tensor) -> None:
+    model = InDict()
+    with pytest.raises(ValueError, match="InDict computes a"), record_entropy(model):
+        model({"x": x})
 
 
 class Inner(nn.Module):

@@ -176,14 +176,18 @@ class CallRecorder:
         if name is None or self._is_computed_again() or runs_for_compiler():
             return
         module = self._module_of(name)
-        deposit = None if found is None else self._deposit_of(name, module, found)
-        self._watch.hear((type(module), *calling_place()), name, weights, deposit)
+        where = (type(module), *calling_place())
+        deposit = None
+        if found is not None:
+            known = weights.dim() == 4 and self._watch.knows_layout(where)
+            heads = 1 if known else heads_folded(weights, module, shape_given())
+            deposit = self._deposit_of(name, module, found, heads)
+        self._watch.hear(where, name, weights, deposit)
 
     def _deposit_of(
-        self, name: str, module: nn.Module, found: Weights
+        self, name: str, module: nn.Module, found: Weights, heads: int | None
     ) -> Callable[[], None] | None:
-        """Return what records the rows of one softmax; None if its layout is not known."""
-        heads = heads_folded(found.weights, module, shape_given())
+        """Return what records the rows of one softmax; None if their layout is not known."""
         if heads is None or not tells_heads(module) or in_function_of_module():
             return None
         rows, real = found.as_output(heads), found.real_keys(heads)

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch._guards import TracingContext
 from torch.autograd.function import Function, FunctionCtx
-
-from entropy_regularization.integrations.mixing import tensors_of
+from torch.utils._pytree import tree_leaves
 
 CALL = nn.Module._wrapped_call_impl.__code__  # whose arguments are those of the call
 
@@ -146,7 +145,8 @@ def shape_given() -> torch.Size | None:
     for frame in _frames():
         if frame.f_code is CALL:
             given = frame.f_locals
-            tensors = tensors_of(given["args"], given["kwargs"])
+            leaves = tree_leaves([given["args"], given["kwargs"]])
+            tensors = [each for each in leaves if isinstance(each, Tensor)]
             shape = next((each.shape for each in tensors if _has_batch_and_length(each)), None)
             outermost = shape or outermost
             if shape and next(given["self"].parameters(), None) is not None:

@@ -10,7 +10,7 @@ import itertools
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -88,13 +88,27 @@ class Heard:
         place: the class of the module, the code that called the softmax, and where in it.
         name: of the module.
         deposit: records the rows; None if they are not known.
+        tells_layout: whether the sizes of its weights do.
         attends: whether that was done.
     """
 
     place: tuple[Any, ...]
     name: str
     deposit: Callable[[], None] | None
+    tells_layout: bool
     attends: bool = False
+
+
+class Judged(NamedTuple):
+    """What a watched pass has found of the softmax at one place in the code.
+
+    Attributes:
+        attends: whether it does.
+        layout_is_told: whether sizes have told which of four dimensions holds its heads.
+    """
+
+    attends: bool
+    layout_is_told: bool
 
 
 class UnseenAttention(TorchFunctionMode):
@@ -125,16 +139,18 @@ class UnseenAttention(TorchFunctionMode):
         self.heard.append(heard)
         self._whole[weights] = heard
 
-    def judged(self) -> dict[tuple[Any, ...], bool]:
-        """Return which places in the code make weights that attend, and which other weights.
+    def judged(self) -> dict[tuple[Any, ...], Judged]:
+        """Return what the softmaxes at every place in the code are.
 
-        One that makes both is in ``found``.
+        One that is both attention and something else is in ``found``.
         """
-        attends = {each.place: each.attends for each in self.heard}
+        judged: dict[tuple[Any, ...], Judged] = {}
         for each in self.heard:
-            if each.attends != attends[each.place]:
+            before = judged.get(each.place, Judged(each.attends, False))
+            if each.attends != before.attends:
                 self.found[each.name] = "takes one softmax for attention and for other things"
-        return attends
+            judged[each.place] = Judged(before.attends, before.layout_is_told or each.tells_layout)
+        return judged
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None

@@ -21,7 +21,8 @@ from entropy_regularization.integrations.source import (
     other_name_in,
 )
 from entropy_regularization.integrations.stack import calling_module
-from entropy_regularization.integrations.unseen import Heard, UnseenAttention
+from entropy_regularization.integrations.unseen import Heard, Judged, UnseenAttention
+from entropy_regularization.integrations.weights import tells_layout
 
 SWITCHES = (bool, str)  # types of attributes that may choose the code that runs
 # Those of attributes that every module has, or that change from pass to pass.
@@ -31,7 +32,7 @@ IN_A_THREAD = "takes a softmax in a thread of its own, where nothing tells wheth
 OTHER_LAYOUT = "lays its weights out otherwise than in earlier passes"
 
 # Kinds of passes that were watched and in which everything was heard; what was judged in each.
-_sound: "weakref.WeakKeyDictionary[nn.Module, dict[object, dict[tuple[Any, ...], bool]]]"
+_sound: "weakref.WeakKeyDictionary[nn.Module, dict[object, dict[tuple[Any, ...], Judged]]]"
 _sound = weakref.WeakKeyDictionary()
 
 
@@ -70,7 +71,7 @@ class Watch:
         self._until_end = ExitStack()
         self._thread = 0
         self._kind: object = None
-        self._judged: dict[tuple[Any, ...], bool] = {}
+        self._judged: dict[tuple[Any, ...], Judged] = {}
         self.found: dict[str, str] = {}
 
     def is_interrupted(self) -> bool:
@@ -116,6 +117,11 @@ class Watch:
         self._mode = mode
         _running.append(self)
 
+    def knows_layout(self, place: tuple[Any, ...]) -> bool:
+        """Tell whether an earlier pass has told which of four dimensions holds the heads."""
+        judged = None if self._mode is not None else self._judged.get(place)
+        return judged is not None and judged.attends and judged.layout_is_told
+
     def hear(
         self,
         place: tuple[Any, ...],
@@ -133,18 +139,18 @@ class Watch:
         """
         mode = self._mode
         if mode is not None and threading.get_ident() == self._thread:
-            mode.hear(weights, Heard(place, name, deposit))
+            mode.hear(weights, Heard(place, name, deposit, tells_layout(weights)))
         elif mode is not None:
             if weights.dim() > 2:
                 mode.found[name] = IN_A_THREAD
-        elif self._judged.get(place):
+        elif place not in self._judged:
+            _sound.get(self._model, {}).pop(self._kind, None)
+            self.found[name] = UNKNOWN_SOFTMAX
+        elif self._judged[place].attends:
             if deposit is None:
                 self.found[name] = OTHER_LAYOUT
             else:
                 deposit()
-        elif place not in self._judged:
-            _sound.get(self._model, {}).pop(self._kind, None)
-            self.found[name] = UNKNOWN_SOFTMAX
 
     def read(self, names: Mapping[nn.Module, str], *, torch_is_heard: bool) -> None:
         """Read the source of a compiled model's modules, since its pass cannot be watched.

@@ -4,6 +4,7 @@ The matrix is there already: its entropy costs a pass over it, and its gradient 
 backward of the softmax keeps the weights anyway.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -76,13 +77,15 @@ def heads_folded(weights: Tensor, module: nn.Module, given: Sequence[int] | None
     if places and batch == weights.shape[-2] != places[0]:
         batch, places[0] = places[0], batch
     told = _told_heads(module)
+    if weights.dim() == 4 and told is not None and not has_ranks():
+        return 1 if weights.shape[1] == told else None
+    if batch is None:
+        return None
     if weights.dim() == 4:
-        if told is not None and not has_ranks():
-            return 1 if weights.shape[1] == told else None
         return 1 if _has_heads_second(weights, batch, places) else None
     if weights.shape[0] == batch:
-        return 1 if _has_queries_alone(weights, places) else None
-    if told is None or batch is None or not type(module).__module__.startswith("transformers."):
+        return 1 if _has_queries_alone(weights.shape[1], places[0]) else None
+    if told is None or not type(module).__module__.startswith("transformers."):
         return None
     return told if weights.shape[0] == batch * told else None
 
@@ -92,19 +95,26 @@ def _told_heads(module: nn.Module) -> int | None:
     return next((each for each in told if isinstance(each, int)), None)
 
 
-def _has_heads_second(weights: Tensor, batch: int | None, places: Sequence[int]) -> bool:
+def _has_heads_second(weights: Tensor, batch: int, places: Sequence[int]) -> bool:
     """Tell whether the second dimension of four may be heads: not the batch, nor places."""
     second, n_queries = weights.shape[1:3]
     if second == batch != weights.shape[0]:
         return False
-    if len(places) > 2:  # rows and columns, of which one attends along the other
-        return not {second, n_queries} <= {*places}
-    return not (second in places[:1] and second != n_queries)
+    if len(places) > 2:  # rows and columns, of which one attends along the other, or all along all
+        along = weights.shape[0] == batch and n_queries != math.prod(places[1:])
+        return not (along and {second, n_queries} <= {*places})
+    if second == places[0] != n_queries:
+        return False
+    return _has_queries_alone(n_queries, places[0])
 
 
-def _has_queries_alone(weights: Tensor, places: Sequence[int]) -> bool:
-    """Tell whether the second dimension of three may be queries: not those of several heads."""
-    n_queries, length = weights.shape[1], places[0]
+def tells_layout(weights: Tensor) -> bool:
+    """Tell whether sizes tell heads, the second dimension of four, from batch and queries."""
+    return weights.dim() == 4 and weights.shape[0] != weights.shape[1] != weights.shape[2]
+
+
+def _has_queries_alone(n_queries: int, length: int) -> bool:
+    """Tell whether so many queries may be those of one head, not of several for every place."""
     return n_queries == length or n_queries % max(length, 1) != 0
 
 
