@@ -1103,6 +1103,21 @@ def test_generation_is_that_of_sdpa_and_gives_one_row_a_step(cache: str) -> None
     assert torch.equal(recording[0].rows, mask.bool())
 
 
+def test_generation_records_an_encoder_that_is_no_model_by_itself() -> None:
+    sizes = {"d_model": 16, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16, "num_beams": 1}
+    heads = {"encoder_attention_heads": 4, "decoder_attention_heads": 4}
+    layers = {"encoder_layers": 1, "decoder_layers": 1, "src_vocab_size": 64, "tgt_vocab_size": 64}
+    model = FSMTForConditionalGeneration(FSMTConfig(langs=["en", "de"], **sizes, **heads, **layers))
+    mask = padding("right")
+    for _ in range(2):
+        with record_entropy(model.eval()) as recording:
+            model.generate(tokens(), attention_mask=mask, max_new_tokens=1, do_sample=False)
+        names = ["encoder.layers.0.self_attn", "decoder.layers.0.self_attn"]
+        names += ["decoder.layers.0.encoder_attn"]
+        assert [layer.name for layer in recording] == [f"model.{name}" for name in names]
+        assert torch.equal(recording[0].rows, mask.bool())
+
+
 @pytest.mark.parametrize("kind", ["beams", "sampling", "assisted", "encoder and decoder"])
 def test_generation_of_other_kinds_is_that_of_sdpa(kind: str) -> None:
     model = bart() if kind == "encoder and decoder" else llama()

@@ -54,7 +54,7 @@ class PaddingTracker:
     def follow(self, models: Iterable[nn.Module]) -> list[RemovableHandle]:
         """Hook transformers models; return the hooks."""
         parts = list(models)
-        decoders = [each for model in parts for each in _plain_decoder(model)]
+        decoders = [each for model in parts for each in plain_part(model, "decoder")]
         handles = []
         for part in dict.fromkeys([*parts, *decoders]):
             handles += [
@@ -151,14 +151,14 @@ def _may_decode(part: nn.Module) -> bool:
     return any(_configured(part, name) for name in names)
 
 
-def _plain_decoder(model: nn.Module) -> list[nn.Module]:
-    """Return the decoder of a model whose decoder is no model of transformers by itself (fsmt)."""
-    find: Callable[[], Any] | None = getattr(model, "get_decoder", None)
+def plain_part(model: nn.Module, which: str) -> list[nn.Module]:
+    """Return the encoder or decoder of a model where it is no model by itself (fsmt)."""
+    find: Callable[[], Any] | None = getattr(model, f"get_{which}", None)
     if find is None or not _configured(model, "is_encoder_decoder"):
         return []
-    decoder = find()
-    plain = isinstance(decoder, nn.Module) and not isinstance(decoder, PreTrainedModel)
-    return [decoder] if plain else []
+    part = find()
+    plain = isinstance(part, nn.Module) and not isinstance(part, PreTrainedModel)
+    return [part] if plain else []
 
 
 def _configured(part: nn.Module, name: str) -> bool:

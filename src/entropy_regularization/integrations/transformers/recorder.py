@@ -19,7 +19,11 @@ from entropy_regularization.integrations.modules import having, qualified_names
 from entropy_regularization.integrations.source import IF_COMPILED
 from entropy_regularization.integrations.stack import runs_compiled
 from entropy_regularization.integrations.transformers.attention import RECORDERS, refuse_matrices
-from entropy_regularization.integrations.transformers.padding import PaddingTracker, arguments_of
+from entropy_regularization.integrations.transformers.padding import (
+    PaddingTracker,
+    arguments_of,
+    plain_part,
+)
 from entropy_regularization.integrations.transformers.switching import AttentionSwitch, switch_on
 from entropy_regularization.recording.recorder import ForwardCall, Layers
 from entropy_regularization.recording.recording import EntropyRecording
@@ -139,11 +143,16 @@ class TransformersRecorder(CallRecorder):
             self._padding.enter(*call)
 
     def _follow(self) -> list[RemovableHandle]:
-        """Hook the model, and the transformers models in it, which may be called alone."""
+        """Hook the model, and the transformers models in it, which may be called alone.
+
+        So may an encoder that is no model: generate does it.
+        """
         inside = self._models_inside()
-        parts = [self.model, *inside]
+        encoders = [each for part in self._parts for each in plain_part(part, "encoder")]
+        parts = [self.model, *inside, *encoders]
         begins = [part.register_forward_pre_hook(self._enter, with_kwargs=True) for part in parts]
-        masks = self._padding.follow(parts if isinstance(self.model, PreTrainedModel) else inside)
+        models = [self.model, *inside] if isinstance(self.model, PreTrainedModel) else inside
+        masks = self._padding.follow(models)
         ends = [part.register_forward_hook(self._leave, always_call=True) for part in parts]
         return [*begins, *masks, *ends]
 
