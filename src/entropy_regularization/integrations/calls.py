@@ -135,6 +135,10 @@ class CallRecorder:
         """Tell whether a module of the model is running in this thread."""
         return calling_module(self._names) is not None
 
+    def runs_uncalled(self) -> bool:
+        """Tell whether a module of the model is running in a pass of which no hook told."""
+        return self.is_running()
+
     def memo_of(self, structure: Structure) -> Memo | None:
         """Return what the calls of this recording that see the same keys share, if limits tell."""
         if structure.holds_tensors:

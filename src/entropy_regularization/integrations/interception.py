@@ -37,6 +37,7 @@ ATTENTION, MULTI_HEAD = "scaled_dot_product_attention", "multi_head_attention_fo
 # What the attributes held when somebody began to listen: torch's own, or what a user put there.
 _found: dict[str, Callable[..., Any]] = {}
 
+UNCALLED = "takes a softmax where no model was called"
 COMPILED_MULTI_HEAD = "is torch's multi-head attention in compiled code, where it is not heard"
 # Positions of arguments of multi_head_attention_forward.
 DROPOUT, NEED_WEIGHTS, IS_CAUSAL = 10, 15, 24
@@ -49,6 +50,9 @@ class Listener(Protocol):
 
     def is_running(self) -> bool:
         """Tell whether a module of the model is running in this thread."""
+
+    def runs_uncalled(self) -> bool:
+        """Tell whether a module of the model is running in a pass of which no hook told."""
 
     def memo_of(self, structure: Structure) -> Memo | None:
         """Return what its calls that see the same keys share, if limits tell which those are."""
@@ -301,15 +305,24 @@ def _weigh(
 ) -> None:
     """Tell whoever listens what rows a softmax has made, if it may attend."""
     where = dict(places())
+    scores = kwargs.get("input", scores)
     if not where and not _is_computed_again():
         _restore()
+        if may_attend(scores, dim):
+            _note_uncalled()
         return
     if runs_compiled():
         return  # where no watch was
-    scores = kwargs.get("input", scores)
     found = weigh(scores, weights) if may_attend(scores, dim) and "out" not in kwargs else None
     for listener, name in where.items():
         listener.deposit_weights(name, weights, found)
+
+
+def _note_uncalled() -> None:
+    """A softmax runs: tell the listeners whose model runs without a hook that told of it."""
+    for listener, thread in list(_listeners):
+        if thread == threading.get_ident() and listener.runs_uncalled() and not runs_compiled():
+            listener.note_unheard(None, UNCALLED)
 
 
 def goes_around_wrapper(

@@ -41,6 +41,8 @@ from transformers import (
     GitForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
+    GPTNeoConfig,
+    GPTNeoModel,
     LayoutLMv3Config,
     LayoutLMv3Model,
     LlamaConfig,
@@ -74,6 +76,7 @@ from entropy_regularization import (
 from entropy_regularization.integrations import interception
 from entropy_regularization.integrations.transformers import regularize
 from entropy_regularization.integrations.transformers.attention import RECORDERS
+from entropy_regularization.integrations.transformers.recorder import TransformersRecorder
 from entropy_regularization.recording.recorder import make_recorder
 
 TEXT = {
@@ -1101,6 +1104,33 @@ def test_generation_is_that_of_sdpa_and_gives_one_row_a_step(cache: str) -> None
     seen = [layer.allowed_keys.flatten().tolist() for layer in recording.layers[2::2]]
     assert seen == [[10 + step, 7 + step] for step in range(steps - 1)]
     assert torch.equal(recording[0].rows, mask.bool())
+
+
+@pytest.mark.parametrize("part", ["forward", "h.0"])
+def test_a_softmax_is_not_left_out_of_what_no_hook_tells_of(part: str) -> None:
+    model = GPTNeoModel(
+        GPTNeoConfig(
+            vocab_size=64,
+            hidden_size=16,
+            num_heads=4,
+            attention_types=[[["global"], 1]],
+            num_layers=1,
+        )
+    )
+    block, embedded = model.h[0], torch.randn(2, 5, 16)
+    message = "GPTNeoModel takes a softmax where no model was called; call the model, not its"
+    run = (lambda: model.forward(tokens())) if part == "forward" else (lambda: block(embedded))
+    with pytest.raises(ValueError, match=message), record_entropy(model):
+        run()
+
+
+def test_a_pass_that_is_not_to_be_recorded_is_not_refused() -> None:
+    recorder = TransformersRecorder(model := BloomForCausalLM(BLOOM), training_only=True)
+    recorder.start()
+    for gradient in (False, True, False):
+        with torch.set_grad_enabled(gradient):
+            model(tokens())
+    assert len(recorder.stop().layers) == 2
 
 
 def test_generation_records_an_encoder_that_is_no_model_by_itself() -> None:

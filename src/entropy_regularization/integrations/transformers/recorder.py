@@ -161,6 +161,10 @@ class TransformersRecorder(CallRecorder):
         parts = [part for part in self._names if isinstance(part, PreTrainedModel)]
         return [part for part in parts if part is not self.model]
 
+    def runs_uncalled(self) -> bool:
+        """Tell whether a module of the model is running in a pass of which no hook told."""
+        return self._depth == 0 and super().runs_uncalled()
+
     def close(self) -> None:
         """Remove the hooks that were left for the next pass, and whatever an interrupt left."""
         if self.listens:
@@ -271,7 +275,7 @@ class TransformersRecorder(CallRecorder):
         """Raise if some attention was not heard and that was not accepted."""
         unheard = self._watch.found
         self._note_missing(recording)
-        if not self._ran or (self._attended and (self.allow_partial or not unheard)):
+        if not (self._ran or unheard) or (self._attended and (self.allow_partial or not unheard)):
             return
         listed = "; ".join(f"{part} {how}" for part, how in sorted(unheard.items())[:8])
         if len(unheard) > 8:
@@ -280,6 +284,8 @@ class TransformersRecorder(CallRecorder):
         eager = any(part.config._attn_implementation == "eager" for part in self._parts)
         if IF_COMPILED.issuperset(unheard.values()):
             elsewhere = "record it without torch.compile."
+        elif interception.UNCALLED in unheard.values():
+            elsewhere = "call the model, not its forward, nor a part of it."
         elif not (eager and any(_names_torch(self._module_of(part)) for part in unheard)):
             elsewhere = "load it with attn_implementation='eager' and use compute_loss on "
             elsewhere += "output_attentions=True."
