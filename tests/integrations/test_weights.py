@@ -486,6 +486,23 @@ def test_sizes_that_happen_to_be_equal_later_are_no_other_layout(x: Tensor) -> N
         assert recording[0].entropy.shape == (batch, 4, queries)
 
 
+class Steps(Attention):
+    """Attends with one query after the other, as decoders of recurrent networks do."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        keys = self.out(x)
+        weights = (functional.softmax(keys[:, [step]] @ keys.mT, dim=-1) for step in range(3))
+        return torch.cat([each @ keys for each in weights], dim=1)
+
+
+def test_steps_of_a_batch_of_one(x: Tensor) -> None:
+    model = Steps()
+    for batch in (2, 1, 1, 2):
+        with record_entropy(model) as recording:
+            model(x[:batch])
+        assert [tuple(layer.entropy.shape) for layer in recording] == [(batch, 1, 1)] * 3
+
+
 class OfRows(Attention):
     """Folds the rows of an image into the batch, and attends along their columns."""
 

@@ -74,7 +74,7 @@ def heads_folded(weights: Tensor, module: nn.Module, given: Sequence[int] | None
         1 of ``[batch, heads, queries, keys]``; None if the dimensions are not known to be these.
     """
     batch, *places = given or (None,)
-    if places and batch == weights.shape[-2] != places[0]:
+    if places and batch == weights.shape[-2] and weights.shape[0] % max(places[0], 1) == 0:
         batch, places[0] = places[0], batch
     told = _told_heads(module)
     if weights.dim() == 4 and told is not None and not has_ranks():
