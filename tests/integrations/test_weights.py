@@ -338,8 +338,20 @@ class Routed(Attention):
         return y * shares.amax(-1, keepdim=True)
 
 
-def test_a_softmax_beside_that_of_attention_is_not_recorded(x: Tensor) -> None:
-    model = Stack(Routed(), Attention())
+class Experts(Attention):
+    """Has a router whose shares meet the experts and the tokens in one product."""
+
+    def functional(self, scores: Tensor, v: Tensor) -> Tensor:
+        y = super().functional(scores, v)
+        shares = functional.softmax(y @ nn.Parameter(torch.ones(4, 3)), dim=-1)
+        return torch.einsum("bhle,edf,bhld->bhlf", shares, nn.Parameter(torch.ones(3, 4, 4)), y)
+
+
+@pytest.mark.parametrize("kind", [Routed, Experts])
+def test_a_softmax_beside_that_of_attention_is_not_recorded(
+    kind: type[Attention], x: Tensor
+) -> None:
+    model = Stack(kind(), Attention())
     for _ in range(2):
         with record_entropy(model) as recording:
             model(x)
@@ -382,6 +394,22 @@ class Odd(Attention):
 
     def from_the_right(self, scores: Tensor, v: Tensor) -> Tensor:
         return (v.mT @ scores.softmax(-1)).mT
+
+    def by_a_matrix_and_a_vector(self, scores: Tensor, v: Tensor) -> Tensor:
+        rows, values = scores.softmax(-1).flatten(0, -2), v.flatten(0, 1)
+        found = [values[row // 7].mT.mv(weights) for row, weights in enumerate(rows)]
+        return torch.stack(found).view_as(v)
+
+    def and_a_projection(self, scores: Tensor, v: Tensor) -> Tensor:
+        out = nn.Parameter(torch.eye(4))
+        return torch.einsum("bhij,bhjd,de->bhie", scores.softmax(-1), v, out)
+
+    def and_a_bias(self, scores: Tensor, v: Tensor) -> Tensor:
+        weights, values = scores.softmax(-1).flatten(0, 1), v.flatten(0, 1)
+        return torch.baddbmm(nn.Parameter(torch.zeros(4)), weights, values).view_as(v)
+
+    def turned(self, scores: Tensor, v: Tensor) -> Tensor:
+        return v.__rmatmul__(scores.softmax(-1))
 
     def positions_first(self, scores: Tensor, v: Tensor) -> Tensor:
         weights = torch.softmax(scores.transpose(1, 2), -1)  # [batch, queries, heads, keys]

@@ -33,8 +33,11 @@ PRODUCTS = {
     torch.matmul,
     Tensor.matmul,
     Tensor.__matmul__,
+    Tensor.__rmatmul__,
     torch.mm,
     Tensor.mm,
+    torch.mv,
+    Tensor.mv,
     torch.bmm,
     Tensor.bmm,
     torch.baddbmm,
@@ -234,13 +237,18 @@ class UnseenAttention(TorchFunctionMode):
         elif source in self._mixtures:
             return
         elif not (
-            any(isinstance(each, nn.Parameter) for each in tensors)
+            self._are_learned(tensors, source)
             # The weight of a layer that is sharded, cast, or stood in for is no parameter.
             or (func is functional.linear and calling_module(self.names) in self._linears)
         ):
             self._attend(func, args, tensors, source)
         elif source.dim() == 4 and result.shape == source.shape:
             self._weights[result] = self._weights[source]  # heads that talk to each other
+
+    def _are_learned(self, tensors: list[Tensor], weights: Tensor) -> bool:
+        """Tell whether weights meet what is learned alone; a router meets its tokens beside it."""
+        learned = [isinstance(each, nn.Parameter) for each in tensors if each is not weights]
+        return all(learned) or (any(learned) and self._mixtures.is_without_scores(weights))
 
     def _attend(
         self, func: Callable[..., Any], args: Any, tensors: list[Tensor], weights: Tensor
