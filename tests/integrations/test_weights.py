@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from entropy_regularization import record_entropy
 from entropy_regularization.integrations.products import averages_values
-from entropy_regularization.integrations.weights import weigh
+from entropy_regularization.integrations.weights import heads_folded, weigh
 
 SOFTMAX, METHOD = torch.softmax, Tensor.softmax
 
@@ -850,3 +850,17 @@ def test_other_models_compile_and_run_as_ever_while_one_is_recorded(x: Tensor) -
     assert not recording.layers
     torch.testing.assert_close(other(x), plain)
     assert counter.frame_count <= 2
+
+
+@pytest.mark.parametrize("ranks", [False, True])
+def test_heads_that_a_module_tells_are_enough_over_several_processes_too(
+    ranks: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("entropy_regularization.integrations.weights.has_ranks", lambda: ranks)
+    module = nn.Identity()
+    module.num_heads = 4
+    weights, given = torch.zeros(2, 4, 8, 3), (2, 4, 16)  # sizes alone do not tell them
+    assert heads_folded(weights, module, given) == 1
+    module.num_heads = 8
+    assert heads_folded(weights, module, given) is None
+    assert heads_folded(weights[:, :2], module, (2, 8, 16)) == (1 if ranks else None)

@@ -77,12 +77,13 @@ def heads_folded(weights: Tensor, module: nn.Module, given: Sequence[int] | None
     if places and batch == weights.shape[-2] and weights.shape[0] % max(places[0], 1) == 0:
         batch, places[0] = places[0], batch
     told = _told_heads(module)
-    if weights.dim() == 4 and told is not None and not has_ranks():
-        return 1 if weights.shape[1] == told else None
+    if weights.dim() == 4 and weights.shape[1] == told:
+        return 1
     if batch is None:
         return None
     if weights.dim() == 4:
-        return 1 if _has_heads_second(weights, batch, places) else None
+        unlike = told is not None and not has_ranks()  # a rank may hold a part of the heads
+        return 1 if not unlike and _has_heads_second(weights, batch, places) else None
     if weights.shape[0] == batch:
         return 1 if _has_queries_alone(weights.shape[1], places[0]) else None
     if told is None or not type(module).__module__.startswith("transformers."):
