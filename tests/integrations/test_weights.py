@@ -140,6 +140,13 @@ def test_error_of_rounded_weights(dtype: torch.dtype, budget: float, spread: flo
     assert (found - expected).abs().max() < budget
 
 
+def test_large_gradients_of_weights_that_are_zero_do_not_overflow() -> None:
+    scores = torch.zeros(1, 1, 4, 4).masked_fill(torch.ones(4, 4).tril() == 0, -torch.inf)
+    weights = scores.half().softmax(-1).requires_grad_()
+    (gradient,) = torch.autograd.grad(3000 * weigh(scores.half(), weights).entropy.sum(), weights)
+    assert gradient.isfinite().all()
+
+
 @given(st.integers(1, 6), st.integers(1, 9), st.integers(0, 1000))
 @settings(max_examples=25, deadline=None)
 def test_properties_of_rows(queries: int, keys: int, seed: int) -> None:

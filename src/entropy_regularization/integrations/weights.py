@@ -155,7 +155,7 @@ class _Entropy(torch.autograd.Function):
 
     ``H = log sum(w) - sum(w log w) / sum(w)`` and ``dH/dw = -(log p + H) / sum(w)``, which is 0 in
     the mean over ``p``: so what weights rounded to half precision lack of 1 moves neither. Where a
-    weight is 0 the gradient is put to 0; that of the softmax would be multiplied by it.
+    weight is 0 the gradient need only be finite: backward of the softmax multiplies it by 0.
     """
 
     @staticmethod
@@ -170,11 +170,9 @@ class _Entropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         weights, sees, total, entropy = ctx.saved_tensors
-        wide = weights.to(entropy.dtype)
-        without = (wide == 0) | ~sees[..., None]
-        log_p = (
-            wide.masked_fill(without, 1.0).log() - total.masked_fill(~sees, 1.0).log()[..., None]
-        )
-        factor = (-gradient / total).masked_fill(~sees, 0.0)[..., None]
-        slope = factor * (log_p + entropy[..., None]).masked_fill(without, 0.0)
+        given, wide = torch.finfo(weights.dtype), torch.finfo(entropy.dtype)
+        least = max(given.tiny * given.eps, wide.tiny)  # that is not 0, of float16 too
+        log_w = weights.to(entropy.dtype).clamp_min(least).log()
+        factor = (-gradient / total).masked_fill(~sees, 0.0)
+        slope = (log_w + (entropy - total.log())[..., None]) * factor[..., None]
         return slope.to(weights.dtype), None
