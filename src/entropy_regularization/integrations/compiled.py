@@ -52,7 +52,8 @@ def refuse_export(model: nn.Module) -> None:
     Raises:
         NotImplementedError: if it does.
     """
-    if torch.compiler.is_exporting():
+    # Dynamo of torch 2.11 takes is_exporting() to be true whatever it compiles for.
+    if torch.compiler._is_exporting_flag:
         raise NotImplementedError(
             f"{type(model).__name__} was exported while its entropies are recorded, of which an "
             "exported program keeps none; leave record_entropy first, and if the model is "
