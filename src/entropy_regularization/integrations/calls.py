@@ -195,7 +195,7 @@ class CallRecorder:
         if heads is None or not tells_heads(module) or in_function_of_module():
             return None
         rows, real = found.as_output(heads), found.real_keys(heads)
-        n_keys = found.weights.shape[-1]
+        n_keys = real.shape[-1]
         return lambda: self.deposit_call(name, rows, n_keys, real)
 
     def note_unheard(self, place: str | None, how: str) -> None:

@@ -30,14 +30,14 @@ def averages_values(
     if len(tensors) != 2:
         return False
     at = int(tensors[1] is weights)
-    if not _has_heads_second(weights, values=tensors[1 - at]):
+    if not _may_have_heads_second(weights, values=tensors[1 - at]):
         return False
     if func in MATMULS:
         return at == 0 and tensors[1].dim() > 2
     return func is torch.einsum and isinstance(args[0], str) and _sums_keys(args[0], at)
 
 
-def _has_heads_second(weights: Tensor, values: Tensor) -> bool:
+def _may_have_heads_second(weights: Tensor, values: Tensor) -> bool:
     """Tell whether heads come second in four dimensions, where equal sizes do not tell it.
 
     Of as many heads as batch entries, where values lie in memory tells which came first, unless

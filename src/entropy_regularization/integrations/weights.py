@@ -25,13 +25,12 @@ class Weights(NamedTuple):
     """What a softmax has made, and of what.
 
     Attributes:
-        weights: ``[batch, heads, queries, keys]``, or ``[batch * heads, queries, keys]``.
-        entropy: of every row, nats, float32 (float64 of float64 weights).
+        entropy: of every row, ``[batch, heads, queries]`` or ``[batch * heads, queries]``, nats,
+            float32 (float64 of float64 weights).
         allowed_keys: of every row, how many scores are not masked.
         seen: of every key, whether a row sees it, ``[..., keys]``.
     """
 
-    weights: Tensor
     entropy: Tensor
     allowed_keys: Tensor
     seen: Tensor
@@ -147,7 +146,7 @@ def weigh(scores: Tensor, weights: Tensor) -> Weights:
     allowed = scores > masked
     entropy = _Entropy.apply(weights, sees[..., 0])  # type: ignore[no-untyped-call]
     counts = allowed.sum(-1, dtype=torch.int32).long()  # twice as fast as int64 all the way
-    return Weights(weights, entropy, counts, allowed.any(-2))
+    return Weights(entropy, counts, allowed.any(-2))
 
 
 class _Entropy(torch.autograd.Function):
