@@ -192,7 +192,7 @@ class HeadSums:
         Raises:
             ValueError: if a layer changed its number of heads, or only one of both has a band.
         """
-        return HeadSums(_add_by_name([*self.layers.items(), *other.layers.items()]))
+        return HeadSums(add_by_name([*self.layers.items(), *other.layers.items()]))
 
     def over_ranks(self) -> "HeadSums":
         """Join with the rows of all ranks of the default process group, on the host.
@@ -204,7 +204,7 @@ class HeadSums:
             ValueError: as ``plus``.
         """
         parts = gather_over_ranks(self._on_host())
-        return HeadSums(_add_by_name([layer for part in parts for layer in part.layers.items()]))
+        return HeadSums(add_by_name([layer for part in parts for layer in part.layers.items()]))
 
     def statistics(self) -> HeadStatistics:
         """Divide, and bring the numbers to the host in one transfer.
@@ -259,7 +259,7 @@ def head_sums(recording: EntropyRecording, band: Band | None = None) -> HeadSums
         pairs = zip(calls, thresholds, strict=True)
         size = calls[0].keys if band is None or band.context_size is None else band.context_size
         tables = [(call.name, _sum_call(call, t, band, size)) for call, t in pairs]
-        return HeadSums(_add_by_name(tables))
+        return HeadSums(add_by_name(tables))
 
 
 def head_statistics(recording: EntropyRecording, band: Band | None = None) -> HeadStatistics:
@@ -303,7 +303,12 @@ def _sum_call(
     return table if table.device.type == "mps" else table.double()
 
 
-def _add_by_name(parts: Sequence[tuple[str, Tensor]]) -> dict[str, Tensor]:
+def add_by_name(parts: Sequence[tuple[str, Tensor]]) -> dict[str, Tensor]:
+    """Add up tables ``[..., heads]`` of one name.
+
+    Raises:
+        ValueError: if two of one name have different shapes.
+    """
     merged: dict[str, Tensor] = {}
     for name, table in parts:
         if name not in merged:
