@@ -10,9 +10,11 @@ import pytest
 import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
+from tokenizers import processors
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoTokenizer,
     BertConfig,
     BertLMHeadModel,
     CTRLConfig,
@@ -83,6 +85,32 @@ def test_tokenizer_without_a_padding_token(penalty: str, model: Path) -> None:
     change(model / "tokenizer_config.json", pad_token=None)
     code, _, errors = train(model, f"--penalty={penalty}")
     assert code == 0, errors
+
+
+def test_contexts_begin_as_the_tokenizer_begins_a_text(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<b> $A <e>", special_tokens=[("<b>", 7), ("<e>", 8)]
+    )
+    tokenizer.save_pretrained(model)
+    seen: list[torch.Tensor] = []
+    forward = GPT2LMHeadModel.forward
+    monkeypatch.setattr(
+        GPT2LMHeadModel,
+        "forward",
+        lambda self, input_ids, **rest: (
+            seen.append(input_ids) or forward(self, input_ids=input_ids, **rest)
+        ),
+    )
+    code, _, errors = train(model)
+    assert code == 0, errors
+    contexts = torch.cat([ids for ids in seen if ids.shape[1] == 16])
+    assert len(contexts) == 2 + 2 * 2 + 2  # evaluations, and two steps between them
+    assert (contexts[:, 0] == 7).all()
+    assert not (contexts[:, 1:] == 7).any()
+    assert not (contexts == 8).any()
 
 
 def test_no_tokenizer(model: Path) -> None:

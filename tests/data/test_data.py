@@ -9,10 +9,25 @@ from pathlib import Path
 
 import pytest
 import torch
+from tokenizers import processors
 from transformers import AutoTokenizer
 
-from entropy_regularization.data.text import DataError, Document, load_corpus, split
-from entropy_regularization.data.tokenization import END_OF_TEXT, TokenBlocks, train_tokenizer
+from entropy_regularization.data.text import (
+    DataError,
+    Document,
+    Text,
+    load_corpus,
+    load_text,
+    split,
+)
+from entropy_regularization.data.tokenization import (
+    END_OF_TEXT,
+    NO_FRAME,
+    Frame,
+    TokenBlocks,
+    frame_of,
+    train_tokenizer,
+)
 
 
 def test_standard_library_is_split_by_file() -> None:
@@ -32,7 +47,7 @@ def test_folder_glob_and_file(tmp_path: Path) -> None:
     folder = load_corpus(str(tmp_path))
     assert len(folder.train) + len(folder.held_out) == 60
     assert 0 < len(folder.held_out) < 15
-    assert (folder.found, folder.left_out) == (61, 1)
+    assert (folder.text.found, folder.text.left_out) == (61, 1)
     some = load_corpus(str(tmp_path / "1*.txt"))
     assert len(some.train) + len(some.held_out) >= 11
     one = load_corpus(str(tmp_path / "7.txt"))
@@ -43,7 +58,7 @@ def test_a_glob_with_several_wildcards_for_folders_reads_a_file_once(tmp_path: P
     (tmp_path / "a" / "b").mkdir(parents=True)
     (tmp_path / "a" / "b" / "text.txt").write_text("text number 7")
     corpus = load_corpus(f"{tmp_path}/**/**/*.txt")  # which glob.glob finds three times
-    assert corpus.found == 1
+    assert corpus.text.found == 1
     (train,), (held_out,) = corpus.train, corpus.held_out  # nothing is in both
     assert train.text + held_out.text == "text number 7"
 
@@ -115,9 +130,20 @@ def test_places_without_files(tmp_path: Path) -> None:
 
 
 def test_single_document_is_cut_at_its_end() -> None:
-    corpus = split("one", [Document("a", "x" * 1000)])
+    corpus = split(Text([Document("a", "x" * 1000)]))
     assert len(corpus.train[0].text) == 950
     assert len(corpus.held_out[0].text) == 50
+
+
+def test_text_that_is_not_split_is_whole_and_in_order(tmp_path: Path) -> None:
+    words = "to be or not to be, " * 40
+    (tmp_path / "b.txt").write_text(words)
+    assert load_text(str(tmp_path / "b.txt")).documents == [Document("b.txt", words)]
+    (tmp_path / "a.txt").write_text(" \n")
+    (tmp_path / "c.txt").write_bytes(b"\xff")
+    found = load_text(str(tmp_path))
+    assert [document.name for document in found.documents] == ["b.txt"]
+    assert (found.found, found.left_out, found.limited) == (3, 1, False)
 
 
 def test_no_more_text_than_asked_for(tmp_path: Path) -> None:
@@ -126,8 +152,8 @@ def test_no_more_text_than_asked_for(tmp_path: Path) -> None:
     some = load_corpus(str(tmp_path), limit_characters=1050)
     read = sum(len(document.text) for document in (*some.train, *some.held_out))
     assert read == 1100  # the document in which the limit falls is kept whole
-    assert some.limited
-    assert not load_corpus(str(tmp_path), limit_characters=3000).limited
+    assert some.text.limited
+    assert not load_corpus(str(tmp_path), limit_characters=3000).text.limited
 
 
 def test_no_more_files_are_read_than_asked_for(
@@ -143,7 +169,7 @@ def test_no_more_files_are_read_than_asked_for(
         (tmp_path / f"{number}.txt").write_text("x" * 100)
     monkeypatch.setattr(Path, "read_bytes", count)
     for source in (tmp_path, tmp_path / "*.txt"):
-        assert load_corpus(str(source), limit_characters=150).limited
+        assert load_corpus(str(source), limit_characters=150).text.limited
         assert read == ["0.txt", "1.txt", "2.txt"]  # the third shows that there are more
         read.clear()
 
@@ -193,3 +219,23 @@ def test_blocks_keep_every_token_in_order() -> None:
     for length, limit, name in ((0, None, "length is 0"), (8, 0, "limit is 0")):
         with pytest.raises(ValueError, match=f"{name}; pass a positive integer"):
             TokenBlocks(tokenizer, documents, length, limit)
+
+
+def test_blocks_begin_and_end_as_the_tokenizer_begins_and_ends_a_text() -> None:
+    documents = [Document(str(n), f"document {n} ") for n in range(20)]
+    tokenizer = train_tokenizer(documents, 260)
+    assert frame_of(tokenizer) == NO_FRAME
+    bare = TokenBlocks(tokenizer, documents, 6).blocks
+    first, second, last = 1, 2, 3
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<1> <2> $A <3>", special_tokens=[("<1>", first), ("<2>", second), ("<3>", last)]
+    )
+    frame = frame_of(tokenizer)
+    assert frame == Frame([first, second], [last])
+    framed = TokenBlocks(tokenizer, documents, 9, frame=frame).blocks
+    assert framed.shape[1] == 9
+    assert torch.equal(framed[:, 2:-1], bare)
+    assert framed[:, :2].tolist() == [[first, second]] * len(bare)
+    assert framed[:, -1].tolist() == [last] * len(bare)
+    with pytest.raises(DataError, match="a context of 3 holds no text beside the 3 tokens that"):
+        TokenBlocks(tokenizer, documents, 3, frame=frame)

@@ -20,8 +20,13 @@ from entropy_regularization.cli.models import (
 )
 from entropy_regularization.cli.options import Size, TrainOptions
 from entropy_regularization.cli.runs import RunFolder
-from entropy_regularization.data.text import Corpus, DataError, load_corpus
-from entropy_regularization.data.tokenization import TokenBlocks, train_tokenizer
+from entropy_regularization.data.text import Corpus, DataError, Text, load_corpus
+from entropy_regularization.data.tokenization import (
+    Frame,
+    TokenBlocks,
+    frame_of,
+    train_tokenizer,
+)
 
 
 class Materials(NamedTuple):
@@ -62,23 +67,15 @@ def prepare(
                 text_column=options.text_column,
                 limit_characters=options.text_limit * 1_000_000,
             )
-            if corpus.limited:
-                console.print(
-                    f"took the first {options.text_limit} million characters; --text-limit reads "
-                    "more"
-                )
-            if corpus.left_out:
-                console.print(
-                    f"left out {corpus.left_out:,} of {corpus.found:,} files, which are not UTF-8 "
-                    "text"
-                )
+            tell_of_text(corpus.text, options.text_limit, console)
             if size is None:
                 model, tokenizer = load_model(options)
             else:
                 tokenizer = _own_tokenizer(options, folder, corpus)
                 model = build_model(options, size, tokenizer)
-            blocks = TokenBlocks(tokenizer, corpus.train, options.context_length)
-            held_out = _held_out_blocks(options, tokenizer, corpus)
+            frame = Frame(frame_of(tokenizer).before, [])  # what ends a text ends documents
+            blocks = TokenBlocks(tokenizer, corpus.train, options.context_length, frame=frame)
+            held_out = _held_out_blocks(options, tokenizer, corpus, frame)
             check_tokens(options, model, blocks.blocks, held_out.blocks)
             _check_batch(options, len(blocks))
             if options.gradient_checkpointing:
@@ -101,6 +98,22 @@ def prepare(
         f"{len(held_out):,} held out; {model.num_parameters():,} parameters"
     )
     return Materials(model, tokenizer, blocks, held_out, shapes)
+
+
+def tell_of_text(text: Text, limit: int, console: Console) -> None:
+    """Say what of a source was not read.
+
+    Args:
+        text: what was read.
+        limit: after how many million characters no further document was read.
+        console: where to say it.
+    """
+    if text.limited:
+        console.print(f"took the first {limit} million characters; --text-limit reads more")
+    if text.left_out:
+        console.print(
+            f"left out {text.left_out:,} of {text.found:,} files, which are not UTF-8 text"
+        )
 
 
 def _acting(options: TrainOptions, size: Size | None) -> dict[str, Any]:
@@ -155,11 +168,11 @@ def _keep_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: RunFolder) -> No
 
 
 def _held_out_blocks(
-    options: TrainOptions, tokenizer: PreTrainedTokenizerBase, corpus: Corpus
+    options: TrainOptions, tokenizer: PreTrainedTokenizerBase, corpus: Corpus, frame: Frame
 ) -> TokenBlocks:
     try:
         return TokenBlocks(
-            tokenizer, corpus.held_out, options.context_length, options.evaluation_blocks
+            tokenizer, corpus.held_out, options.context_length, options.evaluation_blocks, frame
         )
     except DataError as error:
         raise DataError(f"the held-out twentieth is too short: {error}") from error

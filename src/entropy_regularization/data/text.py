@@ -1,4 +1,4 @@
-"""Text to train on: the standard library, a file, a folder or glob, or a hub data set."""
+"""Text of the standard library, a file, a folder or glob, or a hub data set."""
 
 import glob
 import hashlib
@@ -29,34 +29,40 @@ class Document(NamedTuple):
     text: str
 
 
-class Corpus(NamedTuple):
-    """Documents to train on and others to measure perplexity on; no document is in both.
+class Text(NamedTuple):
+    """Documents of one source.
 
     Attributes:
-        name: the source.
-        train: documents to train on.
-        held_out: documents to measure perplexity on.
+        documents: in the order of the source; none of them is blank.
         limited: whether the source holds more text than was read.
         found: files or rows of the source that were looked at.
         left_out: those among them that are not UTF-8 text, as pictures beside it are.
     """
 
-    name: str
-    train: list[Document]
-    held_out: list[Document]
+    documents: list[Document]
     limited: bool = False
     found: int = 0
     left_out: int = 0
 
 
-def load_corpus(
-    source: str, *, text_column: str = "text", limit_characters: int | None = None
-) -> Corpus:
-    """Read text and split it, by document, into train and held-out.
+class Corpus(NamedTuple):
+    """Documents to train on and others to measure perplexity on; no document is in both.
 
-    The split depends only on the documents' names, so that it is the same on every machine: a
-    file is named by its place in the folder, or below what precedes a glob's first wildcard. A
-    single document is cut: its last twentieth is held out.
+    Attributes:
+        train: documents to train on.
+        held_out: documents to measure perplexity on.
+        text: both as they were read.
+    """
+
+    train: list[Document]
+    held_out: list[Document]
+    text: Text
+
+
+def load_text(
+    source: str, *, text_column: str = "text", limit_characters: int | None = None
+) -> Text:
+    """Read text.
 
     Args:
         source: "stdlib" (Python's own standard library source), "hf:NAME" (a hub data set or a
@@ -64,9 +70,6 @@ def load_corpus(
         text_column: the column of a hub data set that holds the text.
         limit_characters: stop after the document in which this many characters are reached; None
             reads everything.
-
-    Returns:
-        The corpus.
 
     Raises:
         DataError: if nothing is there, or what is there is empty, not text, or cannot be read.
@@ -80,9 +83,25 @@ def load_corpus(
         documents = _files(source)
     kept, limited = _limited(documents, limit_characters)
     texts = [document for document in kept if document is not None]
-    return split(source, texts)._replace(
-        limited=limited, found=len(kept), left_out=len(kept) - len(texts)
-    )
+    filled = [document for document in texts if document.text.strip()]
+    if not filled:
+        raise DataError(f"{source} holds no text; pass a file, folder or glob with text in it.")
+    return Text(filled, limited, len(kept), len(kept) - len(texts))
+
+
+def load_corpus(
+    source: str, *, text_column: str = "text", limit_characters: int | None = None
+) -> Corpus:
+    """Read text and split it, by document, into train and held-out.
+
+    The split depends only on the documents' names, so that it is the same on every machine: a
+    file is named by its place in the folder, or below what precedes a glob's first wildcard. A
+    single document is cut: its last twentieth is held out.
+
+    Args and errors are those of load_text.
+    """
+    text = load_text(source, text_column=text_column, limit_characters=limit_characters)
+    return split(text)
 
 
 def _limited(
@@ -100,15 +119,9 @@ def _limited(
     return kept, False
 
 
-def split(name: str, documents: list[Document]) -> Corpus:
-    """Split documents by a hash of their names; cut a single one.
-
-    Raises:
-        DataError: if there is no text.
-    """
-    documents = [document for document in documents if document.text.strip()]
-    if not documents:
-        raise DataError(f"{name} holds no text; pass a file, folder or glob with text in it.")
+def split(text: Text) -> Corpus:
+    """Split documents by a hash of their names; cut the longest if that parts nothing."""
+    documents = text.documents
     held_out = [d for d in documents if _is_held_out(d.name)]
     if not held_out or len(held_out) == len(documents):
         # Too few documents for the hash to part them: cut the longest.
@@ -116,8 +129,8 @@ def split(name: str, documents: list[Document]) -> Corpus:
         at = len(longest.text) - max(1, int(len(longest.text) * HELD_OUT_SHARE))
         rest = [document for document in documents if document is not longest]
         train = [*rest, Document(longest.name, longest.text[:at])]
-        return Corpus(name, train, [Document(longest.name + " (end)", longest.text[at:])])
-    return Corpus(name, [d for d in documents if not _is_held_out(d.name)], held_out)
+        return Corpus(train, [Document(longest.name + " (end)", longest.text[at:])], text)
+    return Corpus([d for d in documents if not _is_held_out(d.name)], held_out, text)
 
 
 def _is_held_out(name: str) -> bool:

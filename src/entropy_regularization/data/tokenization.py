@@ -2,6 +2,7 @@
 
 import zlib
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -51,6 +52,32 @@ def train_tokenizer(documents: Sequence[Document], vocabulary: int) -> PreTraine
     )
 
 
+class Frame(NamedTuple):
+    """The tokens that a tokenizer puts around a text, which its model has never been without.
+
+    Attributes:
+        before: for instance the token of the beginning (Llama, Gemma) or ``[CLS]``.
+        after: for instance ``[SEP]``.
+    """
+
+    before: list[int]
+    after: list[int]
+
+
+NO_FRAME = Frame([], [])
+
+
+def frame_of(tokenizer: PreTrainedTokenizerBase) -> Frame:
+    """Return what a tokenizer puts around a text."""
+    framed = tokenizer("a")["input_ids"]
+    bare = tokenizer("a", add_special_tokens=False)["input_ids"]
+    for start in range(len(framed) - len(bare) + 1):
+        end = start + len(bare)
+        if framed[start:end] == bare:
+            return Frame(framed[:start], framed[end:])
+    return NO_FRAME
+
+
 class TokenBlocks(Dataset[dict[str, Tensor]]):
     """Blocks of one length, cut from documents joined by the end-of-text token.
 
@@ -59,11 +86,12 @@ class TokenBlocks(Dataset[dict[str, Tensor]]):
         documents: the text.
         length: tokens in a block.
         limit: keep at most this many blocks, evenly spaced over the text; None keeps all.
+        frame: tokens around every block, which count into its length.
 
     Raises:
         TypeError: if length or limit is no integer.
         ValueError: if length or limit is below 1.
-        DataError: if the text is shorter than one block.
+        DataError: if the text is shorter than one block, or the frame is as long.
     """
 
     def __init__(
@@ -72,10 +100,17 @@ class TokenBlocks(Dataset[dict[str, Tensor]]):
         documents: Sequence[Document],
         length: int,
         limit: int | None = None,
+        frame: Frame = NO_FRAME,
     ) -> None:
         length = check_positive_integer("length", length)
         if limit is not None:
             limit = check_positive_integer("limit", limit)
+        around = len(frame.before) + len(frame.after)
+        if (inside := length - around) < 1:
+            raise DataError(
+                f"a context of {length} holds no text beside the {around} tokens that the "
+                "tokenizer puts around it; pass a larger --context-length."
+            )
         end = tokenizer.eos_token_id
         chunks: list[Tensor] = []  # a list of integers would take several times the memory
         texts = [document.text for document in documents]
@@ -84,16 +119,17 @@ class TokenBlocks(Dataset[dict[str, Tensor]]):
             for row in batch["input_ids"]:
                 chunks.append(torch.tensor(row if end is None else [*row, end], dtype=torch.int64))
         ids = torch.cat(chunks) if chunks else torch.empty(0, dtype=torch.int64)
-        count = len(ids) // length
+        count = len(ids) // inside
         if count == 0:
             raise DataError(
                 f"the text has {len(ids)} tokens, fewer than one context of {length}; pass more "
                 "text or a smaller --context-length."
             )
-        blocks = ids[: count * length].view(count, length)
+        blocks = ids[: count * inside].view(count, inside)
         if limit is not None and count > limit:
             blocks = blocks[torch.linspace(0, count - 1, limit).long()]
-        self.blocks = blocks
+        before, after = (ids.new_tensor(tokens).expand(len(blocks), -1) for tokens in frame)
+        self.blocks = torch.cat([before, blocks, after], dim=1)
 
     @property
     def crc32(self) -> int:

@@ -1,4 +1,4 @@
-"""Charts over training steps as SVG text that takes its ink from the page around it."""
+"""Charts over training steps or numbers of keys: SVG text that takes its ink from the page."""
 
 import io
 import math
@@ -18,12 +18,12 @@ SIZE = (4.4, 2.5)  # inches; at the width of a phone its 9 pt text is still read
 
 # Stand-ins that nothing else is drawn in, replaced by CSS variables in the SVG text: one picture
 # serves light, dark and paper.
-FIRST, SECOND = "#010203", "#020304"
-_QUIET, _RULE = "#040506", "#070809"
+FIRST, SECOND, QUIET = "#010203", "#020304", "#040506"
+_RULE = "#070809"
 _VARIABLES = {
     FIRST: "var(--first)",
     SECOND: "var(--second)",
-    _QUIET: "var(--quiet)",
+    QUIET: "var(--quiet)",
     _RULE: "var(--rule)",
 }
 
@@ -53,14 +53,18 @@ def draw_curves(
     y_range: tuple[float, float] | None = None,
     percent: bool = False,
     lines_at: Sequence[float] = (),
+    x_label: str = "step",
+    doubling: bool = False,
 ) -> str:
-    """Return a line chart over steps as SVG text without a fixed size.
+    """Return a line chart as SVG text without a fixed size.
 
     Args:
         curves: the lines.
         y_range: of the axis; None fits it to the lines.
         percent: label shares as percentages.
         lines_at: horizontal dotted lines, for instance bounds.
+        x_label: what x is.
+        doubling: let every step to the right double x.
 
     Raises:
         ModuleNotFoundError: if matplotlib is not installed.
@@ -68,7 +72,7 @@ def draw_curves(
     figure = new_figure(*SIZE)
     axes = figure.add_subplot()
     for height in lines_at:
-        axes.axhline(height, color=_QUIET, linewidth=1, linestyle=":")
+        axes.axhline(height, color=QUIET, linewidth=1, linestyle=":")
     for curve in curves:
         few = sum(not math.isnan(y) for y in curve.y) < 3  # a line needs two points to be seen
         axes.plot(
@@ -84,7 +88,7 @@ def draw_curves(
         axes.set_ylim(*y_range)
     if percent:
         axes.yaxis.set_major_formatter(lambda y, _: f"{100 * y:.0f} %")
-    return _finish(figure, axes)
+    return _finish(figure, axes, x_label, doubling=doubling)
 
 
 def draw_shares(steps: Sequence[float], shares: Mapping[str, Sequence[float]]) -> str:
@@ -111,14 +115,22 @@ def variable_of(colour: str) -> str:
     return _VARIABLES[colour]
 
 
-def _finish(figure: "Figure", axes: "Axes") -> str:
-    from matplotlib.ticker import MaxNLocator
+def _finish(
+    figure: "Figure", axes: "Axes", x_label: str = "step", *, doubling: bool = False
+) -> str:
+    from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
-    axes.set_xlabel("step", color=_QUIET, fontsize=10)
-    axes.tick_params(colors=_QUIET, labelsize=10, length=0)
+    axes.set_xlabel(x_label, color=QUIET, fontsize=10)
+    axes.tick_params(colors=QUIET, labelsize=10, length=0)
     axes.grid(axis="y", color=_RULE, linewidth=0.8)
     axes.set_axisbelow(True)
-    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
+    if doubling:
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_locator(LogLocator(base=2, numticks=7))
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}")
+    else:
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
     axes.yaxis.set_major_locator(MaxNLocator(5))
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)

@@ -7,12 +7,14 @@ from typing import Any
 
 from entropy_regularization.monitoring.charts import (
     FIRST,
+    QUIET,
     SECOND,
     Curve,
     draw_curves,
     draw_shares,
     variable_of,
 )
+from entropy_regularization.monitoring.lengths import LengthProfile
 from entropy_regularization.monitoring.plots import blend
 from entropy_regularization.monitoring.records import Record
 from entropy_regularization.monitoring.run import Run
@@ -166,6 +168,38 @@ def class_chart(label: str, run: Run) -> Chart | None:
         ["step", *CLASS_COLOURS],
         [[f"{row[0]:,}", *map(percent, row[1:])] for row in rows],
         f"Share of heads of each class over training steps, {label}.",
+    )
+
+
+def length_chart(label: str, profile: LengthProfile) -> Chart | None:
+    """Draw the mean entropy of every layer over the keys that a row sees; None of one length."""
+    known = [k for k, keys in enumerate(profile.typical_keys) if not math.isnan(keys)]
+    if len(known) < 2:
+        return None
+    keys = [profile.typical_keys[k] for k in known]
+    series = [
+        [mean_of_heads([[head[k] for head in layer]]) for k in known] for layer in profile.entropy
+    ]
+    colours = blend(_LAYER_COLOURS, len(series))
+    reachable = [math.log(n) for n in keys]
+    curves = [Curve(keys, y, c, width=1.5) for y, c in zip(series, colours, strict=True)]
+    octaves = [(profile.keys[k], 2 * profile.keys[k] - 1) for k in known]
+    return Chart(
+        f"{label} [nats]",
+        draw_curves(
+            [Curve(keys, reachable, QUIET, dashed=True, width=1), *curves],
+            y_range=(0, 1.05 * reachable[-1]),
+            x_label="keys that a row sees",
+            doubling=True,
+        ),
+        [(c, str(k), "line") for k, c in _thin(list(enumerate(colours)), _MOST_ROWS)]
+        + [(variable_of(QUIET), "log n", "dashed")],
+        ["keys", "log n", *(f"layer {k}" for k in range(len(series)))],
+        [
+            [f"{a:,}" if a == b else f"{a:,}–{b:,}", *map(digits, row)]  # noqa: RUF001
+            for (a, b), *row in zip(octaves, reachable, *series, strict=True)
+        ],
+        f"Mean entropy of each of {len(series)} layers over the keys that a row sees, {label}.",
     )
 
 

@@ -127,9 +127,9 @@ def _growth(table: Float[Tensor, "6 octaves heads"]) -> Float[Tensor, " heads"]:
     count, x, h, xx, xh, _ = table[:, 1:].sum(1)
     spread = xx / count - (x / count) ** 2
     slope = (xh / count - x / count * h / count) / spread
-    return slope.masked_fill(~(spread > LEAST_SPREAD), math.nan)
+    return torch.where(spread > LEAST_SPREAD, slope, math.nan)
 
 
 def _deviation(table: Float[Tensor, "6 octaves heads"]) -> Float[Tensor, " heads"]:
     count, _, h, _, _, hh = table.sum(1)
-    return (hh / count - (h / count) ** 2).clamp(min=0).sqrt()
+    return torch.sqrt((hh / count - (h / count) ** 2).clamp(min=0))

@@ -13,6 +13,7 @@ from entropy_regularization.monitoring.figures import (
     layer_charts,
     training_charts,
 )
+from entropy_regularization.monitoring.page import render
 from entropy_regularization.monitoring.plots import largest
 from entropy_regularization.monitoring.records import FILE_NAME, Record
 from entropy_regularization.monitoring.run import Run, read_run
@@ -25,7 +26,6 @@ from entropy_regularization.monitoring.statistics import (
 )
 from entropy_regularization.monitoring.tables import (
     change_maps,
-    colour_rules,
     counted,
     digits,
     duration,
@@ -59,22 +59,9 @@ def write_report(
         RecordError: if a file of a run is broken, or holds no complete record yet.
         ModuleNotFoundError: if jinja2 or matplotlib is not installed.
     """
-    try:
-        from jinja2 import Environment, PackageLoader, StrictUndefined
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "the page needs jinja2; install entropy-regularization[report]."
-        ) from error
     folder = Path(run)
     runs = _read_runs(folder, None if compare is None else Path(compare))
-    environment = Environment(
-        loader=PackageLoader("entropy_regularization.monitoring"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    page = environment.get_template("report.html.j2").render(_contents(runs))
+    page = render("report.html.j2", _contents(runs))
     path = folder / "report.html" if output is None else Path(output)
     path.write_text(page, encoding="utf-8")
     return path
@@ -120,7 +107,6 @@ def _contents(runs: dict[str, Run]) -> dict[str, Any]:
         "thresholds": _threshold_maps(runs),
         "options": _options(runs),
         "environment": _environment(run.config),
-        "colours": colour_rules(),
     }
 
 
