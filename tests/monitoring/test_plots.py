@@ -82,9 +82,9 @@ def test_text_on_a_colour_is_readable():
 
 def charts():
     curve = Curve([0, 1, 2], [3.0, math.nan, 1.0], "#0072b2", dashed=True)
-    yield draw_curves([curve], lines_at=[2.0])
-    yield draw_curves([Curve([0], [3.0], "#0072b2")], y_range=(0, 4), percent=True)
-    yield draw_shares([0, 1], {"#0072b2": [0.25, 0.5], "#e69f00": [0.75, 0.5]})
+    yield draw_curves("a", [curve])
+    yield draw_curves("a", [Curve([0], [3.0], "#0072b2")], y_range=(0, 4), percent=True)
+    yield draw_shares("a", [0, 1], {"#0072b2": [0.25, 0.5], "#e69f00": [0.75, 0.5]})
 
 
 def test_charts_are_svg_that_takes_the_colours_of_the_page():
@@ -103,9 +103,9 @@ def test_charts_are_svg_that_takes_the_colours_of_the_page():
 
 
 def test_a_single_point_is_seen():
-    one, _ = (draw_curves([Curve(range(n), [1.0] * n, "#d55e00")]) for n in (1, 5))
+    one, _ = (draw_curves("a", [Curve(range(n), [1.0] * n, "#d55e00")]) for n in (1, 5))
     assert "<use" in one
-    assert "%" in draw_curves([Curve([0, 1], [0.0, 1.0], "#d55e00")], percent=True)
+    assert "%" in draw_curves("a", [Curve([0, 1], [0.0, 1.0], "#d55e00")], percent=True)
 
 
 def test_the_same_chart_is_the_same_text():

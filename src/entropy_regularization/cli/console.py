@@ -11,7 +11,8 @@ class PlainConsole(Console):
     """
 
     def __init__(self, *, quiet: bool = False) -> None:
-        super().__init__(soft_wrap=True, highlight=False, quiet=quiet)
+        # markup and emoji: what a person typed may hold [brackets] and :colons:
+        super().__init__(soft_wrap=True, highlight=False, markup=False, emoji=False, quiet=quiet)
 
     def on_broken_pipe(self) -> None:
         """Print nothing more, and leave the end to the group of commands.

@@ -1,6 +1,7 @@
-"""What held-out text says of a model: perplexity and the statistics of its heads."""
+"""What text says of a model: perplexity and the statistics of its heads."""
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,10 +9,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from entropy_regularization.cli.models import device_of, takes
 from entropy_regularization.monitoring.monitor import EntropyMonitor
 from entropy_regularization.monitoring.records import Record
 from entropy_regularization.monitoring.statistics import Band, HeadStatistics, mean_of_heads
 from entropy_regularization.recording.recorder import record_entropy
+from entropy_regularization.recording.recording import EntropyRecording
 
 
 @dataclass(frozen=True)
@@ -33,8 +36,13 @@ class Evaluation:
 
     @property
     def perplexity(self) -> float:
-        """The exponential of the loss; of NaN it is NaN."""
-        return math.inf if self.loss >= 700 else math.exp(self.loss)
+        """The exponential of the loss."""
+        return perplexity_of(self.loss)
+
+
+def perplexity_of(loss: float) -> float:
+    """Return the exponential of a loss; of NaN it is NaN."""
+    return math.inf if loss >= 700 else math.exp(loss)
 
 
 def evaluate(
@@ -53,24 +61,48 @@ def evaluate(
         Loss and statistics.
     """
     monitors = EntropyMonitor(band), EntropyMonitor(starting_band)
-    training = model.training
-    model.eval()
     total, tokens = 0.0, 0
-    try:
-        with torch.no_grad():
-            for batch in blocks.split(batch_size):
-                ids = batch.to(model.device)
-                with record_entropy(model, gradient=False) as recording:
-                    loss = model(input_ids=ids, labels=ids, use_cache=False).loss
-                predicted = ids.shape[0] * (ids.shape[1] - 1)
-                total, tokens = total + loss.item() * predicted, tokens + predicted
-                for monitor in monitors:
-                    monitor.update(recording)
-    finally:
-        model.train(training)
+    for ids, loss, recording in read_through(model, blocks, batch_size, predicts=True):
+        predicted = ids.shape[0] * (ids.shape[1] - 1)
+        total, tokens = total + loss * predicted, tokens + predicted
+        for monitor in monitors:
+            monitor.update(recording)
     statistics, starting = (monitor.summary() for monitor in monitors)
     assert starting.in_band is not None
     return Evaluation(total / tokens, tokens, statistics, mean_of_heads(starting.in_band))
+
+
+def read_through(
+    model: PreTrainedModel, blocks: Tensor, batch_size: int, *, predicts: bool
+) -> Iterator[tuple[Tensor, float, EntropyRecording]]:
+    """Run a model over blocks of tokens as it is used: no dropout, no gradient, no cache.
+
+    Args:
+        model: any that takes ``input_ids``.
+        blocks: tokens, ``[blocks, context length]``.
+        batch_size: blocks at a time.
+        predicts: whether it predicts every token from those before it; else the loss is NaN, and
+            only the logits that cannot be left out are computed.
+
+    Yields:
+        The tokens of a batch, the mean loss over those that are predicted, and the recording.
+    """
+    options: dict[str, Any] = {"use_cache": False} if takes(model, "use_cache") else {}
+    if not predicts and takes(model, "logits_to_keep"):
+        options["logits_to_keep"] = 1
+    device = device_of(model)
+    training = model.training
+    model.eval()
+    try:
+        for batch in blocks.split(batch_size):
+            ids = batch.to(device)
+            if predicts:
+                options["labels"] = ids
+            with torch.no_grad(), record_entropy(model, gradient=False) as recording:
+                found = model(input_ids=ids, **options)
+            yield ids, found.loss.item() if predicts else math.nan, recording
+    finally:
+        model.train(training)
 
 
 def numbers_of(record: Record) -> dict[str, Any]:

@@ -15,6 +15,7 @@ except ModuleNotFoundError:
     )
 
 from entropy_regularization import __version__
+from entropy_regularization.cli.analyse import analyse
 from entropy_regularization.cli.bench import bench
 from entropy_regularization.cli.demo import demo
 from entropy_regularization.cli.errors import BROKEN_PIPE, FAILURE, INTERRUPTED
@@ -75,5 +76,5 @@ def main(context: click.Context) -> None:
         click.echo(context.get_help())
 
 
-for command in (train, report, demo, bench):
+for command in (train, analyse, report, demo, bench):
     main.add_command(command)

@@ -9,13 +9,12 @@ from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
 from entropy_regularization.cli.errors import RunProblem, UsageProblem
+from entropy_regularization.cli.loading import load_model, read_tokenizer
 from entropy_regularization.cli.models import (
     build_model,
     check_tokens,
     enable_checkpointing,
     layers_and_heads,
-    load_model,
-    read_tokenizer,
     size_of,
 )
 from entropy_regularization.cli.options import Size, TrainOptions
@@ -76,7 +75,7 @@ def prepare(
             frame = Frame(frame_of(tokenizer).before, [])  # what ends a text ends documents
             blocks = TokenBlocks(tokenizer, corpus.train, options.context_length, frame=frame)
             held_out = _held_out_blocks(options, tokenizer, corpus, frame)
-            check_tokens(options, model, blocks.blocks, held_out.blocks)
+            check_tokens(options.model, model, blocks.blocks, held_out.blocks)
             _check_batch(options, len(blocks))
             if options.gradient_checkpointing:
                 enable_checkpointing(model)

@@ -21,6 +21,8 @@ def report(run: Path, output: Path | None, debug: bool) -> None:
 
     if run.is_file():
         raise UsageProblem(f"{run} is a file; pass the folder of the run, {run.parent}.")
+    if (run / "analysis.json").is_file():
+        raise UsageProblem(f"{run} holds an analysis, whose page is {run / 'report.html'}.")
     try:
         page = write_report(run, output)
     except (ValueError, OSError, ModuleNotFoundError) as error:

@@ -1,11 +1,8 @@
 """A run's folder: what lies where, whether it may be written, and what it was started with."""
 
 import json
-import os
-import platform
 import shlex
 from contextlib import suppress
-from importlib import metadata
 from pathlib import Path
 from typing import IO, Any
 
@@ -13,13 +10,13 @@ from entropy_regularization.cli.checkpoints import Checkpoints
 from entropy_regularization.cli.errors import RunProblem, UsageProblem
 from entropy_regularization.cli.files import write_json
 from entropy_regularization.cli.options import TrainOptions
+from entropy_regularization.cli.surroundings import surroundings
 
 try:
     import fcntl
 except ModuleNotFoundError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-LIBRARIES = ("entropy-regularization", "torch", "transformers", "tokenizers", "accelerate")
 LOCK = ".lock"  # file whose lock a process holds while it writes into the folder
 PARTS = {"train": "training text", "held_out": "held-out text"}
 
@@ -203,12 +200,6 @@ class RunFolder:
         text_crc32: dict[str, int],
     ) -> None:
         """Write down the options as given, those that act, and what they ran with and on."""
-        versions = {}
-        for library in LIBRARIES:
-            try:
-                versions[library] = metadata.version(library)
-            except metadata.PackageNotFoundError:
-                continue
         write_json(
             self.config,
             {
@@ -216,8 +207,7 @@ class RunFolder:
                 "options": options,
                 "in_effect": in_effect,
                 "text_crc32": text_crc32,
-                "versions": {"python": platform.python_version(), **versions},
-                "machine": {"processor": _processor(), "cores": os.cpu_count()},
+                **surroundings(),
             },
         )
 
@@ -232,12 +222,3 @@ class RunFolder:
         found = self.checkpoints.last()
         where = "before the first checkpoint" if found is None else f"at step {found[0]}"
         return f"stopped {where}; {self.how_to_go_on()}"
-
-
-def _processor() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        for line in cpuinfo.read_text("utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()

@@ -48,21 +48,21 @@ class Curve:
 
 
 def draw_curves(
+    title: str,
     curves: Sequence[Curve],
     *,
     y_range: tuple[float, float] | None = None,
     percent: bool = False,
-    lines_at: Sequence[float] = (),
     x_label: str = "step",
     doubling: bool = False,
 ) -> str:
     """Return a line chart as SVG text without a fixed size.
 
     Args:
+        title: of the chart; no two of a page have one.
         curves: the lines.
         y_range: of the axis; None fits it to the lines.
         percent: label shares as percentages.
-        lines_at: horizontal dotted lines, for instance bounds.
         x_label: what x is.
         doubling: let every step to the right double x.
 
@@ -71,8 +71,6 @@ def draw_curves(
     """
     figure = new_figure(*SIZE)
     axes = figure.add_subplot()
-    for height in lines_at:
-        axes.axhline(height, color=QUIET, linewidth=1, linestyle=":")
     for curve in curves:
         few = sum(not math.isnan(y) for y in curve.y) < 3  # a line needs two points to be seen
         axes.plot(
@@ -88,13 +86,14 @@ def draw_curves(
         axes.set_ylim(*y_range)
     if percent:
         axes.yaxis.set_major_formatter(lambda y, _: f"{100 * y:.0f} %")
-    return _finish(figure, axes, x_label, doubling=doubling)
+    return _finish(title, figure, axes, x_label, doubling=doubling)
 
 
-def draw_shares(steps: Sequence[float], shares: Mapping[str, Sequence[float]]) -> str:
+def draw_shares(title: str, steps: Sequence[float], shares: Mapping[str, Sequence[float]]) -> str:
     """Return shares that add up to 1 over steps, stacked, as SVG text.
 
     Args:
+        title: of the chart; no two of a page have one.
         steps: of the x axis.
         shares: colour to one share per step, from the bottom up.
 
@@ -107,7 +106,7 @@ def draw_shares(steps: Sequence[float], shares: Mapping[str, Sequence[float]]) -
     axes.set_ylim(0, 1)
     axes.margins(x=0)
     axes.yaxis.set_major_formatter(lambda y, _: f"{100 * y:.0f} %")
-    return _finish(figure, axes)
+    return _finish(title, figure, axes)
 
 
 def variable_of(colour: str) -> str:
@@ -116,7 +115,7 @@ def variable_of(colour: str) -> str:
 
 
 def _finish(
-    figure: "Figure", axes: "Axes", x_label: str = "step", *, doubling: bool = False
+    title: str, figure: "Figure", axes: "Axes", x_label: str = "step", *, doubling: bool = False
 ) -> str:
     from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
@@ -135,10 +134,10 @@ def _finish(
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)
     axes.spines["bottom"].set_color(_RULE)
-    return _svg(figure)
+    return _svg(title, figure)
 
 
-def _svg(figure: "Figure") -> str:
+def _svg(title: str, figure: "Figure") -> str:
     from matplotlib import rc_context
 
     buffer = io.StringIO()
@@ -154,12 +153,12 @@ def _svg(figure: "Figure") -> str:
     text = re.sub(r"font-family: [^;\"]+;?|xlink:(?=href)", "", text)
     for colour, variable in _VARIABLES.items():
         text = text.replace(colour, variable)
-    return re.sub(r"\s*\n\s*", " ", _unique_names(text))
+    return re.sub(r"\s*\n\s*", " ", _unique_names(title, text))
 
 
-def _unique_names(text: str) -> str:
+def _unique_names(title: str, text: str) -> str:
     """Keep only names that something refers to, made unique among the charts of a page."""
-    chart = sha256(text.encode()).hexdigest()[:8]
+    chart = sha256((title + text).encode()).hexdigest()[:8]
     used = set(re.findall(r'(?:url\(#|href="#)([^)"]+)', text))
     text = re.sub(r' id="([^"]+)"', lambda m: f' id="{chart}-{m[1]}"' if m[1] in used else "", text)
     return re.sub(r'(url\(#|href="#)', rf"\g<1>{chart}-", text)

@@ -14,7 +14,7 @@ from entropy_regularization.monitoring.charts import (
     draw_shares,
     variable_of,
 )
-from entropy_regularization.monitoring.lengths import LengthProfile
+from entropy_regularization.monitoring.lengths import LengthProfile, octave_name
 from entropy_regularization.monitoring.plots import blend
 from entropy_regularization.monitoring.records import Record
 from entropy_regularization.monitoring.run import Run
@@ -96,7 +96,7 @@ def _compare(
             row[place + 1] = write(y)
     return Chart(
         title,
-        draw_curves(curves, y_range=(0, 1) if shares else y_range, percent=shares),
+        draw_curves(title, curves, y_range=(0, 1) if shares else y_range, percent=shares),
         [
             (variable_of(colours[label]), label, "dashed" if dashed[label] else "line")
             for label in known
@@ -130,8 +130,9 @@ def layer_charts(runs: dict[str, Run]) -> list[Chart]:
         rows = _thin(list(zip(steps, *series, strict=True)), _MOST_ROWS)
         charts.append(
             Chart(
-                f"{label}, layers [nats]",
+                title := f"{label}, layers [nats]",
                 draw_curves(
+                    title,
                     [Curve(steps, y, c, width=1.5) for y, c in zip(series, colours, strict=True)],
                     y_range=(0, top),
                 ),
@@ -162,8 +163,8 @@ def class_chart(label: str, run: Run) -> Chart | None:
     steps = [line.step for line in lines]
     rows = _thin(list(zip(steps, *columns, strict=True)), _MOST_ROWS)
     return Chart(
-        f"{label}: share of heads",
-        draw_shares(steps, dict(zip(CLASS_COLOURS.values(), columns, strict=True))),
+        title := f"{label}: share of heads",
+        draw_shares(title, steps, dict(zip(CLASS_COLOURS.values(), columns, strict=True))),
         [(colour, name, "area") for name, colour in CLASS_COLOURS.items()],
         ["step", *CLASS_COLOURS],
         [[f"{row[0]:,}", *map(percent, row[1:])] for row in rows],
@@ -183,10 +184,10 @@ def length_chart(label: str, profile: LengthProfile) -> Chart | None:
     colours = blend(_LAYER_COLOURS, len(series))
     reachable = [math.log(n) for n in keys]
     curves = [Curve(keys, y, c, width=1.5) for y, c in zip(series, colours, strict=True)]
-    octaves = [(profile.keys[k], 2 * profile.keys[k] - 1) for k in known]
     return Chart(
-        f"{label} [nats]",
+        title := f"{label} [nats]",
         draw_curves(
+            title,
             [Curve(keys, reachable, QUIET, dashed=True, width=1), *curves],
             y_range=(0, 1.05 * reachable[-1]),
             x_label="keys that a row sees",
@@ -196,8 +197,8 @@ def length_chart(label: str, profile: LengthProfile) -> Chart | None:
         + [(variable_of(QUIET), "log n", "dashed")],
         ["keys", "log n", *(f"layer {k}" for k in range(len(series)))],
         [
-            [f"{a:,}" if a == b else f"{a:,}–{b:,}", *map(digits, row)]  # noqa: RUF001
-            for (a, b), *row in zip(octaves, reachable, *series, strict=True)
+            [octave_name(k), *map(digits, row)]
+            for k, *row in zip(known, reachable, *series, strict=True)
         ],
         f"Mean entropy of each of {len(series)} layers over the keys that a row sees, {label}.",
     )

@@ -90,6 +90,11 @@ class LengthSums:
         )
 
 
+def octave_name(octave: int) -> str:
+    """Write how many keys the rows of an octave see: "1", "2 to 3", "4 to 7"."""
+    return f"{2**octave:,} to {2 ** (octave + 1) - 1:,}" if octave else "1"
+
+
 def length_sums(recording: EntropyRecording) -> LengthSums:
     """Sum over the rows of a recording by how many keys they see, without its graph.
 

@@ -1,0 +1,336 @@
+"""The work behind entropy-reg analyse: models, a text, numbers, a page."""
+
+import dataclasses
+import math
+import os
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+from entropy_regularization.cli.console import PlainConsole
+from entropy_regularization.cli.errors import RunProblem, UsageProblem
+from entropy_regularization.cli.evaluation import perplexity_of, read_through
+from entropy_regularization.cli.files import write_json
+from entropy_regularization.cli.loading import (
+    Saved,
+    has_position_table,
+    load_as_saved,
+    positions_of,
+    what_is_saved,
+)
+from entropy_regularization.cli.models import check_tokens, try_out
+from entropy_regularization.cli.preparation import tell_of_text
+from entropy_regularization.cli.surroundings import surroundings
+from entropy_regularization.data.text import DataError, Document, load_text, split
+from entropy_regularization.data.tokenization import Frame, TokenBlocks, frame_of
+from entropy_regularization.monitoring.analysis import (
+    Analysis,
+    entropy_by_keys,
+    figures_of,
+    short_names,
+    write_page,
+)
+from entropy_regularization.monitoring.lengths import LengthSums, length_sums
+from entropy_regularization.monitoring.monitor import EntropyMonitor
+from entropy_regularization.monitoring.plots import save_heatmaps
+from entropy_regularization.monitoring.tables import counted
+
+VERSION = 1  # of analysis.json
+FILES = ("analysis.json", "heatmaps.png", "report.html")
+LONGEST = 1024  # tokens of a context, unless more are asked for
+SAY_EVERY = 30.0  # seconds, where there is no terminal to show a bar on
+
+
+@dataclasses.dataclass(frozen=True)
+class Reading:
+    """What is read of a text, and how; the options of entropy-reg analyse."""
+
+    data: str = "stdlib"
+    text_column: str = "text"
+    text_limit: int = 100
+    held_out: bool = False
+    context_length: int | None = None
+    contexts: int = 32
+    batch_size: int = 1
+    dtype: str = "auto"
+    device: str | None = None
+    no_perplexity: bool = False
+
+    def documents(self, console: Console) -> list[Document]:
+        """Read the text.
+
+        Raises:
+            UsageProblem: if it cannot be read.
+        """
+        console.print(f"reading {self.data}")
+        try:
+            text = load_text(
+                self.data,
+                text_column=self.text_column,
+                limit_characters=self.text_limit * 1_000_000,
+            )
+        except DataError as error:
+            raise UsageProblem(f"--data {self.data}: {error}") from error
+        tell_of_text(text, self.text_limit, console)
+        return split(text).held_out if self.held_out else text.documents
+
+
+def analyse_models(names: Sequence[str], reading: Reading, output: Path | None) -> None:
+    """Measure models on the same text, print what was found, and write it into a folder.
+
+    Args:
+        names: folders or names of the hub.
+        reading: what is read.
+        output: the folder; None writes nothing.
+
+    Raises:
+        UsageProblem: if options do not fit together, the models or the text.
+        RunProblem: if a model cannot be used; what was found of those before it is written.
+    """
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    console = PlainConsole()
+    if len(set(names)) < len(names):
+        raise UsageProblem("--model names one model twice; name it once.")
+    device = reading.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    _check_device(device)
+    reading = dataclasses.replace(reading, device=device)
+    saved = [what_is_saved(name) for name in names]  # a later one may be mistyped
+    reading = _with_length(reading, saved)
+    if output is not None:
+        _check_folder(output)
+    documents = reading.documents(console)
+    analyses: list[Analysis] = []
+    try:
+        for each in saved:
+            analyses.append(_analyse(each, reading, documents, console))
+            if output is not None:
+                _write_numbers(output, analyses, reading)
+    finally:
+        if analyses:  # those before the one that failed, too
+            console.print(_table(analyses))
+    if output is not None:
+        _write_pictures(output, analyses, reading)
+        console.print(f"the page about it: {output / 'report.html'}")
+
+
+def _with_length(reading: Reading, saved: Sequence[Saved]) -> Reading:
+    """Choose the length of the contexts: a power of two that all models have positions for."""
+    if reading.context_length is not None:
+        return reading
+    told = (getattr(each.config, "max_position_embeddings", None) for each in saved)
+    least = min([LONGEST, *(n for n in told if isinstance(n, int) and n > 1)])
+    return dataclasses.replace(reading, context_length=2 ** (least.bit_length() - 1))
+
+
+def _check_device(device: str) -> None:
+    """Refuse a device that is not there."""
+    try:
+        torch.empty(0, device="cpu" if device == "auto" else device)
+    except (RuntimeError, AssertionError, NotImplementedError):  # of torch without CUDA, of others
+        raise UsageProblem(
+            f"--device {device} is not there; pass cpu, another device, or auto, or leave it out."
+        ) from None
+
+
+def _check_folder(folder: Path) -> None:
+    if folder.is_dir():
+        others = [each.name for each in folder.iterdir() if each.name not in FILES]
+        if others:
+            raise UsageProblem(
+                f"--output {folder} holds something else ({sorted(others)[0]}); pass a folder of "
+                "its own."
+            )
+    elif folder.exists():
+        raise UsageProblem(f"--output {folder} is a file; pass a folder.")
+
+
+def _analyse(
+    saved: Saved, reading: Reading, documents: Sequence[Document], console: Console
+) -> Analysis:
+    """Load a model and read the text with it."""
+    assert reading.context_length is not None
+    assert reading.device is not None
+    name = saved.name
+    with _memory_in_words():
+        model, tokenizer = load_as_saved(saved, dtype=reading.dtype, device=reading.device)
+        _, is_causal = try_out(model, name)
+        predicts = is_causal and type(model).can_generate() and not reading.no_perplexity
+        blocks = _blocks(reading, tokenizer, documents, frame_of(tokenizer), causal=is_causal)
+        check_tokens(name, model, blocks)
+        _check_length(reading, model, name, console)
+        if predicts:
+            _check_memory(reading, model)
+        console.print(
+            f"{name}: {type(model).__name__}, {counted(len(blocks), 'context')} of "
+            f"{reading.context_length:,} tokens"
+        )
+        monitor, lengths, losses = EntropyMonitor(), LengthSums({}), []
+        batches = read_through(model, blocks, reading.batch_size, predicts=predicts)
+        batches = _shown(batches, math.ceil(len(blocks) / reading.batch_size), console)
+        with _length_in_words(reading, model, name):
+            for ids, loss, recording in batches:
+                monitor.update(recording)
+                lengths = lengths.plus(length_sums(recording))
+                losses.append(loss * len(ids))
+    return Analysis(
+        name,
+        type(model).__name__,
+        model.num_parameters(),
+        len(blocks),
+        monitor.summary(),
+        lengths.profile(),
+        perplexity_of(math.fsum(losses) / len(blocks)),
+    )
+
+
+def _blocks(
+    reading: Reading,
+    tokenizer: PreTrainedTokenizerBase,
+    documents: Sequence[Document],
+    frame: Frame,
+    *,
+    causal: bool,
+) -> torch.Tensor:
+    """Cut the text into contexts; what a tokenizer puts at the end is for those who see it."""
+    assert reading.context_length is not None
+    if causal:
+        frame = Frame(frame.before, [])
+    try:
+        found = TokenBlocks(tokenizer, documents, reading.context_length, reading.contexts, frame)
+    except DataError as error:
+        raise UsageProblem(f"--data {reading.data}: {error}") from error
+    return found.blocks
+
+
+def _check_length(reading: Reading, model: PreTrainedModel, name: str, console: Console) -> None:
+    """Refuse contexts that a model has no positions for; tell of those longer than it has seen."""
+    longest = positions_of(model)
+    assert reading.context_length is not None
+    if longest is None or reading.context_length <= longest:
+        return
+    if has_position_table(model):
+        raise UsageProblem(
+            f"--context-length {reading.context_length} is longer than the {longest} positions of "
+            f"{name}; pass at most {longest}."
+        )
+    console.print(f"{name} was made for contexts of at most {longest:,} tokens")
+
+
+@contextmanager
+def _length_in_words(reading: Reading, model: PreTrainedModel, name: str) -> Iterator[None]:
+    """Turn what a model raises of a context that is too long for it into a sentence."""
+    try:
+        yield
+    except (IndexError, RuntimeError) as error:
+        longest = positions_of(model)
+        known = longest is not None and reading.context_length is not None
+        if isinstance(error, torch.OutOfMemoryError) or not known:
+            raise
+        if reading.context_length <= longest:  # type: ignore[operator]
+            raise
+        raise UsageProblem(
+            f"--context-length {reading.context_length} is longer than the {longest} positions of "
+            f"{name}, which cannot read on; pass at most {longest}."
+        ) from error
+
+
+def _check_memory(reading: Reading, model: PreTrainedModel) -> None:
+    """Refuse logits that cannot fit into the memory of the machine, which would end the process."""
+    if model.device.type != "cpu" or not hasattr(os, "sysconf"):
+        return
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    vocabulary = model.config.get_text_config().vocab_size
+    assert reading.context_length is not None
+    needed = 3 * 4 * reading.batch_size * reading.context_length * vocabulary
+    if needed > memory / 2:
+        raise UsageProblem(
+            f"the logits of {reading.batch_size} contexts of {reading.context_length:,} tokens "
+            f"need {needed / 1e9:,.0f} GB; this machine has {memory / 1e9:,.0f} GB. Add "
+            "--no-perplexity, or pass a smaller --batch-size or --context-length."
+        )
+
+
+@contextmanager
+def _memory_in_words() -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise RunProblem(
+            "the GPU ran out of memory; lower --batch-size or --context-length, add "
+            "--no-perplexity, or pass --device auto."
+        ) from error
+
+
+def _shown(batches: Iterable[Any], total: int, console: Console) -> Iterator[Any]:
+    """Show how far the reading is: a bar on a terminal, now and then a line elsewhere."""
+    if console.is_terminal:
+        yield from track(batches, "", total, console=console, transient=True)
+        return
+    said = time.monotonic()
+    for done, batch in enumerate(batches, 1):
+        yield batch
+        if time.monotonic() - said > SAY_EVERY:
+            said = time.monotonic()
+            console.print(f"{done}/{total}")
+
+
+def _table(analyses: Sequence[Analysis]) -> Table:
+    table = Table(caption="means over all heads")
+    table.add_column("")
+    for name in short_names([found.name for found in analyses]):
+        table.add_column(name, justify="right")
+    for label, cells in figures_of(analyses):
+        table.add_row(label, *cells)
+    table.add_section()
+    table.add_row("mean entropy of rows that see")
+    for label, cells in entropy_by_keys(analyses):
+        table.add_row(f"  {label} {'key' if label == '1' else 'keys'}", *cells)
+    return table
+
+
+def _options(reading: Reading) -> dict[str, Any]:
+    return dataclasses.asdict(reading)
+
+
+def _write_numbers(folder: Path, analyses: Sequence[Analysis], reading: Reading) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    content = {
+        "version": VERSION,
+        "options": _options(reading),
+        "models": [found.as_dict() for found in analyses],
+        **surroundings(),
+    }
+    write_json(folder / "analysis.json", content)
+
+
+def _write_pictures(folder: Path, analyses: Sequence[Analysis], reading: Reading) -> None:
+    """Write heat-maps and the page."""
+    first = analyses[0].statistics.utilisation
+    shapes = [[len(row) for row in found.statistics.utilisation] for found in analyses]
+    second = analyses[1].statistics.utilisation if shapes[1:] == shapes[:1] else None
+    save_heatmaps(
+        folder / "heatmaps.png",
+        first,
+        second,
+        quantity="mean H / log n",
+        maximum=1.0,
+        title="Entropy of every head, as a share of what its rows can reach",
+    )
+    ran_on = surroundings()
+    write_page(
+        analyses,
+        folder / "report.html",
+        extent=f"Contexts of {reading.context_length:,} tokens of {reading.data}.",
+        options={k: str(v) for k, v in _options(reading).items() if v is not None},
+        environment={k: str(v) for part in ran_on.values() for k, v in part.items()},
+    )

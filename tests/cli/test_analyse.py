@@ -1,0 +1,330 @@
+"""entropy-reg analyse: its numbers are those of the matrices, and what it cannot read it says."""
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from peft import LoraConfig, get_peft_model
+from tokenizers import processors
+from transformers import (
+    AutoModelForCausalLM,
+    BertConfig,
+    BertForMaskedLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPTJConfig,
+    GPTJForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForSequenceClassification,
+    RobertaConfig,
+    RobertaForMaskedLM,
+    T5Config,
+    T5ForConditionalGeneration,
+    ViTConfig,
+    ViTModel,
+)
+
+from entropy_regularization.cli.main import main
+from entropy_regularization.data.text import Document
+from entropy_regularization.data.tokenization import TokenBlocks, train_tokenizer
+
+TEXT = "".join(f"line {n} of {n * n}\n" for n in range(400))
+VOCABULARY = 300
+SPECIAL = {"pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0}
+SMALL: dict[str, Any] = {
+    "vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "intermediate_size": 32, "max_position_embeddings": 64, "initializer_range": 0.3,
+    **SPECIAL,
+}  # fmt: skip
+MODELS: dict[str, Callable[[], PreTrainedModel]] = {
+    "llama": lambda: LlamaForCausalLM(LlamaConfig(num_key_value_heads=2, **SMALL)),
+    "gpt2": lambda: GPT2LMHeadModel(
+        GPT2Config(vocab_size=VOCABULARY, n_positions=64, n_embd=32, n_layer=3, n_head=2, **SPECIAL)
+    ),
+    "gptj": lambda: GPTJForCausalLM(
+        GPTJConfig(
+            vocab_size=VOCABULARY, n_positions=32, n_embd=32, n_layer=2, n_head=2, rotary_dim=8,
+            **SPECIAL,
+        )
+    ),
+    "bert": lambda: BertForMaskedLM(BertConfig(**SMALL)),
+    "roberta": lambda: RobertaForMaskedLM(
+        RobertaConfig(**SMALL | {"max_position_embeddings": 66, "pad_token_id": 1})
+    ),
+    "classifier": lambda: Qwen2ForSequenceClassification(
+        Qwen2Config(num_key_value_heads=2, **SMALL | {"pad_token_id": None})
+    ),
+    "t5": lambda: T5ForConditionalGeneration(
+        T5Config(vocab_size=VOCABULARY, d_model=16, d_kv=8, d_ff=16, num_layers=2, num_heads=2)
+    ),
+    "vit": lambda: ViTModel(
+        ViTConfig(
+            hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
+            image_size=8, patch_size=4,
+        )
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with small models, each with a tokenizer, and a text."""
+    folder = tmp_path_factory.mktemp("models")
+    tokenizer = train_tokenizer([Document("text", TEXT)], VOCABULARY)
+    for name, make in MODELS.items():
+        torch.manual_seed(0)
+        make().save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+    (folder / "text.txt").write_text(TEXT)
+    return folder
+
+
+def call(models: Path, *names: str, more: tuple[str, ...] = ()) -> Result:
+    given = [f"--model={models / name}" for name in names]
+    return CliRunner().invoke(main, ["analyse", *given, f"--data={models / 'text.txt'}", *more])
+
+
+def analyse(models: Path, output: Path, *names: str, more: tuple[str, ...] = ()) -> list[Any]:
+    """Return what is written of models."""
+    done = call(models, *names, more=(f"--output={output}", "--contexts=3", *more))
+    assert done.exit_code == 0, done.output
+    content = json.loads((output / "analysis.json").read_text())
+    assert content["version"] == 1
+    found: list[Any] = content["models"]
+    assert [each["model"] for each in found] == [str(models / name) for name in names]
+    return found
+
+
+def blocks_of(length: int) -> torch.Tensor:
+    tokenizer = train_tokenizer([Document("text", TEXT)], VOCABULARY)
+    return TokenBlocks(tokenizer, [Document("text", TEXT)], length, 3).blocks
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_numbers_are_those_of_the_attention_matrices(
+    name: str, batch: int, models: Path, tmp_path: Path
+) -> None:
+    more = ("--context-length=40", f"--batch-size={batch}")
+    (found,) = analyse(models, tmp_path / "out", name, more=more)
+    ids = blocks_of(40)
+    model = AutoModelForCausalLM.from_pretrained(models / name, attn_implementation="eager")
+    with torch.no_grad():
+        wanted = model.eval()(input_ids=ids, labels=ids, output_attentions=True, use_cache=False)
+    assert found["perplexity"] == pytest.approx(wanted.loss.exp().item(), rel=1e-5)
+    assert found["contexts"] == 3
+    assert found["parameters"] == model.num_parameters()
+    assert found["class"] == type(model).__name__
+    keys = torch.arange(1, 41).double()
+    assert found["keys"] == [1, 2, 4, 8, 16, 32]
+    for layer, matrix in enumerate(wanted.attentions):
+        rows = torch.special.entr(matrix.double()).sum(-1).transpose(0, 1)  # [heads, batch, rows]
+        by_key = {key: torch.tensor(found[key][layer]) for key in ("entropy", "deviation")}
+        torch.testing.assert_close(by_key["entropy"], rows.mean((1, 2)).float(), rtol=1e-5, atol=0)
+        spread = rows.flatten(1).std(1, correction=0).float()
+        torch.testing.assert_close(by_key["deviation"], spread, rtol=1e-5, atol=0)
+        for head, entropy in enumerate(rows):
+            several = entropy[:, 1:].flatten()
+            slope = np.polyfit(keys[1:].log().repeat(len(ids)), several, 1)[0]
+            assert found["growth"][layer][head] == pytest.approx(slope, rel=1e-4, abs=1e-6)
+            means = [entropy[:, k - 1 : 2 * k - 1].mean().item() for k in found["keys"]]
+            assert found["entropy_by_keys"][layer][head] == pytest.approx(means, rel=1e-5, abs=1e-7)
+
+
+def test_numbers_are_those_that_training_ended_with(models: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    done = CliRunner().invoke(
+        main,
+        ["train", "--model=gpt2-nano", "--vocabulary=300", "--context-length=32", "--batch-size=4",
+         "--steps=3", "--evaluation-blocks=5", f"--data={models / 'text.txt'}", f"--output={run}"],
+    )  # fmt: skip
+    assert done.exit_code == 0, done.output
+    wanted = json.loads((run / "result.json").read_text())["after"]
+    more = ("--held-out", "--contexts=5", "--batch-size=4", f"--data={models / 'text.txt'}")
+    (found,) = analyse(run, tmp_path / "out", "model", more=more)
+    assert found["perplexity"] == pytest.approx(wanted["perplexity"], rel=1e-6)
+    assert np.mean(found["entropy"]) == pytest.approx(wanted["mean_entropy"], rel=1e-6)
+    assert np.mean(found["utilisation"]) == pytest.approx(wanted["utilisation"], rel=1e-6)
+    assert found["overloaded"] == wanted["overloaded"]
+
+
+def test_an_encoder_has_no_perplexity_and_reads_all_that_its_tokenizer_writes(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = train_tokenizer([Document("text", TEXT)], VOCABULARY)
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<c> $A <s>", special_tokens=[("<c>", 7), ("<s>", 8)]
+    )
+    seen: list[torch.Tensor] = []
+    forward = BertForMaskedLM.forward
+
+    def listening(self: Any, input_ids: torch.Tensor, **rest: Any) -> Any:
+        seen.append(input_ids)
+        return forward(self, input_ids=input_ids, **rest)
+
+    torch.manual_seed(0)
+    MODELS["bert"]().save_pretrained(tmp_path / "bert")
+    tokenizer.save_pretrained(tmp_path / "bert")
+    monkeypatch.setattr(BertForMaskedLM, "forward", listening)
+    more = (f"--data={models / 'text.txt'}",)
+    (found,) = analyse(tmp_path, tmp_path / "out", "bert", more=more)
+    assert found["perplexity"] is None
+    assert found["growth"] == [[None] * 4] * 2  # all rows see all keys
+    assert found["keys"][-1] == 64  # what its positions allow
+    contexts = torch.cat([ids for ids in seen if ids.shape[1] > 2])
+    assert contexts.shape == (3, 64)
+    assert (contexts[:, 0] == 7).all()
+    assert (contexts[:, -1] == 8).all()
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "Entropy and length" not in page
+    assert "<h3>perplexity" not in page
+
+
+def test_positions_that_padding_takes_are_not_counted(models: Path, tmp_path: Path) -> None:
+    (found,) = analyse(models, tmp_path / "out", "roberta")
+    assert found["keys"][-1] == 64
+    done = call(models, "roberta", more=("--context-length=65",))
+    assert done.exit_code == 2
+    assert "--context-length 65 is longer than the 64 positions of" in done.stderr
+
+
+def test_adapters_are_read_on_the_model_that_they_are_for(models: Path, tmp_path: Path) -> None:
+    base = AutoModelForCausalLM.from_pretrained(models / "llama")
+    torch.manual_seed(1)
+    adapted = get_peft_model(base, LoraConfig(r=2, init_lora_weights=False))
+    adapted.save_pretrained(tmp_path / "adapters")
+    merged = tmp_path / "merged"
+    adapted.merge_and_unload().save_pretrained(merged)
+    train_tokenizer([Document("text", TEXT)], VOCABULARY).save_pretrained(merged)
+    more = (f"--data={models / 'text.txt'}",)
+    one, other = analyse(tmp_path, tmp_path / "out", "adapters", "merged", more=more)
+    (without,) = analyse(models, tmp_path / "without", "llama")
+    assert one["perplexity"] == pytest.approx(other["perplexity"], rel=1e-5)
+    torch.testing.assert_close(*map(torch.tensor, (one["entropy"], other["entropy"])))
+    assert one["layers"] == other["layers"]
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert f"{tmp_path.name}/merged minus {tmp_path.name}/adapters</h3>" in page
+    assert one["perplexity"] != pytest.approx(without["perplexity"], rel=1e-3)
+
+
+def test_without_perplexity_one_position_has_logits(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (wanted,) = analyse(models, tmp_path / "with", "llama")
+    lengths: list[int] = []
+    head = torch.nn.Linear.forward
+
+    def listening(self: torch.nn.Linear, hidden: torch.Tensor) -> torch.Tensor:
+        if self.out_features == VOCABULARY:
+            lengths.append(hidden.shape[1])
+        return head(self, hidden)
+
+    monkeypatch.setattr(torch.nn.Linear, "forward", listening)
+    (found,) = analyse(models, tmp_path / "without", "llama", more=("--no-perplexity",))
+    assert lengths[2:] == [1, 1, 1]
+    assert found["perplexity"] is None
+    assert found["entropy"] == wanted["entropy"]
+
+
+def test_weights_are_as_they_were_saved_or_as_asked_for(models: Path, tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(models / "llama", dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path / "half")
+    train_tokenizer([Document("text", TEXT)], VOCABULARY).save_pretrained(tmp_path / "half")
+    more = (f"--data={models / 'text.txt'}",)
+    (half,) = analyse(tmp_path, tmp_path / "a", "half", more=more)
+    (whole,) = analyse(tmp_path, tmp_path / "b", "half", more=(*more, "--dtype=float32"))
+    assert half["entropy"] != whole["entropy"]
+    torch.testing.assert_close(
+        *(torch.tensor(each["entropy"]) for each in (half, whole)), rtol=0.02, atol=0.02
+    )
+
+
+def test_models_side_by_side_on_one_page(models: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    done = call(models, "llama", "gpt2", more=(f"--output={out}", "--contexts=2"))
+    assert done.exit_code == 0, done.output
+    assert f"{models.name}/llama" in done.stdout
+    assert "mean entropy [nats]" in done.stdout  # no markup of rich
+    assert "64 to 127 keys" in done.stdout
+    page = (out / "report.html").read_text()
+    assert page.count("growth with log n</figcaption>") == 2
+    assert "minus" not in page  # they have other heads
+    assert f"<figcaption>{models.name}/llama [nats]</figcaption>" in page
+    assert (out / "heatmaps.png").stat().st_size > 1000
+    again = call(models, "llama", more=(f"--output={out}", "--contexts=2"))  # in its place
+    assert again.exit_code == 0, again.output
+    assert len(json.loads((out / "analysis.json").read_text())["models"]) == 1
+    told = CliRunner().invoke(main, ["report", str(out)])
+    assert told.exit_code == 2
+    assert f"{out} holds an analysis, whose page is {out / 'report.html'}." in told.stderr
+
+
+def test_what_was_found_before_a_failure_is_there(models: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    more = (f"--output={out}", "--contexts=2", "--context-length=64")
+    done = call(models, "llama", "gptj", more=more)
+    assert done.exit_code == 2
+    assert "--context-length 64 is longer than the 32 positions of" in done.stderr
+    assert "growth with log n" in done.stdout
+    assert len(json.loads((out / "analysis.json").read_text())["models"]) == 1
+
+
+def test_rotary_positions_have_no_end(models: Path, tmp_path: Path) -> None:
+    more = ("--context-length=128", "--contexts=2")
+    (found,) = analyse(models, tmp_path / "out", "llama", more=more)
+    assert found["keys"][-1] == 128
+    done = call(models, "llama", more=more)
+    assert "llama was made for contexts of at most 64 tokens" in done.stdout
+
+
+def test_a_classifier_is_read_too(models: Path, tmp_path: Path) -> None:
+    (found,) = analyse(models, tmp_path / "out", "classifier")
+    assert found["perplexity"] is None
+    assert not any(math.isnan(x) for x in np.ravel(found["growth"]))
+
+
+@pytest.mark.parametrize(
+    ("names", "more", "code", "sentence"),
+    [
+        (["t5"], (), 1, "t5 takes two texts, not a text; measure it with record_entropy"),
+        (["vit"], (), 1, "vit takes pixel_values, not a text; measure it with record_entropy"),
+        (["llama", "vit"], (), 1, "vit takes pixel_values, not a text"),
+        (["llama", "llama"], (), 2, "--model names one model twice; name it once."),
+        (["."], (), 2, "is a folder without a config.json; pass one that save_pretrained wrote."),
+        (["gpt2"], ("--context-length=65",), 2, "is longer than the 64 positions of"),
+        (["llama"], ("--context-length=99999",), 2, "fewer than one context of 99999"),
+        (["llama"], ("--device=tpu9",), 2, "--device tpu9 is not there; pass cpu,"),
+        (["llama"], ("--data=nowhere",), 2, "nowhere is no file, folder or glob that matches"),
+        (["llama"], ("--output=OUT",), 2, "holds something else (mine.txt); pass a folder of its"),
+        (["llama"], ("--output=OUT/mine.txt",), 2, "mine.txt is a file; pass a folder."),
+        (["llama"], ("--batch-size=9999999999",), 2, "Add --no-perplexity, or pass a smaller"),
+    ],
+)
+def test_what_cannot_be_read_is_one_sentence(
+    names: list[str], more: tuple[str, ...], code: int, sentence: str, models: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "mine.txt").write_text("mine")
+    done = call(models, *names, more=tuple(each.replace("OUT", str(tmp_path)) for each in more))
+    assert done.exit_code == code, done.output
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("entropy-reg: ")
+    assert sentence in line
+    assert "means over all heads" not in done.stdout
+    assert [each.name for each in tmp_path.iterdir()] == ["mine.txt"]
+
+
+@pytest.mark.parametrize("name", ["", "gpt2-tiny", "gpt2-tiney"])
+def test_names_that_are_no_model(name: str) -> None:
+    done = CliRunner().invoke(main, ["analyse", f"--model={name}"])
+    assert done.exit_code == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("entropy-reg: --model ")
