@@ -30,6 +30,14 @@ def test_files_that_are_left_out(tmp_path: Path) -> None:
     assert "left out 1 of 5 files, which are not UTF-8 text\n" in done.stdout
 
 
+@pytest.mark.parametrize("name", ["[red]", "[/x]", ":smile:"])
+def test_what_was_typed_is_printed_as_it_is(name: str, tmp_path: Path) -> None:
+    (tmp_path / f"{name.replace('/', '')}").write_text("to be or not to be, " * 300)
+    pattern = str(tmp_path / f"*{name}*").replace("[", "[[]") if name == "[red]" else name
+    done = train(Path(pattern), tmp_path / "run")
+    assert f"reading {pattern}\n" in done.stdout
+
+
 BEGUN = "to be or not to be, " * 300
 
 
