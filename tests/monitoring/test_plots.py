@@ -67,6 +67,14 @@ def test_what_is_no_table_is_refused(wrong, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_maps_of_two_models_have_their_names():
+    figure = draw_heatmaps(
+        BEFORE, BEFORE, quantity="q", maximum=1.0, title="t", names=("one", "other")
+    )
+    titles = [axes.get_title() for axes in figure.axes if axes.images]
+    assert titles == ["one", "other", "other − one"]  # noqa: RUF001
+
+
 def test_an_end_of_the_colours_is_above_zero():
     for maximum in (-1, 0, math.nan, "x"):
         with pytest.raises(ValueError, match=r"maximum is .*; pass a number above 0, or None"):

@@ -87,6 +87,6 @@ def analyse(models: tuple[str, ...], output: Path | None, debug: bool, **options
     is trained. entropy-reg analyse --model gpt2 needs nothing else.
     """
     require(*TRAINING, *(("jinja2",) if output else ()))
-    from entropy_regularization.cli.analysis import Reading, analyse_models
+    from entropy_regularization.cli.analysis import analyse_models
 
-    analyse_models(models, Reading(**options), output)
+    analyse_models(models, options, output)

@@ -54,16 +54,16 @@ SAY_EVERY = 30.0  # seconds, where there is no terminal to show a bar on
 class Reading:
     """What is read of a text, and how; the options of entropy-reg analyse."""
 
-    data: str = "stdlib"
-    text_column: str = "text"
-    text_limit: int = 100
-    held_out: bool = False
-    context_length: int | None = None
-    contexts: int = 32
-    batch_size: int = 1
-    dtype: str = "auto"
-    device: str | None = None
-    no_perplexity: bool = False
+    data: str
+    text_column: str
+    text_limit: int
+    held_out: bool
+    context_length: int
+    contexts: int
+    batch_size: int
+    dtype: str
+    device: str
+    no_perplexity: bool
 
     def documents(self, console: Console) -> list[Document]:
         """Read the text.
@@ -84,12 +84,12 @@ class Reading:
         return split(text).held_out if self.held_out else text.documents
 
 
-def analyse_models(names: Sequence[str], reading: Reading, output: Path | None) -> None:
+def analyse_models(names: Sequence[str], options: dict[str, Any], output: Path | None) -> None:
     """Measure models on the same text, print what was found, and write it into a folder.
 
     Args:
         names: folders or names of the hub.
-        reading: what is read.
+        options: what is read; device and context_length may be None.
         output: the folder; None writes nothing.
 
     Raises:
@@ -101,11 +101,11 @@ def analyse_models(names: Sequence[str], reading: Reading, output: Path | None) 
     console = PlainConsole()
     if len(set(names)) < len(names):
         raise UsageProblem("--model names one model twice; name it once.")
-    device = reading.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = options["device"] or ("cuda" if torch.cuda.is_available() else "cpu")
     _check_device(device)
-    reading = dataclasses.replace(reading, device=device)
     saved = [what_is_saved(name) for name in names]  # a later one may be mistyped
-    reading = _with_length(reading, saved)
+    length = options["context_length"] or _common_length(saved)
+    reading = Reading(**options | {"device": device, "context_length": length})
     if output is not None:
         _check_folder(output)
     documents = reading.documents(console)
@@ -123,13 +123,11 @@ def analyse_models(names: Sequence[str], reading: Reading, output: Path | None) 
         console.print(f"the page about it: {output / 'report.html'}")
 
 
-def _with_length(reading: Reading, saved: Sequence[Saved]) -> Reading:
+def _common_length(saved: Sequence[Saved]) -> int:
     """Choose the length of the contexts: a power of two that all models have positions for."""
-    if reading.context_length is not None:
-        return reading
     told = (getattr(each.config, "max_position_embeddings", None) for each in saved)
     least = min([LONGEST, *(n for n in told if isinstance(n, int) and n > 1)])
-    return dataclasses.replace(reading, context_length=2 ** (least.bit_length() - 1))
+    return 1 << (least.bit_length() - 1)
 
 
 def _check_device(device: str) -> None:
@@ -158,8 +156,6 @@ def _analyse(
     saved: Saved, reading: Reading, documents: Sequence[Document], console: Console
 ) -> Analysis:
     """Load a model and read the text with it."""
-    assert reading.context_length is not None
-    assert reading.device is not None
     name = saved.name
     with _memory_in_words():
         model, tokenizer = load_as_saved(saved, dtype=reading.dtype, device=reading.device)
@@ -202,7 +198,6 @@ def _blocks(
     causal: bool,
 ) -> torch.Tensor:
     """Cut the text into contexts; what a tokenizer puts at the end is for those who see it."""
-    assert reading.context_length is not None
     if causal:
         frame = Frame(frame.before, [])
     try:
@@ -215,7 +210,6 @@ def _blocks(
 def _check_length(reading: Reading, model: PreTrainedModel, name: str, console: Console) -> None:
     """Refuse contexts that a model has no positions for; tell of those longer than it has seen."""
     longest = positions_of(model)
-    assert reading.context_length is not None
     if longest is None or reading.context_length <= longest:
         return
     if has_position_table(model):
@@ -233,10 +227,8 @@ def _length_in_words(reading: Reading, model: PreTrainedModel, name: str) -> Ite
         yield
     except (IndexError, RuntimeError) as error:
         longest = positions_of(model)
-        known = longest is not None and reading.context_length is not None
-        if isinstance(error, torch.OutOfMemoryError) or not known:
-            raise
-        if reading.context_length <= longest:  # type: ignore[operator]
+        fits = longest is None or reading.context_length <= longest
+        if isinstance(error, torch.OutOfMemoryError) or fits:
             raise
         raise UsageProblem(
             f"--context-length {reading.context_length} is longer than the {longest} positions of "
@@ -250,7 +242,6 @@ def _check_memory(reading: Reading, model: PreTrainedModel) -> None:
         return
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     vocabulary = model.config.get_text_config().vocab_size
-    assert reading.context_length is not None
     needed = 3 * 4 * reading.batch_size * reading.context_length * vocabulary
     if needed > memory / 2:
         raise UsageProblem(
@@ -298,15 +289,11 @@ def _table(analyses: Sequence[Analysis]) -> Table:
     return table
 
 
-def _options(reading: Reading) -> dict[str, Any]:
-    return dataclasses.asdict(reading)
-
-
 def _write_numbers(folder: Path, analyses: Sequence[Analysis], reading: Reading) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     content = {
         "version": VERSION,
-        "options": _options(reading),
+        "options": dataclasses.asdict(reading),
         "models": [found.as_dict() for found in analyses],
         **surroundings(),
     }
@@ -325,12 +312,13 @@ def _write_pictures(folder: Path, analyses: Sequence[Analysis], reading: Reading
         quantity="mean H / log n",
         maximum=1.0,
         title="Entropy of every head, as a share of what its rows can reach",
+        names=tuple(short_names([found.name for found in analyses])[:2]),
     )
     ran_on = surroundings()
     write_page(
         analyses,
         folder / "report.html",
         extent=f"Contexts of {reading.context_length:,} tokens of {reading.data}.",
-        options={k: str(v) for k, v in _options(reading).items() if v is not None},
+        options={k: str(v) for k, v in dataclasses.asdict(reading).items()},
         environment={k: str(v) for part in ran_on.values() for k, v in part.items()},
     )

@@ -33,6 +33,7 @@ def save_heatmaps(
     quantity: str = "mean row entropy [nats]",
     maximum: float | None = None,
     title: str = "Entropy of every attention head",
+    names: Sequence[str] = ("before", "after"),
 ) -> Path:
     """Draw layer x head maps (before, after, difference) into a PNG file.
 
@@ -43,6 +44,7 @@ def save_heatmaps(
         quantity: written at the colour bars.
         maximum: upper end of the colours, above 0; None takes the largest number.
         title: above the maps.
+        names: of two maps.
 
     Returns:
         The path.
@@ -53,14 +55,22 @@ def save_heatmaps(
             is not above 0.
         ModuleNotFoundError: if matplotlib is not installed.
     """
-    figure = draw_heatmaps(before, after, quantity=quantity, maximum=maximum, title=title)
+    figure = draw_heatmaps(
+        before, after, quantity=quantity, maximum=maximum, title=title, names=names
+    )
     path = Path(path)
     figure.savefig(path, format="png", dpi=150)
     return path
 
 
 def draw_heatmaps(
-    before: PerHead, after: PerHead | None, *, quantity: str, maximum: float | None, title: str
+    before: PerHead,
+    after: PerHead | None,
+    *,
+    quantity: str,
+    maximum: float | None,
+    title: str,
+    names: Sequence[str] = ("before", "after"),
 ) -> "Figure":
     """Return the figure that save_heatmaps writes; see there."""
     _check_heads(before, after)
@@ -83,7 +93,8 @@ def draw_heatmaps(
         _draw_map(axes[0], before, SEQUENTIAL, 0.0, maximum)
         _draw_map(axes[1], after, SEQUENTIAL, 0.0, maximum)
         _draw_map(axes[2], change, DIVERGING, -reach, reach)
-        for place, name in enumerate(("before", "after", "after − before")):  # noqa: RUF001
+        one, other = names
+        for place, name in enumerate((one, other, f"{other} − {one}")):  # noqa: RUF001
             axes[place].set_title(name, fontsize=11)
         _add_colour_bar(figure, axes[2:], f"change of {quantity}")
     _add_colour_bar(figure, axes[:2], quantity)
