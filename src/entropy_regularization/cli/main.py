@@ -17,6 +17,7 @@ except ModuleNotFoundError:
 from entropy_regularization import __version__
 from entropy_regularization.cli.analyse import analyse
 from entropy_regularization.cli.bench import bench
+from entropy_regularization.cli.check import check
 from entropy_regularization.cli.demo import demo
 from entropy_regularization.cli.errors import BROKEN_PIPE, FAILURE, INTERRUPTED
 from entropy_regularization.cli.report import report
@@ -29,6 +30,8 @@ class Commands(click.Group):
     def main(self, *args: Any, **kwargs: Any) -> Any:
         """Run a command; with --debug, a failure is shown with its traceback."""
         kwargs["standalone_mode"] = False
+        # On a shared machine OpenMP threads that spin while they wait slow each other down tenfold.
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch is imported
         for stream in (sys.stdout, sys.stderr):
             if isinstance(stream, TextIOWrapper):
                 stream.reconfigure(errors="replace")  # a name may have what a terminal has not
@@ -76,5 +79,5 @@ def main(context: click.Context) -> None:
         click.echo(context.get_help())
 
 
-for command in (train, analyse, report, demo, bench):
+for command in (train, analyse, report, demo, check, bench):
     main.add_command(command)

@@ -51,8 +51,6 @@ def train(context: click.Context, /, output: Path, resume: bool, debug: bool, **
 
 def start(options: TrainOptions, folder: RunFolder, *, resume: bool) -> None:
     """Import torch and train; see run_training."""
-    # On a shared machine OpenMP threads that spin while they wait slow each other down tenfold.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         from entropy_regularization.cli.training import run_training
 
