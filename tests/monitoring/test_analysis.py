@@ -15,8 +15,8 @@ from entropy_regularization.monitoring.analysis import (
     entropy_by_keys,
     figures_of,
     short_names,
-    write_page,
 )
+from entropy_regularization.monitoring.analysis_page import write_page
 from entropy_regularization.monitoring.lengths import LengthProfile, length_sums
 from entropy_regularization.monitoring.statistics import HeadStatistics, head_statistics
 from entropy_regularization.monitoring.tables import digits, percent

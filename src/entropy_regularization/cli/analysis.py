@@ -37,8 +37,8 @@ from entropy_regularization.monitoring.analysis import (
     entropy_by_keys,
     figures_of,
     short_names,
-    write_page,
 )
+from entropy_regularization.monitoring.analysis_page import write_page
 from entropy_regularization.monitoring.lengths import LengthSums, length_sums
 from entropy_regularization.monitoring.monitor import EntropyMonitor
 from entropy_regularization.monitoring.plots import save_heatmaps
