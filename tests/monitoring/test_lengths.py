@@ -1,5 +1,6 @@
 """Entropy by the number of keys of a row, against plain loops over rows and against numpy."""
 
+import itertools
 import math
 from dataclasses import replace
 
@@ -107,9 +108,9 @@ def test_masks_of_every_head_and_sample_and_rows_without_a_key() -> None:
     rows = torch.rand(2, 50, generator=generator) < 0.7
     layer = LayerEntropy("a", "self", entropy, allowed, rows, 9)
     found = profile_of(EntropyRecording([layer]))
-    for head in range(3):
-        inside = [h for n, h in rows_of(layer, head) if 4 <= n < 8]
-        assert found.entropy[0][head][2] == pytest.approx(np.mean(inside), rel=1e-6)
+    for head, octave in itertools.product(range(3), range(4)):
+        inside = [h for n, h in rows_of(layer, head) if 2**octave <= n < 2 ** (octave + 1)]
+        assert found.entropy[0][head][octave] == pytest.approx(np.mean(inside), rel=1e-6)
 
 
 def test_other_heads_under_one_name_and_nothing_are_refused() -> None:

@@ -57,6 +57,9 @@ def load_model(options: TrainOptions) -> tuple[PreTrainedModel, PreTrainedTokeni
     return model, tokenizer
 
 
+ADAPTERS = "adapter_config.json"  # file that PEFT writes in place of a config.json
+
+
 class Saved(NamedTuple):
     """A model that lies in a folder or on the hub.
 
@@ -88,10 +91,10 @@ def what_is_saved(name: str) -> Saved:
             f"--model {name} is one of our own sizes, not a model that was trained; pass a folder "
             "that save_pretrained wrote, or a hub name."
         )
+    if not (Path(name) / ADAPTERS).is_file():
+        check_name(name)
     with _loading_in_words(name):
         base = _base_of(name) or name
-        if base == name:
-            check_name(name)
         config = AutoConfig.from_pretrained(base)
     kind = getattr(transformers, (config.architectures or [""])[0], AutoModelForCausalLM)
     takes = getattr(kind, "main_input_name", "input_ids")
@@ -106,7 +109,7 @@ def what_is_saved(name: str) -> Saved:
 
 def _base_of(name: str) -> str | None:
     """Return the model that adapters of PEFT in a folder or on the hub are for; None of others."""
-    if (Path(name) / "config.json").is_file() or not name.strip():
+    if (Path(name) / "config.json").is_file():
         return None
     path = find_adapter_config_file(name)
     return None if path is None else json.loads(Path(path).read_bytes())["base_model_name_or_path"]
