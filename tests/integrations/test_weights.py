@@ -641,6 +641,229 @@ def test_the_number_of_heads_that_a_module_tells_must_be_that_of_its_weights(x: 
         model(x)
 
 
+class AsMany(nn.Module):
+    """Has as many heads as there are batch entries, and lays them out in one of many ways."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.all = (nn.Linear(16, n) for n in (16, 16, 16, 48))
+        self.own = nn.ModuleList(nn.Linear(16, 4) for _ in range(4))
+        self.norm, self.convolution, self.way = nn.LayerNorm(4), nn.Conv2d(16, 48, 1), way
+        self.cache = torch.zeros(4, 9, 2, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = getattr(self, self.way)(x)
+        return y.mean() + x
+
+    def heads(self, x: Tensor) -> list[Tensor]:
+        each = (project(x).view(4, 7, 4, 4) for project in (self.q, self.k, self.v))
+        return [one.transpose(1, 2) for one in each]
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return (q @ k.mT / 2).softmax(-1) @ v
+
+
+class BatchFirst(AsMany):
+    """As models are written most often."""
+
+    def parts(self, x: Tensor) -> Tensor:  # minGPT
+        parts = (part.view(4, 7, 4, 4) for part in self.all(x).split(16, 2))
+        return self.attend(*(part.transpose(1, 2) for part in parts))
+
+    def at_once(self, x: Tensor) -> Tensor:  # timm
+        q, k, v = self.all(x).reshape(4, 7, 3, 4, 4).permute(2, 0, 3, 1, 4).unbind(0)
+        return self.attend(self.norm(q) * 0.5, self.norm(k), v)
+
+    def interleaved(self, x: Tensor) -> Tensor:  # bloom
+        parts = self.all(x).view(4, 7, 4, 3, 4)
+        return self.attend(*(parts[..., i, :].transpose(1, 2) for i in range(3)))
+
+    def copied(self, x: Tensor) -> Tensor:
+        return self.attend(*(each.contiguous() for each in self.heads(x)))
+
+    def rotated(self, x: Tensor) -> Tensor:
+        q, k, v = self.heads(x)
+        q, k = (
+            each.cos() * each + torch.cat((-each[..., 2:], each[..., :2]), -1) for each in (q, k)
+        )
+        return self.attend(q, k, v)
+
+    def rotated_in_pairs(self, x: Tensor) -> Tensor:
+        q, k, v = (each.transpose(1, 2) for each in self.heads(x))
+        q, k = (torch.stack((-e[..., 1::2], e[..., ::2]), -1).flatten(-2) for e in (q, k))
+        return self.attend(*(each.transpose(1, 2) for each in (q, k, v)))
+
+    def rotated_as_complex(self, x: Tensor) -> Tensor:  # llama
+        q, k, v = (each.transpose(1, 2) for each in self.heads(x))
+        pairs = (torch.view_as_complex(e.reshape(4, 7, 4, 2, 2)) * torch.ones(2) for e in (q, k))
+        q, k = (torch.view_as_real(each).flatten(3) for each in pairs)
+        return self.attend(*(each.transpose(1, 2) for each in (q, k, v)))
+
+    def grouped(self, x: Tensor) -> Tensor:
+        q, k, v = self.heads(x)
+        past = torch.zeros(4, 2, 3, 4)
+        k, v = (torch.cat((past, e[:, :2]), 2).repeat_interleave(2, dim=1) for e in (k, v))
+        return self.attend(q.contiguous(), k, v)
+
+    def expanded(self, x: Tensor) -> Tensor:
+        q, k, v = self.heads(x)
+        wide = (each[:, :2, None].expand(-1, -1, 2, -1, -1) for each in (k, v))
+        return self.attend(q, *(each.reshape(4, 4, 7, 4) for each in wide))
+
+    def cached(self, x: Tensor) -> Tensor:
+        q, k, v = self.heads(x)
+        self.cache[:, :7] = k[:, :2].detach().transpose(1, 2)
+        k = self.cache[:, :7].repeat_interleave(2, 2).transpose(1, 2)
+        return self.attend(q, k, v)
+
+    def one_key(self, x: Tensor) -> Tensor:
+        q, k, v = self.heads(x)
+        return self.attend(q, k[:, :1], v[:, :1])
+
+    def einsum(self, x: Tensor) -> Tensor:
+        q, k, v = (each.transpose(1, 2) for each in self.heads(x))
+        weights = torch.einsum("bihd,bjhd->bhij", q, k).softmax(-1)
+        return torch.einsum("bhij,bjhd->bihd", weights, v)
+
+    def einsum_with_dots(self, x: Tensor) -> Tensor:
+        q, k, v = self.heads(x)
+        weights = torch.einsum("... i d, ... j d -> ... i j", q, k).softmax(-1)
+        return torch.einsum("...ij,...jd->...id", weights, v)
+
+    def folded(self, x: Tensor) -> Tensor:
+        q, k, v = (each.reshape(16, 7, 4) for each in self.heads(x))
+        weights = torch.bmm(q, k.mT).view(4, 4, 7, 7).softmax(-1)
+        return torch.bmm(weights.view(16, 7, 7), v)
+
+    def biased(self, x: Tensor) -> Tensor:
+        q, k, v = self.heads(x)
+        scores = q @ k.mT + torch.zeros(1, 4, 1, 7) + torch.zeros(4, 1, 7, 7)
+        return functional.dropout(functional.softmax(scores, dim=-1), 0.1) @ v
+
+    def convolved(self, x: Tensor) -> Tensor:
+        parts = self.convolution(x.mT[:, :, None]).chunk(3, 1)
+        q, k, v = (part.reshape(4, 4, 4, 7) for part in parts)
+        weights = torch.einsum("bhdi,bhdj->bhij", q, k).softmax(-1)
+        return torch.einsum("bhij,bhdj->bhid", weights, v)
+
+
+class HeadsFirst(AsMany):
+    """Its heads come before the batch."""
+
+    def viewed(self, x: Tensor) -> Tensor:
+        return self.attend(*(each.transpose(0, 1) for each in self.heads(x)))
+
+    def copied(self, x: Tensor) -> Tensor:
+        return self.attend(*(each.transpose(0, 1).contiguous() for each in self.heads(x)))
+
+    def copied_twice(self, x: Tensor) -> Tensor:
+        each = (one.contiguous().movedim(1, 0).contiguous() for one in self.heads(x))
+        return self.attend(*each)
+
+    def permuted(self, x: Tensor) -> Tensor:
+        each = (project(x).view(4, 7, 4, 4) for project in (self.q, self.k, self.v))
+        return self.attend(*(one.permute(2, 0, 1, 3).reshape(4, 4, 7, 4) for one in each))
+
+    def later(self, x: Tensor) -> Tensor:
+        q, k, v = (each.contiguous() for each in self.heads(x))
+        return (q @ k.mT).transpose(0, 1).softmax(-1) @ v.transpose(0, 1)
+
+    def einsum(self, x: Tensor) -> Tensor:
+        q, k, v = self.heads(x)
+        weights = torch.einsum("bhid,bhjd->hbij", q, k).softmax(-1)
+        return torch.einsum("hbij,bhjd->bhid", weights, v)
+
+    def folded(self, x: Tensor) -> Tensor:
+        q, k, v = (each.transpose(0, 1).contiguous() for each in self.heads(x))
+        return torch.bmm((q @ k.mT).softmax(-1).flatten(0, 1), v.flatten(0, 1))
+
+    def places_before_the_batch(self, x: Tensor) -> Tensor:
+        each = (project(x.transpose(0, 1)).view(7, 4, 4, 4) for project in (self.q, self.k, self.v))
+        turned = (one.permute(2, 0, 1, 3).contiguous() for one in each)  # [heads, places, batch, 4]
+        return self.attend(*(one.transpose(1, 2) for one in turned))
+
+
+class Untold(AsMany):
+    """Its heads come before the batch, and nothing tells it."""
+
+    def stacked(self, x: Tensor) -> Tensor:
+        return self.attend(*[torch.stack([project(x) for project in self.own])] * 3)
+
+    def stacked_places(self, x: Tensor) -> Tensor:
+        each = torch.stack([project(x.transpose(0, 1)) for project in self.own])
+        return self.attend(*[each.transpose(1, 2)] * 3)
+
+    def stacked_again(self, x: Tensor) -> Tensor:
+        return self.attend(*(torch.stack(each.unbind(1)) for each in self.heads(x)))
+
+    def concatenated(self, x: Tensor) -> Tensor:
+        each = (torch.cat(project(x).chunk(4, -1)) for project in (self.q, self.k, self.v))
+        return self.attend(*(one.view(4, 4, 7, 4) for one in each))
+
+    def multiplied(self, x: Tensor) -> Tensor:
+        weight = torch.stack([project.weight for project in self.own]).mT
+        each = (x.transpose(0, 1).reshape(1, 28, 16) @ weight).view(4, 7, 4, 4).transpose(1, 2)
+        return self.attend(each, each, each)
+
+    def turned_in_place(self, x: Tensor) -> Tensor:
+        each = (one.clone().transpose_(0, 1).contiguous() for one in self.heads(x))
+        return self.attend(*each)
+
+    def at_once(self, x: Tensor) -> Tensor:
+        parts = self.all(x).view(4, 7, 3, 4, 4).permute(2, 3, 0, 1, 4).contiguous()
+        return self.attend(*parts)
+
+
+def ways(kind: type[nn.Module]) -> list[Any]:
+    names = [name for name in vars(kind) if not name.startswith("_")]
+    return [pytest.param(kind, name, id=f"{kind.__name__}-{name}") for name in names]
+
+
+@pytest.mark.parametrize("gradient", [True, False])
+@pytest.mark.parametrize(("kind", "way"), ways(BatchFirst))
+def test_as_many_heads_as_batch_entries_are_heard(
+    kind: type[AsMany], way: str, gradient: bool, x: Tensor
+) -> None:
+    model = kind(way)
+    with torch.set_grad_enabled(gradient), record_entropy(model) as recording:
+        model(x.repeat(2, 1, 1))
+    assert len(recording) == 1
+
+
+@pytest.mark.parametrize("gradient", [True, False])
+@pytest.mark.parametrize(("kind", "way"), [*ways(HeadsFirst), *ways(Untold)])
+def test_heads_before_as_many_batch_entries_are_refused(
+    kind: type[AsMany], way: str, gradient: bool, x: Tensor
+) -> None:
+    model = kind(way)
+    message = f"{kind.__name__} computes a softmax of its own"
+    if kind is Untold:
+        message += ", over as many heads as batch entries, and nothing tells which of them come "
+        message += r"first \(record a pass of another batch size before\)"
+    with (
+        torch.set_grad_enabled(gradient),
+        pytest.raises(ValueError, match=message),
+        record_entropy(model),
+    ):
+        model(x.repeat(2, 1, 1))
+
+
+def test_heads_are_told_from_as_many_batch_entries_by_an_earlier_pass(x: Tensor) -> None:
+    class Stacked(Attention):
+        def forward(self, x: Tensor) -> Tensor:
+            q = torch.stack(self.out(x).chunk(4, 2), 1)
+            return functional.softmax(q @ q.mT, dim=-1) @ q
+
+    model = Stacked()
+    several = x.repeat(2, 1, 1)
+    with pytest.raises(ValueError, match="another batch size"), record_entropy(model):
+        model(several)
+    for batch in (2, 4):
+        with record_entropy(model) as recording:
+            model(several[:batch])
+        assert recording[0].entropy.shape == (batch, 4, 7)
+
+
 class Detached(torch.autograd.Function):
     """A softmax without a graph inside, as sew-d has."""
 

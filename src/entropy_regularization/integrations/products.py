@@ -30,26 +30,17 @@ def averages_values(
     if len(tensors) != 2:
         return False
     at = int(tensors[1] is weights)
-    if not _may_have_heads_second(weights, values=tensors[1 - at]):
+    if not _tells_heads_from_queries(weights, values=tensors[1 - at]):
         return False
     if func in MATMULS:
         return at == 0 and tensors[1].dim() > 2
     return func is torch.einsum and isinstance(args[0], str) and _sums_keys(args[0], at)
 
 
-def _may_have_heads_second(weights: Tensor, values: Tensor) -> bool:
-    """Tell whether heads come second in four dimensions, where equal sizes do not tell it.
-
-    Of as many heads as batch entries, where values lie in memory tells which came first, unless
-    they were copied. Of as many heads as queries nothing tells if all heads share the values.
-    """
-    if weights.dim() != 4:
-        return True
-    batch, heads, queries = weights.shape[:3]
-    if heads == queries > 1 and (values.dim() < 4 or values.shape[1] == 1):
-        return False
-    turned = values.dim() == 4 and 0 < values.stride(0) < values.stride(1)
-    return not (turned and batch == heads == values.shape[1])
+def _tells_heads_from_queries(weights: Tensor, values: Tensor) -> bool:
+    """Tell whether heads come second in four dimensions: values show it, unless all share them."""
+    as_many = weights.dim() == 4 and weights.shape[1] == weights.shape[2] > 1
+    return not (as_many and (values.dim() < 4 or values.shape[1] == 1))
 
 
 def _sums_keys(equation: str, at: int) -> bool:

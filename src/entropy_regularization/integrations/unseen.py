@@ -23,11 +23,13 @@ from entropy_regularization.integrations.interception import (
     SOFTMAX_WRAPPERS,
     goes_around_wrapper,
 )
+from entropy_regularization.integrations.layouts import Layouts
 from entropy_regularization.integrations.mixing import SPLITS, Mixtures, tensors_of
 from entropy_regularization.integrations.products import averages_values
 from entropy_regularization.integrations.softmaxes import Softmaxes
 from entropy_regularization.integrations.source import OWN_SOFTMAX
 from entropy_regularization.integrations.stack import calling_module
+from entropy_regularization.integrations.weights import has_as_many, tells_layout
 
 PRODUCTS = {
     torch.matmul,
@@ -54,6 +56,10 @@ PRODUCTS = {
     torch.sparse.mm,
     functional.linear,
 }
+AS_MANY = (
+    f"{OWN_SOFTMAX}, over as many heads as batch entries, and nothing tells which of them come "
+    "first (record a pass of another batch size before)"
+)
 FLEX = flex_attention.flex_attention.__code__  # computes everything where no watch sees it
 
 # What may lie between the softmax and the product with the values: names of functions.
@@ -91,14 +97,14 @@ class Heard:
         place: the class of the module, the code that called the softmax, and where in it.
         name: of the module.
         deposit: records the rows; None if they are not known.
-        tells_layout: whether the sizes of its weights do.
+        shape: of its weights.
         attends: whether that was done.
     """
 
     place: tuple[Any, ...]
     name: str
     deposit: Callable[[], None] | None
-    tells_layout: bool
+    shape: torch.Size
     attends: bool = False
 
 
@@ -135,6 +141,7 @@ class UnseenAttention(TorchFunctionMode):
         self._softmaxes = Softmaxes()
         self._weights = WeakIdKeyDictionary()  # tensors that came from a softmax -> the module
         self._mixtures = Mixtures(PRODUCTS, CUTS)
+        self._layouts = Layouts()
         self._whole = WeakIdKeyDictionary()  # weights as the softmax made them -> Heard
 
     def hear(self, weights: Tensor, heard: Heard) -> None:
@@ -152,7 +159,8 @@ class UnseenAttention(TorchFunctionMode):
             before = judged.get(each.place, Judged(each.attends, False))
             if each.attends != before.attends:
                 self.found[each.name] = "takes one softmax for attention and for other things"
-            judged[each.place] = Judged(before.attends, before.layout_is_told or each.tells_layout)
+            told = before.layout_is_told or tells_layout(each.shape)
+            judged[each.place] = Judged(before.attends, told)
         return judged
 
     def __torch_function__(
@@ -162,6 +170,7 @@ class UnseenAttention(TorchFunctionMode):
         kwargs = kwargs or {}
         around = goes_around_wrapper(func, args, kwargs)
         result = func(*args, **kwargs)
+        self._layouts.follow(func, args, kwargs, result)
         if sys._getframe(1).f_code is FLEX:
             self._note(calling_module(self.names), "calls flex_attention")
         if func in SOFTMAX_WRAPPERS or self._softmaxes.made(func, args, kwargs, result):
@@ -266,9 +275,24 @@ class UnseenAttention(TorchFunctionMode):
             return
         if heard.deposit is None:
             self._note(heard.name, OWN_SOFTMAX)
+        elif not self._may_have_heads_second(heard, weights):
+            known = self._layouts.heads_of(weights) is not None
+            self._note(heard.name, OWN_SOFTMAX if known else AS_MANY)
         elif not heard.attends:
             heard.deposit()
         heard.attends = True
+
+    def _may_have_heads_second(self, heard: Heard, weights: Tensor) -> bool:
+        """Tell whether heads come second, where sizes do not tell: as many as batch entries.
+
+        In transformers they do unless something else is known, as ``tests/families`` has checked.
+        """
+        if not has_as_many(heard.shape):
+            return True
+        heads = self._layouts.heads_of(weights)
+        return heads == 1 or (
+            heads is None and heard.place[0].__module__.startswith("transformers.")
+        )
 
     def _has_overtaken(self, heard: Heard) -> bool:
         """Tell whether weights attend after others that were made later; they are first later."""

@@ -22,7 +22,6 @@ from entropy_regularization.integrations.source import (
 )
 from entropy_regularization.integrations.stack import calling_module
 from entropy_regularization.integrations.unseen import Heard, Judged, UnseenAttention
-from entropy_regularization.integrations.weights import tells_layout
 
 SWITCHES = (bool, str)  # types of attributes that may choose the code that runs
 # Those of attributes that every module has, or that change from pass to pass.
@@ -139,7 +138,7 @@ class Watch:
         """
         mode = self._mode
         if mode is not None and threading.get_ident() == self._thread:
-            mode.hear(weights, Heard(place, name, deposit, tells_layout(weights)))
+            mode.hear(weights, Heard(place, name, deposit, weights.shape))
         elif mode is not None:
             if weights.dim() > 2:
                 mode.found[name] = IN_A_THREAD

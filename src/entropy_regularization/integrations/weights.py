@@ -108,9 +108,14 @@ def _has_heads_second(weights: Tensor, batch: int, places: Sequence[int]) -> boo
     return _has_queries_alone(n_queries, places[0])
 
 
-def tells_layout(weights: Tensor) -> bool:
+def tells_layout(shape: Sequence[int]) -> bool:
     """Tell whether sizes tell heads, the second dimension of four, from batch and queries."""
-    return weights.dim() == 4 and weights.shape[0] != weights.shape[1] != weights.shape[2]
+    return len(shape) == 4 and shape[0] != shape[1] != shape[2]
+
+
+def has_as_many(shape: Sequence[int]) -> bool:
+    """Tell whether there are as many heads as batch entries, of which either may come first."""
+    return len(shape) == 4 and shape[0] == shape[1] > 1
 
 
 def _has_queries_alone(n_queries: int, length: int) -> bool:
