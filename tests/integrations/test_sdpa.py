@@ -1568,7 +1568,7 @@ class LinearAttention(nn.Module):
     ("part", "message"),
     [
         (DeformableAttention, "1 weighs sampled values by a softmax of its own"),
-        (BroadcastAttn, "1 weighs sampled values by a softmax of its own"),
+        (BroadcastAttn, "1 computes a softmax of its own"),
         (LogAttention, "1 computes a softmax of its own"),
         (StepwiseAttention, "1 computes a softmax of its own"),
         (LogSumAttention, "1 computes a softmax of its own"),
@@ -1584,6 +1584,114 @@ def test_attention_in_another_guise_is_refused_by_name(
     for each in (x, x[:1]):
         with pytest.raises(ValueError, match=message), record_entropy(model):
             model(each)
+
+
+class Broadcast(nn.Module):
+    """Multiplies and sums, in a module whose name tells nothing."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.way, self.score, self.route = way, nn.Linear(16, 1), nn.Linear(16, 3)
+        self.experts = nn.ModuleList(nn.Linear(16, 16) for _ in range(3))
+        self.bank, self.mix = nn.Parameter(torch.randn(3, 16)), nn.Parameter(torch.randn(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = getattr(self, self.way)(x)
+        return y.mean() + x
+
+
+class Averages(Broadcast):
+    """Averages the values of its keys."""
+
+    def of_keys(self, x: Tensor) -> Tensor:
+        return ((x @ x.mT).softmax(-1)[..., None] * x[..., None, :, :]).sum(-2)
+
+    def the_other_way_round(self, x: Tensor) -> Tensor:
+        weights = (x @ x.mT).softmax(-1).unsqueeze(-1)
+        return torch.multiply(x.unsqueeze(1), functional.dropout(weights, 0.1)).sum(2)
+
+    def of_heads(self, x: Tensor) -> Tensor:
+        q = x.unflatten(-1, (4, 4)).transpose(1, 2)
+        return ((q @ q.mT).softmax(-1)[..., None] * q[:, :, None]).sum(-2)
+
+    def of_keys_before_rows(self, x: Tensor) -> Tensor:
+        return ((x @ x.mT).softmax(-2)[..., None] * x[..., None, :]).sum(-3)
+
+    def of_turned_weights(self, x: Tensor) -> Tensor:
+        return ((x @ x.mT).softmax(-1).mT[..., None] * x[..., None, :]).sum(-3)
+
+    def of_features_before_keys(self, x: Tensor) -> Tensor:
+        return ((x @ x.mT).softmax(-1)[:, :, None] * x.mT[:, None]).sum(-1)
+
+    def of_expanded(self, x: Tensor) -> Tensor:
+        weights = (x @ x.mT).softmax(-1)[..., None].expand(-1, -1, -1, 16)
+        return (weights * x[:, None].expand(-1, 7, -1, -1)).sum(-2)
+
+    def of_one_text(self, x: Tensor) -> Tensor:
+        return ((x[0] @ x[0].mT).softmax(-1)[..., None] * x[0]).sum(1)
+
+    def of_added_scores(self, x: Tensor) -> Tensor:
+        weights = self.score((x[:, :, None] + x[:, None]).tanh()).squeeze(-1).softmax(-1)
+        return (weights[..., None] * x[:, None]).sum(2)
+
+
+class Mixes(Broadcast):
+    """Mixes what every row has made for itself, or what is learned."""
+
+    def experts_of_tokens(self, x: Tensor) -> Tensor:
+        made = torch.stack([expert(x) for expert in self.experts], -2)
+        return (self.route(x).softmax(-1)[..., None] * made).sum(-2)
+
+    def experts_in_front(self, x: Tensor) -> Tensor:
+        made = torch.stack([expert(x) for expert in self.experts])
+        weights = torch.softmax(input=self.route(x), dim=2)
+        return (weights.permute(2, 0, 1)[..., None] * made).sum(0)
+
+    def gates_before_experts(self, x: Tensor) -> Tensor:
+        return (self.route(x).softmax(-1)[..., None] * x[:, :, None]).sum(-2)
+
+    def a_bank(self, x: Tensor) -> Tensor:
+        return (self.route(x).softmax(-1)[..., None] * self.bank).sum(-2)
+
+    def a_bank_with_dimensions(self, x: Tensor) -> Tensor:
+        return (self.route(x).softmax(-1)[..., None] * self.bank[None, None]).sum(-2)
+
+    def a_bank_that_was_cast(self, x: Tensor) -> Tensor:
+        return (self.route(x[:, 0]).softmax(-1)[..., None] * self.bank.double()[None]).sum(-2)
+
+    def layers(self, x: Tensor) -> Tensor:
+        return (self.mix.softmax(0)[:, None, None, None] * torch.stack([x, x + 1, x + 2])).sum(0)
+
+    def clusters(self, x: Tensor) -> Tensor:  # NetVLAD
+        return (self.route(x).softmax(-1)[..., None] * (x[:, :, None] - self.bank)).sum(1)
+
+    def branches(self, x: Tensor) -> Tensor:
+        weights = self.route(x.mean(1)).softmax(-1)
+        return (weights[..., None, None] * torch.stack([x, x + 1, x + 2], 1)).sum(1)
+
+
+def ways(kind: type[nn.Module]) -> list[str]:
+    return [name for name in vars(kind) if not name.startswith("_")]
+
+
+@pytest.mark.parametrize("way", ways(Averages))
+def test_broadcast_products_that_average_are_refused(way: str, x: Tensor) -> None:
+    model = nn.Sequential(Stack(), Averages(way))
+    for each in (x, x[:1]):
+        with (
+            pytest.raises(ValueError, match="1 computes a softmax of its own"),
+            record_entropy(model),
+        ):
+            model(each)
+
+
+@pytest.mark.parametrize("way", ways(Mixes))
+def test_broadcast_products_that_mix_are_let_pass(way: str, x: Tensor) -> None:
+    model = nn.Sequential(Stack(), Mixes(way))
+    for each in (x, x[:, :3], x[:1]):
+        with record_entropy(model) as recording:
+            model(each)
+        assert (len(recording), recording.missing) == (2, [])
 
 
 class Retention(nn.Module):

@@ -25,7 +25,14 @@ DIVISIONS = {
 }
 SUMS = {torch.sum, Tensor.sum}
 SPLITS = {torch.split, Tensor.split, torch.chunk, Tensor.chunk, torch.unbind, Tensor.unbind}
-TURNS = {torch.transpose, Tensor.transpose, torch.permute, Tensor.permute}
+TURNS = {
+    torch.transpose,
+    Tensor.transpose,
+    torch.permute,
+    Tensor.permute,
+    Tensor.mT.__get__,  # type: ignore[attr-defined]
+    Tensor.T.__get__,  # type: ignore[attr-defined]
+}
 
 SCORES, WEIGHTS, SUM, MIXTURE = "scores", "weights", "sum", "mixture"
 
@@ -53,7 +60,7 @@ class Mixtures:
     def softmax(self, args: Any, kwargs: Mapping[str, Any], result: Tensor) -> None:
         """Note the weights that a softmax made of anything but scores of queries and keys."""
         if not any(kind == SCORES for kind, _ in self._known(args, kwargs)):
-            self._found[result] = (WEIGHTS, _dimension(args, kwargs))
+            self._found[result] = (WEIGHTS, softmax_dimension(args, kwargs))
 
     def follow(
         self, func: Callable[..., Any], args: Any, kwargs: Mapping[str, Any], result: Any
@@ -82,7 +89,7 @@ class Mixtures:
         if not known or (func in TURNS and known[0][0] in (WEIGHTS, SUM)):
             return None
         if func in SUMS and known[0][0] == WEIGHTS:
-            return (SUM, _dimension(args, kwargs))
+            return (SUM, softmax_dimension(args, kwargs))
         if func in DIVISIONS and _is_across(known):
             return (MIXTURE, None)
         same = func in self._cuts or func in SPLITS
@@ -107,10 +114,11 @@ def _is_across(known: list[tuple[str, int | None]]) -> bool:
     return [kind for kind, _ in known] == [WEIGHTS, SUM] and known[0][1] != known[1][1]
 
 
-def _dimension(args: Any, kwargs: Mapping[str, Any]) -> int | None:
+def softmax_dimension(args: Any, kwargs: Mapping[str, Any]) -> int | None:
     """Return the dimension that a softmax or a sum runs over, counted from the last."""
     given = kwargs.get("dim", args[1] if len(args) > 1 else None)
     dimension = given[0] if isinstance(given, (list, tuple)) and len(given) == 1 else given
-    if not isinstance(dimension, int) or not isinstance(args[0], Tensor):
+    tensors = tensors_of(args, kwargs)
+    if not isinstance(dimension, int) or not tensors:
         return None
-    return dimension if dimension < 0 else dimension - args[0].dim()
+    return dimension if dimension < 0 else dimension - tensors[0].dim()

@@ -37,6 +37,31 @@ def averages_values(
     return func is torch.einsum and isinstance(args[0], str) and _sums_keys(args[0], at)
 
 
+def weighs_shared_values(weights: Tensor, values: Tensor, inner: int | None) -> bool:
+    """Tell whether weights scale the values of their keys, which several rows share.
+
+    That makes a sum over the keys of a broadcast product what a product of matrices is. Experts
+    make an output for every row, and what gates scale has no keys.
+
+    Args:
+        weights: with a dimension of one, or expanded, for the features of the values.
+        values: with a dimension of one, or expanded, for the rows.
+        inner: how many dimensions of weights, but for those of one, come after that of the keys;
+            None if any may be that.
+    """
+    n_dims = max(weights.dim(), values.dim())
+    pairs = list(zip(_own_sizes(weights, n_dims), _own_sizes(values, n_dims), strict=True))
+    has = [weight == value for weight, value in pairs if weight > 1]  # the dimension, the values
+    keys = has if inner is None else has[len(has) - 1 - inner :][:1]
+    return any(keys) and not all(has) and any(value > 1 == weight for weight, value in pairs)
+
+
+def _own_sizes(tensor: Tensor, n_dims: int) -> list[int]:
+    """Return the sizes of as many dimensions, one where a tensor is expanded or has none."""
+    sizes = [size if step else 1 for size, step in zip(tensor.shape, tensor.stride(), strict=True)]
+    return [1] * (n_dims - tensor.dim()) + sizes
+
+
 def _tells_heads_from_queries(weights: Tensor, values: Tensor) -> bool:
     """Tell whether heads come second in four dimensions: values show it, unless all share them."""
     as_many = weights.dim() == 4 and weights.shape[1] == weights.shape[2] > 1

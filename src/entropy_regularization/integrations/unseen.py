@@ -24,8 +24,14 @@ from entropy_regularization.integrations.interception import (
     goes_around_wrapper,
 )
 from entropy_regularization.integrations.layouts import Layouts
-from entropy_regularization.integrations.mixing import SPLITS, Mixtures, tensors_of
-from entropy_regularization.integrations.products import averages_values
+from entropy_regularization.integrations.mixing import (
+    SPLITS,
+    TURNS,
+    Mixtures,
+    softmax_dimension,
+    tensors_of,
+)
+from entropy_regularization.integrations.products import averages_values, weighs_shared_values
 from entropy_regularization.integrations.softmaxes import Softmaxes
 from entropy_regularization.integrations.source import OWN_SOFTMAX
 from entropy_regularization.integrations.stack import calling_module
@@ -65,7 +71,7 @@ FLEX = flex_attention.flex_attention.__code__  # computes everything where no wa
 # What may lie between the softmax and the product with the values: names of functions.
 COPIES = "contiguous clone detach to type type_as float double half bfloat16"
 KEEPING = frozenset(f"dropout view reshape flatten unflatten squeeze unsqueeze {COPIES}".split())
-SCALINGS = {torch.mul, Tensor.mul, Tensor.__mul__}
+SCALINGS = {torch.mul, Tensor.mul, Tensor.__mul__, torch.multiply, Tensor.multiply}
 # What may lie between the softmax and the product, where the number of elements may change.
 CUTS = {
     Tensor.__getitem__,
@@ -87,6 +93,19 @@ CUTS = {
     Tensor.tile,
     functional.pad,
 }
+
+
+class Made(NamedTuple):
+    """What came from a softmax.
+
+    Attributes:
+        name: of the module that called it.
+        inner: how many dimensions, but for those of one, come after that of the softmax; None if
+            that is not known.
+    """
+
+    name: str
+    inner: int | None
 
 
 @dataclass
@@ -139,7 +158,7 @@ class UnseenAttention(TorchFunctionMode):
         self._kinds = {name: type(part).__name__.lower() for part, name in names.items()}
         self._linears = {name for part, name in names.items() if isinstance(part, nn.Linear)}
         self._softmaxes = Softmaxes()
-        self._weights = WeakIdKeyDictionary()  # tensors that came from a softmax -> the module
+        self._weights = WeakIdKeyDictionary()  # tensors that came from a softmax -> Made
         self._mixtures = Mixtures(PRODUCTS, CUTS)
         self._layouts = Layouts()
         self._whole = WeakIdKeyDictionary()  # weights as the softmax made them -> Heard
@@ -179,7 +198,7 @@ class UnseenAttention(TorchFunctionMode):
             if func is functional.gumbel_softmax or around:
                 self._whole.pop(result, None)
             if name is not None:
-                self._weights[result] = name
+                self._weights[result] = Made(name, _inner(args, kwargs, result))
                 self._mixtures.softmax(args, kwargs, result)
         elif around:
             self._note(calling_module(self.names), f"calls {func.__name__} by another name")
@@ -205,18 +224,28 @@ class UnseenAttention(TorchFunctionMode):
             return
         if func in PRODUCTS:
             self._multiply(func, args, tensors, source, result)
-        elif func in SCALINGS and result.numel() > source.numel():
-            # Deformable attention weighs the values that it samples; so does a mixture of experts.
-            name = self._weights[source]
-            if any(word in self._kinds.get(name, "") for word in ("attention", "attn")):
-                self._note(name, "weighs sampled values by a softmax of its own")
+        elif func in SCALINGS and self._scale(tensors, source, result):
+            return
         elif (
             func in CUTS
             or result.numel() == source.numel()
             # heads that a convolution mixes into more or fewer
             or (source.dim() == result.dim() == 4 and source.shape[2:] == result.shape[2:])
         ):
-            self._weights[result] = self._weights[source]
+            made = self._weights[source]
+            self._weights[result] = made._replace(inner=None) if func in TURNS else made
+
+    def _scale(self, tensors: list[Tensor], weights: Tensor, result: Tensor) -> bool:
+        """Weights scale something: tell whether that is what they weigh; note it if they attend."""
+        name = self._weights[weights].name
+        widens = result.numel() > weights.numel()
+        if self._weighs_shared_values(tensors, weights):
+            self._note(name, OWN_SOFTMAX)
+            return True
+        # Deformable attention weighs the values that it samples; so does a mixture of experts.
+        if widens and any(word in self._kinds.get(name, "") for word in ("attention", "attn")):
+            self._note(name, "weighs sampled values by a softmax of its own")
+        return widens
 
     def _follow_whole(
         self, func: Callable[..., Any], first: Tensor, source: Tensor, result: Any
@@ -259,6 +288,22 @@ class UnseenAttention(TorchFunctionMode):
         learned = [isinstance(each, nn.Parameter) for each in tensors if each is not weights]
         return all(learned) or (any(learned) and self._mixtures.is_without_scores(weights))
 
+    def _weighs_shared_values(self, tensors: list[Tensor], weights: Tensor) -> bool:
+        """Tell whether weights meet values that their rows share, in a product that is summed.
+
+        Without scores of queries and keys they may mix what is learned, which batch entries share.
+        """
+        values = next((each for each in tensors if each is not weights), weights)
+        if values.layout is not torch.strided or isinstance(
+            values._base if values._is_view() else values, nn.Parameter
+        ):
+            return False
+        of_batch = weights.dim() == values.dim() and weights.shape[0] == values.shape[0]
+        if self._mixtures.is_without_scores(weights) and not of_batch:
+            return False
+        inner = self._weights[weights].inner
+        return weights not in self._mixtures and weighs_shared_values(weights, values, inner)
+
     def _attend(
         self, func: Callable[..., Any], args: Any, tensors: list[Tensor], weights: Tensor
     ) -> None:
@@ -271,7 +316,7 @@ class UnseenAttention(TorchFunctionMode):
             or not averages_values(func, args, tensors, weights)
             or self._has_overtaken(heard)
         ):
-            self._note(self._weights[weights], OWN_SOFTMAX)
+            self._note(self._weights[weights].name, OWN_SOFTMAX)
             return
         if heard.deposit is None:
             self._note(heard.name, OWN_SOFTMAX)
@@ -302,6 +347,14 @@ class UnseenAttention(TorchFunctionMode):
     def _note(self, name: str | None, how: str) -> None:
         if name is not None:
             self.found[name] = how
+
+
+def _inner(args: Any, kwargs: Mapping[str, Any], weights: Tensor) -> int | None:
+    """Return how many dimensions, but for those of one, come after that of a softmax."""
+    dimension = softmax_dimension(args, kwargs)
+    if dimension is None:
+        return None
+    return sum(size > 1 for size in weights.shape[weights.dim() + dimension + 1 :])
 
 
 def _keeps_weights(func: Callable[..., Any], weights: Tensor, result: Tensor) -> bool:
