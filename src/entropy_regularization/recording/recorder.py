@@ -83,8 +83,9 @@ def record_entropy(
     """Record the entropy of every attention row in the forward passes inside the context.
 
     A transformers model is seen through its attention interface, any other model through
-    ``torch.nn.functional.scaled_dot_product_attention``. The model computes the same output as
-    before, in linear memory; outside the context it runs its own attention.
+    ``torch.nn.functional.scaled_dot_product_attention``; both compute the same output as before, in
+    linear memory. Attention that a model writes out itself, ``softmax(scores) @ values``, runs as
+    it is, and its weights are read. Outside the context the model is as it was.
 
     Args:
         model: the model, wrapped or not (DistributedDataParallel, PEFT, torch.compile).
