@@ -37,6 +37,7 @@ from transformers import (
     ViTModel,
 )
 
+from entropy_regularization.cli.evaluation import read_through
 from entropy_regularization.cli.main import main
 from entropy_regularization.data.text import Document
 from entropy_regularization.data.tokenization import TokenBlocks, train_tokenizer
@@ -348,3 +349,14 @@ def test_names_that_are_no_model(name: str) -> None:
     assert done.exit_code == 2
     (line,) = done.stderr.splitlines()
     assert line.startswith("entropy-reg: --model ")
+
+
+def test_a_model_is_read_as_it_is_used_and_then_is_as_it_was() -> None:
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=32, n_head=2, vocab_size=99, **SPECIAL))
+    model.train()  # with dropout
+    ids = torch.arange(40).view(2, 20)
+    one, other = ([loss for _, loss, _ in read_through(model, ids, 1, predicts=True)] for _ in "ab")
+    assert one == other
+    assert model.training
+    assert all(part.training for part in model.modules())
