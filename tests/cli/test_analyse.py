@@ -16,6 +16,8 @@ from peft import LoraConfig, get_peft_model
 from tokenizers import processors
 from transformers import (
     AutoModelForCausalLM,
+    BartConfig,
+    BartForCausalLM,
     BertConfig,
     BertForMaskedLM,
     BertLMHeadModel,
@@ -26,6 +28,8 @@ from transformers import (
     GPTJForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
     PreTrainedModel,
     Qwen2Config,
     Qwen2ForSequenceClassification,
@@ -65,6 +69,19 @@ MODELS: dict[str, Callable[[], PreTrainedModel]] = {
         GPT2Config(vocab_size=VOCABULARY, n_positions=64, n_embd=32, n_layer=1, n_head=2, **SPECIAL)
     ),
     "narrow": lambda: LlamaForCausalLM(LlamaConfig(**SMALL | {"vocab_size": 100})),
+    "mixtral": lambda: MixtralForCausalLM(
+        MixtralConfig(
+            num_key_value_heads=2, num_local_experts=4, output_router_logits=True,
+            router_aux_loss_coef=1.0, **SMALL,
+        )
+    ),
+    "bart": lambda: BartForCausalLM(
+        BartConfig(
+            vocab_size=VOCABULARY, d_model=32, decoder_layers=2, decoder_attention_heads=4,
+            decoder_ffn_dim=32, max_position_embeddings=64, init_std=0.3, is_decoder=True,
+            is_encoder_decoder=False,
+        )
+    ),
     "bert": lambda: BertForMaskedLM(BertConfig(**SMALL)),
     "both ways": lambda: BertLMHeadModel(BertConfig(**SMALL)),  # is_decoder is false
     "roberta": lambda: RobertaForMaskedLM(
@@ -148,6 +165,19 @@ def test_numbers_are_those_of_the_attention_matrices(
             assert found["growth"][layer][head] == pytest.approx(slope, rel=1e-4, abs=1e-6)
             means = [entropy[:, k - 1 : 2 * k - 1].mean().item() for k in found["keys"]]
             assert found["entropy_by_keys"][layer][head] == pytest.approx(means, rel=1e-5, abs=1e-7)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "bart"])
+def test_perplexity_is_of_the_next_tokens_whatever_the_loss_of_a_model_holds(
+    name: str, models: Path, tmp_path: Path
+) -> None:
+    (found,) = analyse(models, tmp_path / "out", name, more=("--context-length=40",))
+    ids = blocks_of(40)
+    model = AutoModelForCausalLM.from_pretrained(models / name).eval()
+    with torch.no_grad():
+        logits = model(input_ids=ids, use_cache=False).logits
+    wanted = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+    assert found["perplexity"] == pytest.approx(wanted.exp().item(), rel=1e-5)
 
 
 def test_numbers_are_those_that_training_ended_with(models: Path, tmp_path: Path) -> None:

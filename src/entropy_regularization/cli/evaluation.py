@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
 from entropy_regularization.cli.models import device_of, takes
@@ -96,13 +97,20 @@ def read_through(
     try:
         for batch in blocks.split(batch_size):
             ids = batch.to(device)
-            if predicts:
-                options["labels"] = ids
             with torch.no_grad(), record_entropy(model, gradient=False) as recording:
                 found = model(input_ids=ids, **options)
-            yield ids, found.loss.item() if predicts else math.nan, recording
+            yield ids, _loss(found.logits, ids) if predicts else math.nan, recording
     finally:
         model.train(training)
+
+
+def _loss(logits: Tensor, ids: Tensor) -> float:
+    """Return the mean loss over the tokens after the first.
+
+    A model's own may hold more (the balance of experts), or not shift its labels (BART's decoder).
+    """
+    predicted = logits[:, :-1].flatten(0, 1).float()
+    return cross_entropy(predicted, ids[:, 1:].flatten().to(predicted.device)).item()
 
 
 def numbers_of(record: Record) -> dict[str, Any]:

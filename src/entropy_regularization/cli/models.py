@@ -142,7 +142,9 @@ def try_out(model: PreTrainedModel, name: str) -> tuple[EntropyRecording, bool]:
     try:
         for ids in pair.split(1):  # a classifier may take one text at a time
             with torch.no_grad(), record_entropy(model, gradient=False) as recording:
-                given.append(model(input_ids=ids, **options)[0][0, 0])
+                found = model(input_ids=ids, **options)
+            # without labels some give their loss of the balance of experts first (Mixtral)
+            given.append(getattr(found, "logits", found[0])[0, 0])
     except ValueError as error:
         raise RunProblem(f"--model {name}: {error}") from error
     one, other = given
