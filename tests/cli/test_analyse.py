@@ -21,6 +21,7 @@ from transformers import (
     BertConfig,
     BertForMaskedLM,
     BertLMHeadModel,
+    BertForMultipleChoice,
     GPT2Config,
     GPT2LMHeadModel,
     GPT2Model,
@@ -90,6 +91,7 @@ MODELS: dict[str, Callable[[], PreTrainedModel]] = {
     "classifier": lambda: Qwen2ForSequenceClassification(
         Qwen2Config(num_key_value_heads=2, **SMALL | {"pad_token_id": None})
     ),
+    "choice": lambda: BertForMultipleChoice(BertConfig(**SMALL)),
     "t5": lambda: T5ForConditionalGeneration(
         T5Config(vocab_size=VOCABULARY, d_model=16, d_kv=8, d_ff=16, num_layers=2, num_heads=2)
     ),
@@ -347,6 +349,7 @@ def test_what_predicts_no_token_has_no_perplexity(name: str, models: Path, tmp_p
     [
         (["t5"], (), 1, "t5 takes two texts, not a text; measure it with record_entropy"),
         (["vit"], (), 1, "vit takes pixel_values, not a text; measure it with record_entropy"),
+        (["choice"], (), 1, "BertForMultipleChoice does not run on a text alone (RuntimeError: "),
         (["llama", "vit"], (), 1, "vit takes pixel_values, not a text"),
         (["llama", "llama"], (), 2, "--model names one model twice; name it once."),
         (["."], (), 2, "is a folder without a config.json; pass one that save_pretrained wrote."),

@@ -2,6 +2,7 @@
 
 import inspect
 import os
+from textwrap import shorten
 from typing import Any
 
 import torch
@@ -134,7 +135,7 @@ def try_out(model: PreTrainedModel, name: str) -> tuple[EntropyRecording, bool]:
         What was recorded, and whether what the first token gives is the same for another second.
 
     Raises:
-        RunProblem: if its attention cannot be recorded.
+        RunProblem: if it does not run on tokens alone, or its attention cannot be recorded.
     """
     pair = torch.tensor([[0, 0], [0, 1]], device=device_of(model))
     options = {"use_cache": False} if takes(model, "use_cache") else {}
@@ -145,8 +146,17 @@ def try_out(model: PreTrainedModel, name: str) -> tuple[EntropyRecording, bool]:
                 found = model(input_ids=ids, **options)
             # without labels some give their loss of the balance of experts first (Mixtral)
             given.append(getattr(found, "logits", found[0])[0, 0])
+    except torch.OutOfMemoryError:
+        raise
     except ValueError as error:
         raise RunProblem(f"--model {name}: {error}") from error
+    except Exception as error:  # of a model that wants a picture, several choices, more tokens ...
+        said = shorten(str(error), 200, placeholder=" ...")
+        raise RunProblem(
+            f"--model {name}: {type(model).__name__} does not run on a text alone "
+            f"({type(error).__name__}: {said}); measure it with record_entropy in a program of "
+            "your own."
+        ) from error
     one, other = given
     return recording, torch.allclose(one, other, rtol=1e-4, atol=1e-5, equal_nan=True)
 
@@ -173,6 +183,11 @@ def check_tokens(name: str, model: PreTrainedModel, *blocks: Tensor) -> None:
         RunProblem: if it lacks one.
     """
     embedding: Any = model.get_input_embeddings()
+    if not hasattr(embedding, "weight"):
+        raise RunProblem(
+            f"--model {name}: {type(model).__name__} has no table of tokens; measure it with "
+            "record_entropy in a program of your own."
+        )
     rows = embedding.weight.shape[0]
     largest = max(int(each.max()) for each in blocks)
     if largest >= rows:
