@@ -1,5 +1,6 @@
 """entropy-reg analyse: its numbers are those of the matrices, and what it cannot read it says."""
 
+import errno
 import inspect
 import json
 import math
@@ -20,8 +21,8 @@ from transformers import (
     BartForCausalLM,
     BertConfig,
     BertForMaskedLM,
-    BertLMHeadModel,
     BertForMultipleChoice,
+    BertLMHeadModel,
     GPT2Config,
     GPT2LMHeadModel,
     GPT2Model,
@@ -324,6 +325,44 @@ def test_what_was_found_before_a_failure_is_there(models: Path, tmp_path: Path) 
     assert "--context-length 64 is longer than the 32 positions of" in done.stderr
     assert "growth with log n" in done.stdout
     assert len(json.loads((out / "analysis.json").read_text())["models"]) == 1
+
+
+def test_a_folder_that_cannot_be_made_is_told_before_anything_is_read(
+    models: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "mine.txt").write_text("mine")
+    place = tmp_path / "mine.txt" / "out"
+    done = call(models, "llama", more=(f"--output={place}", "--contexts=2"))
+    assert done.exit_code == 1
+    (line,) = done.stderr.splitlines()
+    assert f"--output {place} cannot be written to (Not a directory); make room or access" in line
+    assert done.stdout == ""
+
+
+def test_a_full_disk_is_told_and_the_numbers_stay(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("entropy_regularization.cli.analysis.save_heatmaps", full)
+    out = tmp_path / "out"
+    done = call(models, "llama", more=(f"--output={out}", "--contexts=2"))
+    assert done.exit_code == 1
+    assert f"--output {out} cannot be written to (No space left on device);" in done.stderr
+    assert "growth with log n" in done.stdout
+    assert len(json.loads((out / "analysis.json").read_text())["models"]) == 1
+
+
+def test_the_same_command_goes_on_after_an_interruption_while_writing(
+    models: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "analysis.json.new").write_text("{")
+    done = call(models, "llama", more=(f"--output={out}", "--contexts=2"))
+    assert done.exit_code == 0, done.output
+    assert not (out / "analysis.json.new").exists()
 
 
 def test_rotary_positions_have_no_end(models: Path, tmp_path: Path) -> None:

@@ -107,7 +107,7 @@ def analyse_models(names: Sequence[str], options: dict[str, Any], output: Path |
     length = options["context_length"] or _common_length(saved)
     reading = Reading(**options | {"device": device, "context_length": length})
     if output is not None:
-        _check_folder(output)
+        _make_folder(output)
     documents = reading.documents(console)
     analyses: list[Analysis] = []
     try:
@@ -119,7 +119,8 @@ def analyse_models(names: Sequence[str], options: dict[str, Any], output: Path |
         if analyses:  # those before the one that failed, too
             console.print(_table(analyses))
     if output is not None:
-        _write_pictures(output, analyses, reading)
+        with _writing_in_words(output):
+            _write_pictures(output, analyses, reading)
         console.print(f"the page about it: {output / 'report.html'}")
 
 
@@ -140,16 +141,21 @@ def _check_device(device: str) -> None:
         ) from None
 
 
-def _check_folder(folder: Path) -> None:
-    if folder.is_dir():
-        others = [each.name for each in folder.iterdir() if each.name not in FILES]
+def _make_folder(folder: Path) -> None:
+    """Make the folder, or refuse it, before anything is measured."""
+    if folder.exists() and not folder.is_dir():
+        raise UsageProblem(f"--output {folder} is a file; pass a folder.")
+    with _writing_in_words(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        names = (each.name.removesuffix(".new") for each in folder.iterdir())  # of one interrupted
+        others = [name for name in names if name not in FILES]
         if others:
             raise UsageProblem(
                 f"--output {folder} holds something else ({sorted(others)[0]}); pass a folder of "
                 "its own."
             )
-    elif folder.exists():
-        raise UsageProblem(f"--output {folder} is a file; pass a folder.")
+    if not os.access(folder, os.W_OK):
+        raise RunProblem(f"--output {folder} cannot be written to; make access, or pass another.")
 
 
 def _analyse(
@@ -290,14 +296,26 @@ def _table(analyses: Sequence[Analysis]) -> Table:
 
 
 def _write_numbers(folder: Path, analyses: Sequence[Analysis], reading: Reading) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
     content = {
         "version": VERSION,
         "options": dataclasses.asdict(reading),
         "models": [found.as_dict() for found in analyses],
         **surroundings(),
     }
-    write_json(folder / "analysis.json", content)
+    with _writing_in_words(folder):
+        write_json(folder / "analysis.json", content)
+
+
+@contextmanager
+def _writing_in_words(folder: Path) -> Iterator[None]:
+    """Turn what the system says of a full disk or a forbidden place into a sentence."""
+    try:
+        yield
+    except OSError as error:
+        raise RunProblem(
+            f"--output {folder} cannot be written to ({error.strerror or error}); make room or "
+            "access, or pass another folder."
+        ) from error
 
 
 def _write_pictures(folder: Path, analyses: Sequence[Analysis], reading: Reading) -> None:
