@@ -1,10 +1,11 @@
 """entropy-reg analyse: its numbers are those of the matrices, and what it cannot read it says."""
 
+import contextlib
 import errno
 import inspect
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -43,10 +44,12 @@ from transformers import (
     ViTModel,
 )
 
+from entropy_regularization import record_entropy
 from entropy_regularization.cli.evaluation import read_through
 from entropy_regularization.cli.main import main
 from entropy_regularization.data.text import Document
 from entropy_regularization.data.tokenization import TokenBlocks, train_tokenizer
+from entropy_regularization.recording.recording import EntropyRecording
 
 TEXT = "".join(f"line {n} of {n * n}\n" for n in range(400))
 VOCABULARY = 300
@@ -325,6 +328,26 @@ def test_what_was_found_before_a_failure_is_there(models: Path, tmp_path: Path) 
     assert "--context-length 64 is longer than the 32 positions of" in done.stderr
     assert "growth with log n" in done.stdout
     assert len(json.loads((out / "analysis.json").read_text())["models"]) == 1
+
+
+@pytest.mark.parametrize(("times", "code"), [(1, 0), (2, 1)])
+def test_a_part_that_only_longer_texts_have_is_heard_again(
+    times: int, code: int, models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # as record_entropy refuses the compressor of DeepSeek V4, which two tokens do not reach
+    refusals = iter(range(times))
+
+    @contextlib.contextmanager
+    def record(*given: Any, **options: Any) -> Iterator[EntropyRecording]:
+        with record_entropy(*given, **options) as recording:
+            yield recording
+        if next(refusals, None) is not None:
+            raise ValueError("a part of its attention cannot be recorded")
+
+    monkeypatch.setattr("entropy_regularization.cli.evaluation.record_entropy", record)
+    done = call(models, "llama", more=("--contexts=2",))
+    assert done.exit_code == code, done.output
+    assert ("a part of its attention cannot be recorded" in done.stderr) == bool(code)
 
 
 def test_a_folder_that_cannot_be_made_is_told_before_anything_is_read(

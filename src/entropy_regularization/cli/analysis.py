@@ -179,7 +179,7 @@ def _analyse(
         monitor, lengths, losses = EntropyMonitor(), LengthSums({}), []
         batches = read_through(model, blocks, reading.batch_size, predicts=predicts)
         batches = _shown(batches, math.ceil(len(blocks) / reading.batch_size), console)
-        with _length_in_words(reading, model, name):
+        with _reading_in_words(reading, model, name):
             for ids, loss, recording in batches:
                 monitor.update(recording)
                 lengths = lengths.plus(length_sums(recording))
@@ -227,10 +227,12 @@ def _check_length(reading: Reading, model: PreTrainedModel, name: str, console: 
 
 
 @contextmanager
-def _length_in_words(reading: Reading, model: PreTrainedModel, name: str) -> Iterator[None]:
-    """Turn what a model raises of a context that is too long for it into a sentence."""
+def _reading_in_words(reading: Reading, model: PreTrainedModel, name: str) -> Iterator[None]:
+    """Turn what a model raises of a context that is too long for it, or unseen, into a sentence."""
     try:
         yield
+    except ValueError as error:
+        raise RunProblem(f"--model {name}: {error}") from error
     except (IndexError, RuntimeError) as error:
         longest = positions_of(model)
         fits = longest is None or reading.context_length <= longest

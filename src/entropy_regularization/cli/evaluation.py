@@ -97,11 +97,20 @@ def read_through(
     try:
         for batch in blocks.split(batch_size):
             ids = batch.to(device)
-            with torch.no_grad(), record_entropy(model, gradient=False) as recording:
-                found = model(input_ids=ids, **options)
+            options["input_ids"] = ids
+            try:
+                found, recording = _heard(model, options)
+            except ValueError:  # a part that short texts leave out is told apart once (DeepSeek V4)
+                found, recording = _heard(model, options)
             yield ids, _loss(found.logits, ids) if predicts else math.nan, recording
     finally:
         model.train(training)
+
+
+def _heard(model: PreTrainedModel, inputs: dict[str, Any]) -> tuple[Any, EntropyRecording]:
+    with torch.no_grad(), record_entropy(model, gradient=False) as recording:
+        found = model(**inputs)
+    return found, recording
 
 
 def _loss(logits: Tensor, ids: Tensor) -> float:
