@@ -330,6 +330,23 @@ def test_what_was_found_before_a_failure_is_there(models: Path, tmp_path: Path) 
     assert len(json.loads((out / "analysis.json").read_text())["models"]) == 1
 
 
+def test_numbers_that_overflow_are_told(models: Path, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = MODELS["llama"]()
+    for name, weight in model.named_parameters():
+        if "layers.0.mlp" in name:
+            weight.data *= 1e4
+    model.half().save_pretrained(tmp_path / "large")
+    train_tokenizer([Document("text", TEXT)], VOCABULARY).save_pretrained(tmp_path / "large")
+    more = (f"--data={models / 'text.txt'}", "--contexts=2")
+    done = call(tmp_path, "large", more=more)
+    assert done.exit_code == 1
+    said = "gives NaN in float16, first in model.layers.1.self_attn; pass --dtype float32."
+    assert said in done.stderr
+    assert "means over all heads" not in done.stdout
+    assert call(tmp_path, "large", more=(*more, "--dtype=float32")).exit_code == 0
+
+
 @pytest.mark.parametrize(("times", "code"), [(1, 0), (2, 1)])
 def test_a_part_that_only_longer_texts_have_is_heard_again(
     times: int, code: int, models: Path, monkeypatch: pytest.MonkeyPatch

@@ -184,6 +184,7 @@ def _analyse(
                 monitor.update(recording)
                 lengths = lengths.plus(length_sums(recording))
                 losses.append(loss * len(ids))
+                _check_numbers(model, name, lengths, loss if predicts else 0.0)
     return Analysis(
         name,
         type(model).__name__,
@@ -224,6 +225,21 @@ def _check_length(reading: Reading, model: PreTrainedModel, name: str, console: 
             f"{name}; pass at most {longest}."
         )
     console.print(f"{name} was made for contexts of at most {longest:,} tokens")
+
+
+def _check_numbers(model: PreTrainedModel, name: str, lengths: LengthSums, loss: float) -> None:
+    """Refuse NaN, which means over heads would leave out; float16 ends at 65504."""
+    broken = [layer for layer, sums in lengths.layers.items() if not sums[2].isfinite().all()]
+    if math.isnan(loss):
+        broken.append("its logits")
+    if not broken:
+        return
+    dtype = str(model.dtype).removeprefix("torch.")
+    todo = "pass one that was saved before it diverged"
+    raise RunProblem(
+        f"--model {name} gives NaN in {dtype}, first in {broken[0]}; "
+        f"{todo if dtype == 'float32' else 'pass --dtype float32'}."
+    )
 
 
 @contextmanager
