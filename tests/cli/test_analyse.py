@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import peft
 import pytest
 import torch
 from click.testing import CliRunner, Result
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from tokenizers import processors
 from transformers import (
     AutoModelForCausalLM,
@@ -246,13 +246,16 @@ def test_positions_that_padding_takes_are_not_counted(models: Path, tmp_path: Pa
     assert "--context-length 65 is longer than the 64 positions of" in done.stderr
 
 
-@pytest.mark.skipif(
-    peft.__version__.startswith("0.18."), reason="transformers loads adapters with a newer peft"
-)
-def test_adapters_are_read_on_the_model_that_they_are_for(models: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("dora", [False, True])
+def test_adapters_are_read_on_the_model_that_they_are_for(
+    dora: bool, models: Path, tmp_path: Path
+) -> None:
     base = AutoModelForCausalLM.from_pretrained(models / "llama")
     torch.manual_seed(1)
-    adapted = get_peft_model(base, LoraConfig(r=2, init_lora_weights=False))
+    adapted = get_peft_model(base, LoraConfig(r=2, init_lora_weights=False, use_dora=dora))
+    for name, weight in adapted.named_parameters():
+        if "magnitude" in name:
+            weight.data *= 1.5
     adapted.save_pretrained(tmp_path / "adapters")
     merged = tmp_path / "merged"
     adapted.merge_and_unload().save_pretrained(merged)
@@ -266,6 +269,32 @@ def test_adapters_are_read_on_the_model_that_they_are_for(models: Path, tmp_path
     page = (tmp_path / "out" / "report.html").read_text()
     assert f"{tmp_path.name}/merged minus {tmp_path.name}/adapters</h3>" in page
     assert one["perplexity"] != pytest.approx(without["perplexity"], rel=1e-3)
+
+
+def test_adapters_that_cannot_be_read_are_one_sentence(models: Path, tmp_path: Path) -> None:
+    def told(name: str) -> str:
+        done = call(tmp_path, name, more=(f"--data={models / 'text.txt'}",))
+        assert done.exit_code == 1
+        (line,) = done.stderr.splitlines()
+        return line
+
+    base = AutoModelForCausalLM.from_pretrained(models / "llama")
+    get_peft_model(base, LoraConfig(r=2)).save_pretrained(tmp_path / "lora")
+    weights = load_file(tmp_path / "lora" / "adapter_model.safetensors")
+    weights.pop(min(weights))
+    save_file(weights, tmp_path / "lora" / "adapter_model.safetensors")
+    assert "lora lacks weights of its adapter_config.json; put back the two files" in told("lora")
+    (tmp_path / "lora" / "adapter_model.safetensors").unlink()
+    assert "lora holds no adapter_model.safetensors; put back what" in told("lora")
+    config = tmp_path / "lora" / "adapter_config.json"
+    content = json.loads(config.read_text()) | {"base_model_name_or_path": None}
+    config.write_text(json.dumps(content))
+    assert "lora holds adapters that do not say which model they are for" in told("lora")
+
+    base = AutoModelForCausalLM.from_pretrained(models / "llama")
+    prompt = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    get_peft_model(base, prompt).save_pretrained(tmp_path / "prompt")
+    assert "prompt was trained by PROMPT_TUNING, which adds keys that are no text" in told("prompt")
 
 
 def test_without_perplexity_one_position_has_logits(

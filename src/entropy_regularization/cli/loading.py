@@ -4,6 +4,7 @@ import difflib
 import json
 import re
 import textwrap
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -112,7 +113,15 @@ def _base_of(name: str) -> str | None:
     if (Path(name) / "config.json").is_file():
         return None
     path = find_adapter_config_file(name)
-    return None if path is None else json.loads(Path(path).read_bytes())["base_model_name_or_path"]
+    if path is None:
+        return None
+    base: str | None = json.loads(Path(path).read_bytes())["base_model_name_or_path"]
+    if base is None:
+        raise RunProblem(
+            f"--model {name} holds adapters that do not say which model they are for; write it as "
+            "base_model_name_or_path into adapter_config.json."
+        )
+    return base
 
 
 def load_as_saved(
@@ -132,7 +141,7 @@ def load_as_saved(
     model = _load(saved.base, saved.kind, dtype=dtype, **placed)
     with _loading_in_words(saved.name):
         if saved.base != saved.name:
-            _check_weights(saved.name, model, vars(model.load_adapter(saved.name)))
+            model = _adapted(model, saved.name)
         has_own = (Path(saved.name) / "tokenizer_config.json").is_file()
         tokenizer = _load_tokenizer(saved.name if has_own else saved.base)
     return (model if placed else model.to(device)), tokenizer  # type: ignore[arg-type]
@@ -150,6 +159,33 @@ def _load(name: str, kind: Any, **options: Any) -> PreTrainedModel:
         )
     _check_weights(name, model, found)
     return model  # type: ignore[no-any-return]
+
+
+def _adapted(model: PreTrainedModel, name: str) -> PreTrainedModel:
+    """Put adapters into a model; load_adapter of transformers reads fewer kinds (no DoRA)."""
+    from peft import PeftConfig, PeftModel
+
+    config = PeftConfig.from_pretrained(name)
+    if config.is_prompt_learning or config.is_adaption_prompt:
+        raise RunProblem(
+            f"--model {name} was trained by {config.peft_type.value}, which adds keys that are no "
+            "text; pass adapters that change weights, as LoRA does."
+        )
+    files = ("adapter_model.safetensors", "adapter_model.bin")
+    if Path(name).is_dir() and not any((Path(name) / each).is_file() for each in files):
+        raise RunProblem(
+            f"--model {name} holds no {files[0]}; put back what save_pretrained wrote."
+        )
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        adapted: Any = PeftModel.from_pretrained(model, name).get_base_model()
+    if any("missing adapter keys" in str(each.message) for each in told):
+        raise RunProblem(
+            f"--model {name} lacks weights of its adapter_config.json; put back the two files that "
+            "were saved together."
+        )
+    _check_finite(name, adapted)
+    return adapted  # type: ignore[no-any-return]
 
 
 def check_name(name: str) -> None:
@@ -217,6 +253,10 @@ def _check_weights(name: str, model: PreTrainedModel, found: dict[str, Any]) -> 
             f"--model {name} lacks weights of its config.json: {_first(missing)}; put back the two "
             "files that were saved together."
         )
+    _check_finite(name, model)
+
+
+def _check_finite(name: str, model: PreTrainedModel) -> None:
     weights = [each for each in model.named_parameters() if not each[1].is_meta]  # on disk
     broken = [key for key, weight in weights if not weight.isfinite().all()]
     if broken:
