@@ -5,6 +5,7 @@ import errno
 import inspect
 import json
 import math
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -295,6 +296,22 @@ def test_adapters_that_cannot_be_read_are_one_sentence(models: Path, tmp_path: P
     prompt = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
     get_peft_model(base, prompt).save_pretrained(tmp_path / "prompt")
     assert "prompt was trained by PROMPT_TUNING, which adds keys that are no text" in told("prompt")
+
+
+@pytest.mark.parametrize(
+    ("change", "code"),
+    [({"architectures": ["pipeline"]}, 0), ({"dtype": "float8"}, 1), (None, 1)],
+)
+def test_a_config_that_says_something_odd(
+    change: dict[str, Any] | None, code: int, models: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(models / "llama", tmp_path / "odd")
+    config = tmp_path / "odd" / "config.json"
+    content = None if change is None else json.loads(config.read_text()) | change
+    config.write_text(json.dumps(content))
+    done = call(tmp_path, "odd", more=(f"--data={models / 'text.txt'}", "--contexts=2"))
+    assert done.exit_code == code, done.output
+    assert ("odd cannot be used: " in done.stderr) == bool(code)
 
 
 def test_without_perplexity_one_position_has_logits(

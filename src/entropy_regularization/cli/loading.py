@@ -32,6 +32,8 @@ from entropy_regularization.cli.options import SIZES, TrainOptions
 UNUSABLE = (
     ValueError,
     KeyError,
+    TypeError,
+    AttributeError,
     RuntimeError,
     ImportError,
     SafetensorError,
@@ -97,7 +99,9 @@ def what_is_saved(name: str) -> Saved:
     with _loading_in_words(name):
         base = _base_of(name) or name
         config = AutoConfig.from_pretrained(base)
-    kind = getattr(transformers, (config.architectures or [""])[0], AutoModelForCausalLM)
+    kind = getattr(transformers, (config.architectures or [""])[0], None)
+    if not (isinstance(kind, type) and issubclass(kind, PreTrainedModel)):
+        kind = AutoModelForCausalLM
     takes = getattr(kind, "main_input_name", "input_ids")
     if config.is_encoder_decoder or takes != "input_ids":
         what = "two texts" if config.is_encoder_decoder else takes
@@ -335,4 +339,6 @@ def _loading_in_words(name: str) -> Iterator[None]:
 def _in_one_line(error: Exception) -> str:
     """Return all that an error says, but for a list of every class that transformers has."""
     said = re.sub("Model type should be one of .*", "Pass a causal language model", str(error))
+    if isinstance(error, KeyError):  # which says the key alone
+        said = f"KeyError: {said}"
     return textwrap.shorten(said, 600, placeholder=" ...").rstrip(".")
