@@ -65,8 +65,8 @@ def test_how_files_of_a_checkpoint_are_opened_to_be_synchronized(
         modes.append(fcntl.fcntl(number, fcntl.F_GETFL) & os.O_ACCMODE)
 
     modes: list[int] = []
-    monkeypatch.setattr(runs.os, "fsync", synchronize)
-    monkeypatch.setattr(runs.os, "access", lambda *_: may_write)  # root may write everything
+    monkeypatch.setattr(os, "fsync", synchronize)
+    monkeypatch.setattr(os, "access", lambda *_: may_write)  # root may write everything
     folder = runs.RunFolder(tmp_path)
     checkpoint = folder.checkpoints.path / "checkpoint-3"
     (checkpoint / "model").mkdir(parents=True)
