@@ -368,12 +368,15 @@ def test_models_side_by_side_on_one_page(models: Path, tmp_path: Path) -> None:
 
 def test_what_was_found_before_a_failure_is_there(models: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
+    analyse(models, out, "gpt2")  # whose page must not stay beside other numbers
     more = (f"--output={out}", "--contexts=2", "--context-length=64")
     done = call(models, "llama", "gptj", more=more)
     assert done.exit_code == 2
     assert "--context-length 64 is longer than the 32 positions of" in done.stderr
     assert "growth with log n" in done.stdout
-    assert len(json.loads((out / "analysis.json").read_text())["models"]) == 1
+    (found,) = json.loads((out / "analysis.json").read_text())["models"]
+    assert found["model"] == str(models / "llama")
+    assert [each.name for each in out.iterdir()] == ["analysis.json"]
 
 
 def test_numbers_that_overflow_are_told(models: Path, tmp_path: Path) -> None:
@@ -437,7 +440,9 @@ def test_a_full_disk_is_told_and_the_numbers_stay(
     assert done.exit_code == 1
     assert f"--output {out} cannot be written to (No space left on device);" in done.stderr
     assert "growth with log n" in done.stdout
-    assert len(json.loads((out / "analysis.json").read_text())["models"]) == 1
+    (found,) = json.loads((out / "analysis.json").read_text())["models"]
+    assert found["model"] == str(models / "llama")
+    assert [each.name for each in out.iterdir()] == ["analysis.json"]
 
 
 def test_the_same_command_goes_on_after_an_interruption_while_writing(
@@ -482,6 +487,7 @@ def test_what_predicts_no_token_has_no_perplexity(name: str, models: Path, tmp_p
         (["narrow"], (), 1, "embeds the tokens 0 to 99, but its tokenizer gave"),
         (["llama"], ("--context-length=99999",), 2, "fewer than one context of 99999"),
         (["llama"], ("--device=tpu9",), 2, "--device tpu9 is not there; pass cpu,"),
+        (["llama"], ("--data= ",), 2, "--data is empty; pass a file, a folder, a glob"),
         (["llama"], ("--data=nowhere",), 2, "nowhere is no file, folder or glob that matches"),
         (["llama"], ("--output=OUT",), 2, "holds something else (mine.txt); pass a folder of its"),
         (["llama"], ("--output=OUT/mine.txt",), 2, "mine.txt is a file; pass a folder."),

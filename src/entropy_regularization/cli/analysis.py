@@ -71,6 +71,8 @@ class Reading:
         Raises:
             UsageProblem: if it cannot be read.
         """
+        if not self.data.strip():
+            raise UsageProblem("--data is empty; pass a file, a folder, a glob, or leave it out.")
         console.print(f"reading {self.data}")
         try:
             text = load_text(
@@ -322,6 +324,8 @@ def _write_numbers(folder: Path, analyses: Sequence[Analysis], reading: Reading)
     }
     with _writing_in_words(folder):
         write_json(folder / "analysis.json", content)
+        for picture in FILES[1:]:  # of an earlier analysis, whose numbers are gone
+            (folder / picture).unlink(missing_ok=True)
 
 
 @contextmanager

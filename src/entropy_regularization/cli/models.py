@@ -15,6 +15,15 @@ from entropy_regularization.cli.options import SIZES, Size, TrainOptions
 from entropy_regularization.recording.recorder import record_entropy
 from entropy_regularization.recording.recording import EntropyRecording
 
+# What models raise that want a picture, several choices or more tokens.
+UNRUNNABLE = (
+    TypeError,
+    AttributeError,
+    LookupError,
+    AssertionError,
+    RuntimeError,
+)
+
 
 def size_of(options: TrainOptions) -> Size | None:
     """Return the size of a model from scratch, None for a pretrained one.
@@ -150,7 +159,7 @@ def try_out(model: PreTrainedModel, name: str) -> tuple[EntropyRecording, bool]:
         raise
     except ValueError as error:
         raise RunProblem(f"--model {name}: {error}") from error
-    except Exception as error:  # of a model that wants a picture, several choices, more tokens ...
+    except UNRUNNABLE as error:
         said = shorten(str(error), 200, placeholder=" ...")
         raise RunProblem(
             f"--model {name}: {type(model).__name__} does not run on a text alone "

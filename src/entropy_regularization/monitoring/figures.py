@@ -174,33 +174,39 @@ def class_chart(label: str, run: Run) -> Chart | None:
 
 def length_chart(label: str, profile: LengthProfile) -> Chart | None:
     """Draw the mean entropy of every layer over the keys that a row sees; None of one length."""
-    known = [k for k, keys in enumerate(profile.typical_keys) if not math.isnan(keys)]
+    means = [
+        [mean_of_heads([[head[k] for head in layer]]) for k in range(len(profile.keys))]
+        for layer in profile.entropy
+    ]
+    known = [
+        k for k, octave in enumerate(zip(*means, strict=True)) if not all(map(math.isnan, octave))
+    ]
     if len(known) < 2:
         return None
-    keys = [profile.typical_keys[k] for k in known]
-    series = [
-        [mean_of_heads([[head[k] for head in layer]]) for k in known] for layer in profile.entropy
+    most = max(n for keys in profile.typical_keys for n in keys if not math.isnan(n))
+    colours = blend(_LAYER_COLOURS, len(means))
+    title = f"{label} [nats]"
+    curves = [
+        Curve([1.0, most], [0.0, math.log(most)], QUIET, dashed=True, width=1),
+        *(
+            Curve(keys, layer, colour, width=1.5)
+            for keys, layer, colour in zip(profile.typical_keys, means, colours, strict=True)
+        ),
     ]
-    colours = blend(_LAYER_COLOURS, len(series))
-    reachable = [math.log(n) for n in keys]
-    curves = [Curve(keys, y, c, width=1.5) for y, c in zip(series, colours, strict=True)]
     return Chart(
-        title := f"{label} [nats]",
+        title,
         draw_curves(
             title,
-            [Curve(keys, reachable, QUIET, dashed=True, width=1), *curves],
-            y_range=(0, 1.05 * reachable[-1]),
+            curves,
+            y_range=(0, 1.05 * math.log(most)),
             x_label="keys that a row sees",
             doubling=True,
         ),
         [(c, str(k), "line") for k, c in _thin(list(enumerate(colours)), _MOST_ROWS)]
         + [(variable_of(QUIET), "log n", "dashed")],
-        ["keys", "log n", *(f"layer {k}" for k in range(len(series)))],
-        [
-            [octave_name(k), *map(digits, row)]
-            for k, *row in zip(known, reachable, *series, strict=True)
-        ],
-        f"Mean entropy of each of {len(series)} layers over the keys that a row sees, {label}.",
+        ["keys", *(f"layer {k}" for k in range(len(means)))],
+        [[octave_name(k), *(digits(layer[k]) for layer in means)] for k in known],
+        f"Mean entropy of each of {len(means)} layers over the keys that a row sees, {label}.",
     )
 
 

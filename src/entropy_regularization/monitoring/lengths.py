@@ -32,8 +32,8 @@ class LengthProfile:
     Attributes:
         layers: qualified module names.
         keys: where every octave begins, 1, 2, 4, ...; up to the last that has a row.
-        typical_keys: of the rows of an octave, the geometric mean of their numbers of keys,
-            ``[octaves]``, over all heads.
+        typical_keys: of the rows of an octave, the geometric mean of their numbers of keys, over
+            the heads of a layer, ``[layers][octaves]``; layers with a window have others.
         entropy: mean row entropy, nats, ``[layers][heads][octaves]``.
         growth: slope of the least-squares line through ``H_i`` against ``log n_i``,
             ``[layers][heads]``, over rows that see two keys or more: 0 of a head that attends to
@@ -44,7 +44,7 @@ class LengthProfile:
 
     layers: list[str]
     keys: list[int]
-    typical_keys: list[float]
+    typical_keys: list[list[float]]
     entropy: list[PerHead]
     growth: PerHead
     deviation: PerHead
@@ -76,14 +76,14 @@ class LengthSums:
             ValueError: if there is no row.
         """
         tables = [table.cpu() for table in self.layers.values()]
-        count, x = sum((table[:2].sum(-1) for table in tables), torch.zeros(2, OCTAVES))
+        count = sum((table[0].sum(-1) for table in tables), torch.zeros(OCTAVES))
         if not count.any():
             raise ValueError("there are no rows to take a mean of; add those of a recording first.")
         octaves = int(count.nonzero().max()) + 1
         return LengthProfile(
             layers=list(self.layers),
             keys=[2**octave for octave in range(octaves)],
-            typical_keys=(x / count).exp()[:octaves].tolist(),
+            typical_keys=[_typical_keys(table)[:octaves].tolist() for table in tables],
             entropy=[(table[2] / table[0])[:octaves].T.tolist() for table in tables],
             growth=[_growth(table).tolist() for table in tables],
             deviation=[_deviation(table).tolist() for table in tables],
@@ -125,6 +125,11 @@ def _sum_call(call: LayerEntropy) -> Float[Tensor, "6 octaves heads"]:
     by_head = [each.transpose(1, 2).flatten(2) for each in (places, values)]
     table = values.new_zeros(len(values), call.heads, OCTAVES)
     return table.scatter_add_(2, *by_head).transpose(1, 2)
+
+
+def _typical_keys(table: Float[Tensor, "6 octaves heads"]) -> Float[Tensor, " octaves"]:
+    count, x = table[:2].sum(-1)
+    return torch.exp(x / count)
 
 
 def _growth(table: Float[Tensor, "6 octaves heads"]) -> Float[Tensor, " heads"]:
