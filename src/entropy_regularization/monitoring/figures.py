@@ -186,8 +186,9 @@ def length_chart(label: str, profile: LengthProfile) -> Chart | None:
     most = max(n for keys in profile.typical_keys for n in keys if not math.isnan(n))
     colours = blend(_LAYER_COLOURS, len(means))
     title = f"{label} [nats]"
+    line = [1.0, math.sqrt(most), most]
     curves = [
-        Curve([1.0, most], [0.0, math.log(most)], QUIET, dashed=True, width=1),
+        Curve(line, list(map(math.log, line)), QUIET, dashed=True, width=1),
         *(
             Curve(keys, layer, colour, width=1.5)
             for keys, layer, colour in zip(profile.typical_keys, means, colours, strict=True)
