@@ -15,6 +15,8 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    BartConfig,
+    BartForCausalLM,
     BertConfig,
     BertLMHeadModel,
     CTRLConfig,
@@ -111,6 +113,15 @@ def test_contexts_begin_as_the_tokenizer_begins_a_text(
     assert (contexts[:, 0] == 7).all()
     assert not (contexts[:, 1:] == 7).any()
     assert not (contexts == 8).any()
+
+
+def test_labels_that_are_not_shifted(model: Path) -> None:
+    config = BartConfig(
+        vocab_size=300, d_model=16, decoder_layers=1, decoder_attention_heads=2, decoder_ffn_dim=16,
+        max_position_embeddings=32, is_decoder=True, is_encoder_decoder=False,
+    )  # fmt: skip
+    BartForCausalLM(config).save_pretrained(model)
+    assert "BartForCausalLM does not shift its labels, so that it would learn" in refused(model)
 
 
 def test_no_tokenizer(model: Path) -> None:

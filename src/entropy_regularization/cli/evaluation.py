@@ -7,10 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
-from entropy_regularization.cli.models import device_of, takes
+from entropy_regularization.cli.models import device_of, next_token_loss, takes
 from entropy_regularization.monitoring.monitor import EntropyMonitor
 from entropy_regularization.monitoring.records import Record
 from entropy_regularization.monitoring.statistics import Band, HeadStatistics, mean_of_heads
@@ -102,7 +101,11 @@ def read_through(
                 found, recording = _heard(model, options)
             except ValueError:  # a part that short texts leave out is told apart once (DeepSeek V4)
                 found, recording = _heard(model, options)
-            yield ids, _loss(found.logits, ids) if predicts else math.nan, recording
+            yield (
+                ids,
+                next_token_loss(found.logits, ids).item() if predicts else math.nan,
+                recording,
+            )
     finally:
         model.train(training)
 
@@ -111,15 +114,6 @@ def _heard(model: PreTrainedModel, inputs: dict[str, Any]) -> tuple[Any, Entropy
     with torch.no_grad(), record_entropy(model, gradient=False) as recording:
         found = model(**inputs)
     return found, recording
-
-
-def _loss(logits: Tensor, ids: Tensor) -> float:
-    """Return the mean loss over the tokens after the first.
-
-    A model's own may hold more (the balance of experts), or not shift its labels (BART's decoder).
-    """
-    predicted = logits[:, :-1].flatten(0, 1).float()
-    return cross_entropy(predicted, ids[:, 1:].flatten().to(predicted.device)).item()
 
 
 def numbers_of(record: Record) -> dict[str, Any]:

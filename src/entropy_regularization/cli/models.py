@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel, PreTrainedTokenizerBase
 
 from entropy_regularization.cli.errors import RunProblem, UsageProblem
@@ -168,6 +169,33 @@ def try_out(model: PreTrainedModel, name: str) -> tuple[EntropyRecording, bool]:
         ) from error
     one, other = given
     return recording, torch.allclose(one, other, rtol=1e-4, atol=1e-5, equal_nan=True)
+
+
+def next_token_loss(logits: Tensor, ids: Tensor) -> Tensor:
+    """Return the mean loss over the tokens after the first.
+
+    A model's own may hold more (the balance of experts), or not shift its labels (BART's decoder).
+    """
+    predicted = logits[:, :-1].flatten(0, 1).float()
+    return cross_entropy(predicted, ids[:, 1:].flatten().to(predicted.device))
+
+
+def check_loss(model: PreTrainedModel, name: str) -> None:
+    """Check that the loss of a model, which a Trainer lowers, is not that of its own tokens.
+
+    Raises:
+        RunProblem: if it is.
+    """
+    ids = torch.tensor([[0, 1, 0, 0, 1, 1, 0, 1]], device=model.device)
+    with torch.no_grad():
+        found = model(input_ids=ids, labels=ids, use_cache=False)
+    of_given = cross_entropy(found.logits[0].float(), ids[0].to(found.logits.device))
+    of_next = next_token_loss(found.logits, ids)
+    if torch.isclose(found.loss, of_given) and not torch.isclose(found.loss, of_next):
+        raise RunProblem(
+            f"--model {name}: {type(model).__name__} does not shift its labels, so that it would "
+            "learn to repeat its tokens; pass a model whose loss is that of the next tokens."
+        )
 
 
 def takes(model: PreTrainedModel, argument: str) -> bool:

@@ -12,6 +12,7 @@ from entropy_regularization.cli.errors import RunProblem, UsageProblem
 from entropy_regularization.cli.loading import load_model, read_tokenizer
 from entropy_regularization.cli.models import (
     build_model,
+    check_loss,
     check_tokens,
     enable_checkpointing,
     layers_and_heads,
@@ -80,6 +81,8 @@ def prepare(
             if options.gradient_checkpointing:
                 enable_checkpointing(model)
             shapes = layers_and_heads(model, options.model)
+            if size is None:
+                check_loss(model, options.model)
             sums = {"train": blocks.crc32, "held_out": held_out.crc32}
             if folder.config.is_file():
                 folder.check_text(sums, options.data)
