@@ -5,7 +5,7 @@ import math
 import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -108,11 +108,12 @@ def analyse_models(names: Sequence[str], options: dict[str, Any], output: Path |
     saved = [what_is_saved(name) for name in names]  # a later one may be mistyped
     length = options["context_length"] or _common_length(saved)
     reading = Reading(**options | {"device": device, "context_length": length})
-    if output is not None:
-        _make_folder(output)
-    documents = reading.documents(console)
+    was_there = output is None or output.exists()
     analyses: list[Analysis] = []
     try:
+        if output is not None:
+            _make_folder(output)
+        documents = reading.documents(console)
         for each in saved:
             analyses.append(_analyse(each, reading, documents, console))
             if output is not None:
@@ -120,6 +121,9 @@ def analyse_models(names: Sequence[str], options: dict[str, Any], output: Path |
     finally:
         if analyses:  # those before the one that failed, too
             console.print(_table(analyses))
+        elif output is not None and not was_there:
+            with suppress(OSError):  # it could not be made
+                output.rmdir()
     if output is not None:
         with _writing_in_words(output):
             _write_pictures(output, analyses, reading)
