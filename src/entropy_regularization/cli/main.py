@@ -72,8 +72,9 @@ class Commands(click.Group):
 def main(context: click.Context) -> None:
     """Measure and control the entropy of every attention head of a transformer.
 
-    Begin with entropy-reg demo, or with entropy-reg train --output RUN; then look at the page that
-    entropy-reg report RUN writes. Every command has its own --help.
+    Begin with entropy-reg demo, with entropy-reg analyse --model MODEL, or with entropy-reg train
+    --output RUN; then look at the page that entropy-reg report RUN writes. Every command has its
+    own --help.
     """
     if context.invoked_subcommand is None:
         click.echo(context.get_help())
