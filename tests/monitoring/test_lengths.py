@@ -107,6 +107,7 @@ def test_masks_of_every_head_and_sample_and_rows_without_a_key() -> None:
     allowed = torch.randint(0, 9, (2, 3, 50), generator=generator)
     entropy = torch.rand(2, 3, 50, generator=generator)
     rows = torch.rand(2, 50, generator=generator) < 0.7
+    entropy = entropy.masked_fill(~rows[:, None], math.nan)  # which means leave out
     layer = LayerEntropy("a", "self", entropy, allowed, rows, 9)
     found = profile_of(EntropyRecording([layer]))
     for head, octave in itertools.product(range(3), range(4)):

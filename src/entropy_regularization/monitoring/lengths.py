@@ -117,10 +117,10 @@ def _sum_call(call: LayerEntropy) -> Float[Tensor, "6 octaves heads"]:
         return _sum_call(call._map(Tensor.cpu))
     starts = 2 ** torch.arange(OCTAVES, device=entropy.device)
     octave = torch.bucketize(call.allowed_keys, starts, right=True) - 1
-    counted = call.counted().double()
-    h = entropy.double() * counted
-    x = call.allowed_keys.clamp(min=1).double().log() * counted
-    values = torch.stack([counted, x, h, x * x, x * h, h * h])  # [6, batch, heads, queries]
+    counted = call.counted()
+    h = entropy.double().masked_fill(~counted, 0.0)
+    x = call.allowed_keys.clamp(min=1).double().log().expand_as(h).masked_fill(~counted, 0.0)
+    values = torch.stack([counted.double(), x, h, x * x, x * h, h * h])  # [6, batch, heads, rows]
     places = octave.clamp(min=0).expand_as(values)
     by_head = [each.transpose(1, 2).flatten(2) for each in (places, values)]
     table = values.new_zeros(len(values), call.heads, OCTAVES)
