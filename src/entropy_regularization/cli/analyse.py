@@ -45,7 +45,8 @@ from entropy_regularization.cli.options import POSITIVE
 @click.option(
     "--context-length",
     type=click.IntRange(min=2),
-    help="Tokens in a context. [default: the models' positions, at most 1024]",
+    help="Tokens in a context. [default: the largest power of two, up to 1024, for which all "
+    "models have positions]",
 )
 @click.option(
     "--contexts",

@@ -28,6 +28,7 @@ from transformers.utils.peft_utils import find_adapter_config_file
 from entropy_regularization.cli.errors import RunProblem, UsageProblem
 from entropy_regularization.cli.options import SIZES, TrainOptions
 
+ADAPTERS = "adapter_config.json"  # file that PEFT writes in place of a config.json
 # What transformers raises for a model that is there and cannot be loaded.
 UNUSABLE = (
     ValueError,
@@ -58,9 +59,6 @@ def load_model(options: TrainOptions) -> tuple[PreTrainedModel, PreTrainedTokeni
             f"{options.model}; pass at most {longest}."
         )
     return model, tokenizer
-
-
-ADAPTERS = "adapter_config.json"  # file that PEFT writes in place of a config.json
 
 
 class Saved(NamedTuple):
