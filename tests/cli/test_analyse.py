@@ -379,19 +379,24 @@ def test_what_was_found_before_a_failure_is_there(models: Path, tmp_path: Path) 
     assert [each.name for each in out.iterdir()] == ["analysis.json"]
 
 
-def test_numbers_that_overflow_are_told(models: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("large", "first"),
+    [("layers.0.mlp", "model.layers.1.self_attn"), ("layers.1.mlp", "its logits")],
+)
+def test_numbers_that_overflow_are_told(
+    large: str, first: str, models: Path, tmp_path: Path
+) -> None:
     torch.manual_seed(0)
     model = MODELS["llama"]()
     for name, weight in model.named_parameters():
-        if "layers.0.mlp" in name:
+        if large in name:
             weight.data *= 1e4
     model.half().save_pretrained(tmp_path / "large")
     train_tokenizer([Document("text", TEXT)], VOCABULARY).save_pretrained(tmp_path / "large")
     more = (f"--data={models / 'text.txt'}", "--contexts=2")
     done = call(tmp_path, "large", more=more)
     assert done.exit_code == 1
-    said = "gives NaN in float16, first in model.layers.1.self_attn; pass --dtype float32."
-    assert said in done.stderr
+    assert f"gives NaN in float16, first in {first}; pass --dtype float32." in done.stderr
     assert "means over all heads" not in done.stdout
     assert call(tmp_path, "large", more=(*more, "--dtype=float32")).exit_code == 0
 

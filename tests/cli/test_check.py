@@ -52,11 +52,19 @@ def test_what_is_wrong_is_named(
     assert "all agree" not in done.stdout
 
 
-def test_a_recording_that_is_wrong_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = EntropyRegularization.compute_entropy
-    monkeypatch.setattr(
-        EntropyRegularization, "compute_entropy", staticmethod(lambda matrix: right(matrix) + 0.001)
-    )
+@pytest.mark.parametrize("wrong", ["value", "gradient"])
+def test_a_recording_that_is_wrong_is_named(wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, loss = EntropyRegularization.compute_entropy, EntropyRegularization.compute_loss
+
+    def steeper(*args: Any, **options: Any) -> Any:
+        found = loss(*args, **options)
+        return found.detach() + 1.01 * (found - found.detach())
+
+    if wrong == "value":
+        changed = staticmethod(lambda matrix: rows(matrix) + 0.001)
+        monkeypatch.setattr(EntropyRegularization, "compute_entropy", changed)
+    else:
+        monkeypatch.setattr(EntropyRegularization, "compute_loss", steeper)
     done = check()
     assert done.exit_code == 1
     assert "these differ by more than rounding: the recorded GPT-2 on cpu; use" in done.stderr

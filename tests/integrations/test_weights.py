@@ -14,6 +14,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from entropy_regularization import record_entropy
+from entropy_regularization.integrations.layouts import Layouts
 from entropy_regularization.integrations.products import averages_values
 from entropy_regularization.integrations.weights import heads_folded, weigh
 
@@ -1094,3 +1095,16 @@ def test_heads_that_a_module_tells_are_enough_over_several_processes_too(
     module.num_heads = 8
     assert heads_folded(weights, module, given) is None
     assert heads_folded(weights[:, :2], module, (2, 8, 16)) == (1 if ranks else None)
+
+
+def test_dimensions_of_heads_that_contradict_each_other_tell_nothing() -> None:
+    layouts = Layouts()
+    tokens = torch.randn(4, 6, 32)
+    split = tokens.view(4, 6, 4, 8)
+    second, first = split.transpose(1, 2), split.permute(2, 0, 1, 3)
+    both = second + first
+    layouts.follow(Tensor.view, (tokens, 4, 6, 4, 8), {}, split)
+    layouts.follow(Tensor.transpose, (split, 1, 2), {}, second)
+    layouts.follow(Tensor.permute, (split, 2, 0, 1, 3), {}, first)
+    layouts.follow(torch.add, (second, first), {}, both)
+    assert [layouts.heads_of(each) for each in (split, second, first, both)] == [2, 1, 0, None]
